@@ -1,0 +1,1 @@
+"""The NRT objective as pure array functions: reward, advantages and loss terms."""
