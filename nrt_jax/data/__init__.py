@@ -1,0 +1,1 @@
+"""Questions and reference answers: sources, prompt templates, tokenizer, and the batch pipeline."""

@@ -1,0 +1,92 @@
+"""The `data` section of a run's config."""
+
+import math
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nrt_jax.config import ConfigPath, Section
+
+
+class ChainConfig(Section):
+    """The built-in task: additions modulo a small number, one after the other."""
+
+    digits: int = Field(default=7, ge=2, le=100)
+    """How many digits a question adds up."""
+    modulus: int = Field(default=5, ge=2, le=10)
+    """The digits are below it and the answer is their sum modulo it."""
+    rows: int = Field(default=100_000, ge=1, le=2**31 - 1)
+    """Training rows before an epoch repeats; they are generated when asked for."""
+    totals_rows: int = Field(default=0, ge=0)
+    """chain_documents: the first so many rows show running totals only (a curriculum)."""
+    totals_share: float = Field(default=0.3, ge=0, le=1)
+    """chain_documents: share of documents that show the running totals."""
+    nothing_share: float = Field(default=0.3, ge=0, le=1)
+    """chain_documents: share with nothing between question and answer."""
+    noise_share: float = Field(default=0.2, ge=0, le=1)
+    """chain_documents: share with symbols without sense."""
+    copy_share: float = Field(default=0.2, ge=0, le=1)
+    """chain_documents: share that copies a piece of the question."""
+
+    @model_validator(mode="after")
+    def _shares_sum_to_one(self) -> "ChainConfig":
+        shares = (self.totals_share, self.nothing_share, self.noise_share, self.copy_share)
+        if not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            raise ValueError(
+                f"totals_share, nothing_share, noise_share and copy_share sum to {sum(shares):g}; "
+                "they must sum to 1"
+            )
+        return self
+
+
+class DataConfig(Section):
+    """Where questions and reference answers come from, and how they become tokens."""
+
+    source: Literal["jsonl", "parquet", "chain_addition", "chain_documents"]
+    """A file format, or a built-in generator."""
+    path: ConfigPath | None = None
+    """Training file (jsonl, parquet)."""
+    eval_path: ConfigPath | None = None
+    """Evaluation file; without it, eval_rows questions are held out of the training file."""
+    eval_rows: int = Field(default=1024, ge=0)
+    """Evaluation questions: held out of path by seed, drawn by seed from eval_path (all of it when
+    it has fewer), or generated (the same ones for every seed)."""
+    question_field: str = "question"
+    """Field of a row that holds the question."""
+    answer_field: str = "answer"
+    """Field of a row that holds the reference answer."""
+    messages_field: str = "messages"
+    """Field that holds a list of {role, content} turns; read by the tulu template."""
+    template: Literal["plain", "tulu"] = "plain"
+    """plain: the prompt is the question as it is; tulu: the chat format of tulu-3."""
+    add_bos: bool = True
+    """Start prompts with the beginning-of-sequence token, where the tokenizer has one."""
+    tokenizer: ConfigPath
+    """Directory with tokenizer.json and tokenizer_config.json."""
+    think_start: str = "<|think_start|>"
+    """Special token that opens the reasoning trace."""
+    think_end: str = "<|think_end|>"
+    """Special token that closes the reasoning trace."""
+    max_prompt_tokens: int = Field(default=4096, ge=1)
+    """Rows with a longer prompt (beginning-of-sequence token included) are bad rows."""
+    max_answer_tokens: int = Field(default=4096, ge=2)
+    """Rows with a longer answer (end-of-sequence token included) are bad rows."""
+    max_bad_share: float = Field(default=0.01, ge=0, le=1)
+    """Bad rows are counted and skipped up to this share of a file; beyond it the run stops."""
+    shuffle: bool = True
+    """Draw each epoch in another order; false keeps the order of the source."""
+    seed: int = Field(default=0, ge=0, le=2**32 - 1)
+    """Seed of held-out rows, generated rows and shuffling."""
+    chain: ChainConfig = ChainConfig()
+    """Settings of the built-in generators."""
+
+    @model_validator(mode="after")
+    def _source_has_what_it_needs(self) -> "DataConfig":
+        if self.source in ("jsonl", "parquet") and self.path is None:
+            raise ValueError(f"source '{self.source}' needs a file; set data.path")
+        if self.source == "chain_documents" and self.chain.totals_rows and self.shuffle:
+            raise ValueError(
+                f"chain.totals_rows={self.chain.totals_rows} is a curriculum and needs the "
+                "order of the source; set data.shuffle=false"
+            )
+        return self

@@ -1,0 +1,39 @@
+"""The quickstart's tokenizer: one token a character, in Hugging Face's format."""
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+
+from nrt_jax.data.chain_addition import NOISE_SYMBOLS
+
+PAD, BOS, EOS, UNKNOWN = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
+THINK_START, THINK_END = "<|think_start|>", "<|think_end|>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, UNKNOWN, THINK_START, THINK_END)
+CHARACTERS = "0123456789+=\n" + NOISE_SYMBOLS
+
+
+def write_quickstart_tokenizer(directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads too."""
+    vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
+    # A BPE model without merges splits text into characters, the line break included.
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN, fuse_unk=False))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, vocabulary[BOS])]
+    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": UNKNOWN,
+        "extra_special_tokens": [THINK_START, THINK_END],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 1024,
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    text = json.dumps(settings, indent=2) + "\n"
+    (directory / "tokenizer_config.json").write_text(text, encoding="utf-8")

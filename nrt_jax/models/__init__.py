@@ -1,0 +1,1 @@
+"""Decoders: architecture, weights, sharding and Hugging Face files."""

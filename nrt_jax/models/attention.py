@@ -1,0 +1,87 @@
+"""Grouped-query attention over a sequence's own tokens and an optional shared prefix.
+
+Letters: P prompts, B = P * R sequences (the R sequences of one prompt are neighbours), T tokens,
+S prefix tokens, H key/value heads, G query heads a key/value head, d head dim.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class KVPrefix(NamedTuple):
+    """Keys and values of tokens that come before a sequence, in one layer or (leading L) in all."""
+
+    k: Float[Array, "*L P S H d"]
+    v: Float[Array, "*L P S H d"]
+    positions_PS: Int[Array, "P S"]
+    valid_PS: Bool[Array, "P S"]
+
+
+def own_mask(
+    positions_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"], window: int | None
+) -> Bool[Array, "B T T"]:
+    """True where query t may see key s: not later, not padding, and inside the window.
+
+    With T = 3, the last token padding and window 2, query by query: [1 0 0], [1 1 0], [0 1 0].
+    """
+    order = jnp.arange(positions_BT.shape[1])
+    mask_BTT = (order[:, None] >= order[None, :])[None] & valid_BT[:, None, :]
+    return mask_BTT & _inside(positions_BT[:, :, None], positions_BT[:, None, :], window)
+
+
+def prefix_mask(
+    positions_BT: Int[Array, "B T"], prefix: KVPrefix, window: int | None
+) -> Bool[Array, "P RT S"]:
+    """True where a query may see a prefix key; the prefix lies before every query."""
+    P, S = prefix.positions_PS.shape
+    queries_PQ = positions_BT.reshape(P, -1)
+    inside_PQS = _inside(queries_PQ[:, :, None], prefix.positions_PS[:, None, :], window)
+    return prefix.valid_PS[:, None, :] & jnp.broadcast_to(inside_PQS, (*queries_PQ.shape, S))
+
+
+def _inside(query: Int[Array, "..."], key: Int[Array, "..."], window: int | None) -> Array:
+    return jnp.bool_(True) if window is None else query - key < window
+
+
+def attend(
+    q_BTHGd: Float[Array, "B T H G d"],
+    k_BTHd: Float[Array, "B T H d"],
+    v_BTHd: Float[Array, "B T H d"],
+    mask_BTT: Bool[Array, "B T T"],
+    prefix: KVPrefix | None = None,
+    prefix_mask_PQS: Bool[Array, "P Q S"] | None = None,
+) -> Float[Array, "B T H G d"]:
+    """softmax(q k / sqrt(d)) v over [prefix ; own tokens], softmax in float32.
+
+    The prefix's keys are scored once a prompt and never copied to its R sequences.
+    """
+    B, T, H, G, d = q_BTHGd.shape
+    scale = d**-0.5
+    scores = jnp.einsum("bthgd,bshd->bhgts", q_BTHGd, k_BTHd, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask_BTT[:, None, None], scores * scale, jnp.finfo(jnp.float32).min)
+    if prefix is None or prefix_mask_PQS is None:
+        weights = jax.nn.softmax(scores, axis=-1).astype(v_BTHd.dtype)
+        return jnp.einsum("bhgts,bshd->bthgd", weights, v_BTHd)
+
+    P, S = prefix.positions_PS.shape
+    R = B // P
+    before = jnp.einsum(
+        "pqhgd,pshd->phgqs",
+        q_BTHGd.reshape(P, R * T, H, G, d),
+        prefix.k,
+        preferred_element_type=jnp.float32,
+    )
+    before = jnp.where(prefix_mask_PQS[:, None, None], before * scale, jnp.finfo(jnp.float32).min)
+    before_BHGTS = before.reshape(P, H, G, R, T, S).transpose(0, 3, 1, 2, 4, 5)
+    before_BHGTS = before_BHGTS.reshape(B, H, G, T, S)
+    weights = jax.nn.softmax(jnp.concatenate([before_BHGTS, scores], axis=-1), axis=-1)
+    weights = weights.astype(v_BTHd.dtype)
+    own_BTHGd = jnp.einsum("bhgts,bshd->bthgd", weights[..., S:], v_BTHd)
+    weights_PHGQS = weights[..., :S].reshape(P, R, H, G, T, S).transpose(0, 2, 3, 1, 4, 5)
+    before_PQHGd = jnp.einsum(
+        "phgqs,pshd->pqhgd", weights_PHGQS.reshape(P, H, G, R * T, S), prefix.v
+    )
+    return own_BTHGd + before_PQHGd.reshape(B, T, H, G, d)

@@ -1,0 +1,195 @@
+"""The decoder of Llama and Mistral: one definition for training, scoring, prefill and decoding.
+
+Letters: B sequences, T tokens, V vocabulary, D model dim, F feed-forward, N query heads,
+H key/value heads, G = N / H, d head dim, L layers.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from nrt_jax.models import rope
+from nrt_jax.models.attention import KVPrefix, attend, own_mask, prefix_mask
+from nrt_jax.models.variants import Architecture
+
+Remat = Literal["none", "full", "dots"]
+
+_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def _normal(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float
+) -> nnx.Param:
+    weight = stddev * jax.random.normal(rngs.params(), shape, jnp.float32)
+    return nnx.Param(weight, logical_axes=axes)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, computed in float32."""
+
+    def __init__(self, features: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(features, jnp.float32), logical_axes=("norm",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        x32 = x.astype(jnp.float32)
+        inverse_rms = jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + self.epsilon)
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        return (x32 * inverse_rms * scale).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        a = architecture
+        D, N, H, d = a.hidden_size, a.num_attention_heads, a.num_key_value_heads, a.head_dim
+        std = a.initializer_range
+        self.query = _normal(rngs, (D, N, d), ("embed", "heads", "head_dim"), std)
+        self.key = _normal(rngs, (D, H, d), ("embed", "kv_heads", "head_dim"), std)
+        self.value = _normal(rngs, (D, H, d), ("embed", "kv_heads", "head_dim"), std)
+        self.output = _normal(rngs, (N, d, D), ("heads", "head_dim", "embed"), std)
+        self.frequencies = tuple(rope.inverse_frequencies(a).tolist())
+
+    def __call__(self, x_BTD, positions_BT, mask_BTT, prefix, prefix_mask_PQS):
+        dtype = x_BTD.dtype
+        B, T, _ = x_BTD.shape
+        frequencies = jnp.asarray(self.frequencies, jnp.float32)
+        q_BTNd = jnp.einsum("btd,dnh->btnh", x_BTD, self.query[...].astype(dtype))
+        k_BTHd = jnp.einsum("btd,dnh->btnh", x_BTD, self.key[...].astype(dtype))
+        v_BTHd = jnp.einsum("btd,dnh->btnh", x_BTD, self.value[...].astype(dtype))
+        q_BTNd = rope.rotate(q_BTNd, positions_BT, frequencies)
+        k_BTHd = rope.rotate(k_BTHd, positions_BT, frequencies)
+        q_BTHGd = q_BTNd.reshape(B, T, k_BTHd.shape[2], -1, q_BTNd.shape[-1])
+        out_BTHGd = attend(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, prefix, prefix_mask_PQS)
+        out_BTD = jnp.einsum(
+            "btnh,nhd->btd", out_BTHGd.reshape(q_BTNd.shape), self.output[...].astype(dtype)
+        )
+        return out_BTD, k_BTHd, v_BTHd
+
+
+class SwiGLU(nnx.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        D, F = architecture.hidden_size, architecture.intermediate_size
+        std = architecture.initializer_range
+        self.gate = _normal(rngs, (D, F), ("embed", "mlp"), std)
+        self.up = _normal(rngs, (D, F), ("embed", "mlp"), std)
+        self.down = _normal(rngs, (F, D), ("mlp", "embed"), std)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        dtype = x_BTD.dtype
+        gate_BTF = jax.nn.silu(x_BTD @ self.gate[...].astype(dtype))
+        up_BTF = x_BTD @ self.up[...].astype(dtype)
+        return (gate_BTF * up_BTF) @ self.down[...].astype(dtype)
+
+
+class Layer(nnx.Module):
+    """h + attention(norm(h)), then h + mlp(norm(h))."""
+
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        eps = architecture.rms_norm_eps
+        self.attention_norm = RMSNorm(architecture.hidden_size, eps)
+        self.attention = Attention(architecture, rngs)
+        self.mlp_norm = RMSNorm(architecture.hidden_size, eps)
+        self.mlp = SwiGLU(architecture, rngs)
+
+    def __call__(self, h_BTD, positions_BT, mask_BTT, prefix, prefix_mask_PQS):
+        attended_BTD, k_BTHd, v_BTHd = self.attention(
+            self.attention_norm(h_BTD), positions_BT, mask_BTT, prefix, prefix_mask_PQS
+        )
+        h_BTD = h_BTD + attended_BTD
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), k_BTHd, v_BTHd
+
+
+class Decoder(nnx.Module):
+    """Embedding, L stacked layers run by one scan, final norm, head.
+
+    Weights are float32; `dtype` is the dtype of the computation. `remat` says what the backward
+    pass recomputes: nothing, everything inside a layer, or all but the matrix products.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        rngs: nnx.Rngs,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        remat: Remat = "none",
+    ):
+        a = architecture
+        V, D, std = a.vocab_size, a.hidden_size, a.initializer_range
+        self.architecture, self.dtype, self.remat = a, dtype, remat
+        self.embedding = _normal(rngs, (V, D), ("vocab", "embed"), std)
+
+        @nnx.split_rngs(splits=a.num_hidden_layers)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stack(rngs: nnx.Rngs) -> Layer:
+            return Layer(a, rngs)
+
+        self.layers = stack(rngs)
+        self.final_norm = RMSNorm(D, a.rms_norm_eps)
+        if not a.tie_word_embeddings:
+            self.head = _normal(rngs, (D, V), ("embed", "vocab"), std)
+
+    def hidden(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        valid_BT: Bool[Array, "B T"],
+        prefix: KVPrefix | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVPrefix]:
+        """Final-norm hidden states, and every layer's keys and values of these tokens.
+
+        `prefix` (leading L) holds the keys and values of tokens that come before; with P prompts
+        and B = P * R sequences, sequences p * R to p * R + R - 1 continue prompt p. Positions are
+        absolute. The returned prefix lets a later call continue from these tokens.
+        """
+        window = self.architecture.sliding_window
+        mask_BTT = own_mask(positions_BT, valid_BT, window)
+        prefix_mask_PQS = None if prefix is None else prefix_mask(positions_BT, prefix, window)
+        definition, weights_L = nnx.split(self.layers)
+
+        def run_layer(h_BTD, layer_inputs):
+            weights, kv = layer_inputs
+            here = None if prefix is None else prefix._replace(k=kv[0], v=kv[1])
+            layer = nnx.merge(definition, weights)
+            h_BTD, k, v = layer(h_BTD, positions_BT, mask_BTT, here, prefix_mask_PQS)
+            return h_BTD, (k, v)
+
+        if self.remat != "none":
+            run_layer = jax.checkpoint(run_layer, policy=_POLICIES[self.remat])
+        h_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
+        kv_L = None if prefix is None else (prefix.k, prefix.v)
+        h_BTD, (k, v) = jax.lax.scan(run_layer, h_BTD, (weights_L, kv_L))
+        return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, valid_BT)
+
+    def head_DV(self) -> Float[Array, "D V"]:
+        """The output matrix; the transposed embedding when the two are tied."""
+        return self.embedding[...].T if self.architecture.tie_word_embeddings else self.head[...]
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Float32 scores of the next token."""
+        head_DV = self.head_DV().astype(hidden.dtype)
+        return jnp.einsum("...d,dv->...v", hidden, head_DV, preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"] | None = None,
+        valid_BT: Bool[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of whole sequences, for evaluation and tests; training never builds this array."""
+        if valid_BT is None:
+            valid_BT = jnp.ones(tokens_BT.shape, bool)
+        if positions_BT is None:
+            positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
+        return self.logits(self.hidden(tokens_BT, positions_BT, valid_BT)[0])

@@ -1,0 +1,118 @@
+"""Which mesh axis holds which dimension: one table from logical names to mesh axes."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from pydantic import Field
+
+from nrt_jax.config import Section
+from nrt_jax.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+class MeshConfig(Section):
+    """Devices along each mesh axis; one of them may be -1 and takes what is left."""
+
+    data: int = Field(-1, ge=-1)
+    """Replicas of the weights, each with its own prompts."""
+    fsdp: int = Field(1, ge=-1)
+    """Shards of the weights along the model dim, each with its own prompts."""
+    tensor: int = Field(1, ge=-1)
+    """Shards of the heads, the feed-forward and the vocabulary."""
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh of all devices with the axes data, fsdp, tensor.
+
+    Raises InputError when the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = int(np.prod([size for size in sizes if size != -1]))
+    said = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
+    if 0 in sizes or sizes.count(-1) > 1:
+        raise InputError(f"mesh: {said}: sizes are positive, and one at most may be -1")
+    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+        raise InputError(
+            f"mesh: {said} does not cover {len(devices)} devices; "
+            f"the sizes must multiply to {len(devices)} (-1 takes what is left)"
+        )
+    shape = [len(devices) // known if size == -1 else size for size in sizes]
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+
+
+def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
+    """Mesh axes of an array from the logical names of its dims; None is not sharded.
+
+    Raises ValueError on a name that is not in the table and on two dims that claim one mesh axis.
+    """
+    unknown = [name for name in logical_axes if name is not None and name not in LOGICAL_TO_MESH]
+    if unknown:
+        raise ValueError(f"logical axis {unknown[0]!r} is not in {sorted(LOGICAL_TO_MESH)}")
+    axes = [None if name is None else LOGICAL_TO_MESH[name] for name in logical_axes]
+    flat = [a for axis in axes if axis for a in ((axis,) if isinstance(axis, str) else axis)]
+    if len(flat) != len(set(flat)):
+        raise ValueError(f"logical axes {tuple(logical_axes)} claim a mesh axis twice: {flat}")
+    return PartitionSpec(*axes)
+
+
+def param_shardings(mesh: Mesh, abstract_state: nnx.State) -> dict:
+    """Sharding of every weight, as a pure tree like the params.
+
+    `abstract_state` is the state of a Decoder (abstract or not), whose variables name their logical
+    axes; weights under `layers` have a leading stacked dim. Raises InputError when a dim does not
+    divide by its mesh axes.
+    """
+
+    def sharding(path: tuple, variable: nnx.Variable) -> NamedSharding:
+        stacked = ("layers",) if path[0] == "layers" else ()
+        spec = partition_spec(stacked + tuple(variable.logical_axes))
+        _check_divides(".".join(map(str, path)), variable.shape, spec, mesh)
+        return NamedSharding(mesh, spec)
+
+    flat = nnx.to_flat_state(abstract_state)
+    tree: dict = {}
+    for path, variable in flat:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = sharding(path, variable)
+    return tree
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose first dim counts prompts."""
+    return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _check_divides(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mesh) -> None:
+    for size, axis in zip(shape, spec, strict=True):
+        names = () if axis is None else (axis,) if isinstance(axis, str) else axis
+        shards = int(np.prod([mesh.shape[n] for n in names]))
+        if size % shards:
+            fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+            raise InputError(
+                f"mesh: {'*'.join(names)}={shards} does not divide {name} of size {size}; "
+                f"sizes that do: {fits}"
+            )

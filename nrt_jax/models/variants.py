@@ -1,0 +1,77 @@
+"""What a Llama or a Mistral is: the numbers that fix its architecture."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from nrt_jax.config import Section
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class Llama3Scaling(Section):
+    """The frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
+
+    factor: float = Field(8.0, gt=0)
+    """Low frequencies are divided by this factor."""
+    low_freq_factor: float = Field(1.0, gt=0)
+    """Wavelengths above original_max_position_embeddings / low_freq_factor are scaled in full."""
+    high_freq_factor: float = Field(4.0, gt=0)
+    """Wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
+    original_max_position_embeddings: Count = 8192
+    """Context length in tokens of the training before the scaling."""
+
+    @model_validator(mode="after")
+    def _factors_differ(self) -> "Llama3Scaling":
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor {self.high_freq_factor} must be above "
+                f"low_freq_factor {self.low_freq_factor}"
+            )
+        return self
+
+
+class Architecture(Section):
+    """Shape of one decoder; names and meanings are those of Hugging Face's `config.json`."""
+
+    family: Literal["llama", "mistral"] = "llama"
+    """Which `model_type` the weights are read and written as."""
+    vocab_size: Count = 32000
+    """Rows of the embedding and of the head."""
+    hidden_size: Count = 128
+    """Width D of the residual stream."""
+    intermediate_size: Count = 384
+    """Width F of the SwiGLU feed-forward."""
+    num_hidden_layers: Count = 3
+    """Number of layers L."""
+    num_attention_heads: Count = 4
+    """Query heads."""
+    num_key_value_heads: Count = 4
+    """Key/value heads H; divides the query heads."""
+    head_dim: Count = 32
+    """Width of one head, even."""
+    rms_norm_eps: float = Field(1e-5, gt=0)
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies."""
+    rope_scaling: Llama3Scaling | None = None
+    """Scaling of the rotary frequencies; null for none."""
+    sliding_window: Count | None = None
+    """A token sees itself and this many minus one tokens before it; null for all of them."""
+    tie_word_embeddings: bool = False
+    """True when the head is the embedding."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of freshly drawn weights."""
+    max_position_embeddings: Count = 4096
+    """Longest sequence in tokens that the model is meant for; kept for export."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Architecture":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads {self.num_key_value_heads} must divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even")
+        return self

@@ -1,0 +1,1 @@
+"""Rollouts: prompts in, traces out, through a JetStream engine."""
