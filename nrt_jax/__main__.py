@@ -1,0 +1,7 @@
+"""`python -m nrt_jax`."""
+
+import sys
+
+from nrt_jax.cli import main
+
+sys.exit(main())

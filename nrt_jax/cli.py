@@ -1,0 +1,159 @@
+"""The verbs: parse the command line, call one function.
+
+jax is imported by the verb that needs it, so that --help and --version answer at once.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+import nrt_jax
+from nrt_jax.errors import InputError, RunFailed
+
+EPILOG = """\
+CONFIG is one or more YAML files, merged from left to right, followed by overrides such as
+train.steps=10 or objective.scheme=gm.
+
+  nrt-jax train configs/quickstart/nrt.yaml
+  nrt-jax train configs/quickstart/nrt.yaml configs/methods/rlpr.yaml run_dir=runs/rlpr
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; 0 when it worked, 2 for a mistake in the input, 1 for a run that failed."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="nrt-jax: %(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("nrt_jax").setLevel(logging.INFO)
+    try:
+        args.verb(args)
+    except InputError as error:
+        return _fail(error, 2)
+    except RunFailed as error:
+        return _fail(error, 1)
+    except OSError as error:
+        return _fail(_os_error(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; the same command continues the run", 130)
+    return 0
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"nrt-jax: error: {message}", file=sys.stderr)
+    return status
+
+
+def _os_error(error: OSError) -> str:
+    """The file, what the system says, and what to do."""
+    where = error.filename or "a file of the run"
+    return (
+        f"{where}: {error.strerror or error}; make room or allow writing there, then run the same "
+        "command again: it continues from the newest checkpoint"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nrt-jax",
+        description="Native Reasoning Training: reasoning from question-answer pairs alone.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nrt-jax {nrt_jax.__version__}")
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+
+    train = verbs.add_parser("train", help="train a config's run, or continue it")
+    _add_config(train)
+    train.set_defaults(verb=_train)
+
+    generate = verbs.add_parser("generate", help="print the trace and the answer to a prompt")
+    generate.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    generate.add_argument("--prompt", required=True, action="append", help="may be given again")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(verb=_generate)
+
+    export = verbs.add_parser("export", help="write a run's model as a Hugging Face directory")
+    export.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    export.add_argument(
+        "--copy-row",
+        action="append",
+        default=[],
+        metavar="TOKEN=FROM",
+        help=r"give TOKEN the embedding and head rows of FROM, such as '<|think_start|>=\n'",
+    )
+    export.set_defaults(verb=_export)
+
+    report = verbs.add_parser("report", help="compare runs: report.html, curves.png, summary.json")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    report.add_argument("--out", type=Path, required=True)
+    report.set_defaults(verb=_report)
+
+    config = verbs.add_parser("config", help="show a resolved config, or the schema of all configs")
+    config_verbs = config.add_subparsers(required=True, metavar="VERB")
+    show = config_verbs.add_parser("show", help="print the resolved config")
+    _add_config(show)
+    show.set_defaults(verb=_config_show)
+    schema = config_verbs.add_parser("schema", help="print the JSON schema")
+    schema.set_defaults(verb=_config_schema)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="+", metavar="CONFIG", help="YAML files and key=value overrides"
+    )
+
+
+def _load(args: argparse.Namespace):
+    from nrt_jax.config import load_config
+    from nrt_jax.training.config import RunConfig
+
+    files = [Path(word) for word in args.config if "=" not in word]
+    overrides = [word for word in args.config if "=" in word]
+    if not files:
+        raise InputError(f"{' '.join(args.config)}: names no config file; give one before overrides")
+    return load_config(RunConfig, files, overrides)
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from nrt_jax.training.loop import train
+
+    train(config)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from nrt_jax.training.inference import answer_prompts
+
+    for result in answer_prompts(args.run, args.prompt, args.temperature, args.seed):
+        print(result)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from nrt_jax.training.inference import export
+
+    export(args.run, args.out, dtype=args.dtype, copy_rows=args.copy_row)
+    print(f"wrote {args.out}")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from nrt_jax.analysis.report import write_report
+
+    write_report(args.runs, args.out)
+
+
+def _config_show(args: argparse.Namespace) -> None:
+    from nrt_jax.config import dump_config
+
+    print(dump_config(_load(args)), end="")
+
+
+def _config_schema(args: argparse.Namespace) -> None:
+    from nrt_jax.config import config_schema
+    from nrt_jax.training.config import RunConfig
+
+    print(json.dumps(config_schema(RunConfig), indent=1))

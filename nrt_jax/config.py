@@ -1,0 +1,330 @@
+"""Config files: YAML that extends other YAML, dotted overrides, one-line errors, one resolved dump.
+
+A room declares its own section as a subclass of `Section`; this module knows none of them.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from nrt_jax.errors import InputError
+
+
+class Section(BaseModel):
+    """Base of every config class: frozen, no unknown keys, fields described by their docstrings."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+
+
+S = TypeVar("S", bound=Section)
+
+
+class _Text(str):
+    """A string of a config, with the directory that relative paths in it start from."""
+
+    directory: Path
+
+
+def _resolve(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        return value
+    directory = value.directory if isinstance(value, _Text) else Path()
+    return Path(os.path.abspath(directory / Path(value).expanduser()))
+
+
+ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
+"""A path relative to the YAML file that names it; in an override, to the working directory."""
+
+
+class _Layer(NamedTuple):
+    """The values of some sources, merged, and for each key the source that set it last."""
+
+    values: dict[str, Any]
+    sources: dict[tuple[str, ...], str]
+
+
+_EMPTY = _Layer({}, {})
+_OVERRIDE = "override"
+
+
+def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str] = ()) -> S:
+    """Merge the files left to right, then the overrides `section.field=value`, and validate.
+
+    Mappings merge deep, everything else replaces. A file may name others in `extends` (a path or a
+    list, relative to the file); its own keys win over theirs. Raises InputError.
+    """
+    layer = _EMPTY
+    for path in paths:
+        layer = _merge(layer, _read_file(Path(path), chain=()))
+    for override in overrides:
+        layer = _merge(layer, _read_override(override))
+    try:
+        return schema.model_validate(layer.values)
+    except ValidationError as error:
+        name = str(paths[-1]) if paths else "config"
+        raise InputError(_describe(error, schema, layer, name)) from None
+
+
+def dump_config(config: Section) -> str:
+    """The whole config as YAML that load_config reads back to an equal config."""
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def config_schema(schema: type[Section]) -> dict[str, Any]:
+    """The JSON schema of a config file, for editors.
+
+    No key is required in it, since a file may leave it to the files that it extends.
+    """
+    result = schema.model_json_schema()
+    for part in (result, *result.get("$defs", {}).values()):
+        part.pop("required", None)
+    path = {"type": "string", "format": "path"}
+    result["properties"]["extends"] = {
+        "description": "Config files, relative to this one, that its own keys are merged into.",
+        "anyOf": [path, {"type": "array", "items": path}],
+    }
+    return result
+
+
+# --- sources -------------------------------------------------------------------------------------
+
+
+def _read_file(path: Path, chain: tuple[Path, ...]) -> _Layer:
+    """The file with all that it extends; `chain` is the files that led here by `extends`."""
+    if path.resolve() in [link.resolve() for link in chain]:
+        cycle = " -> ".join(str(link) for link in (*chain, path))
+        raise InputError(f"{chain[-1]}: extends={path}: must not lead back to itself: {cycle}")
+    values = _parse(_read_text(path, chain), path.parent, str(path))
+    if values is None:
+        return _EMPTY
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: {_show(values)}: must be a mapping of keys to values")
+    layer = _EMPTY
+    for parent in _parents(values.pop("extends", []), path):
+        layer = _merge(layer, _read_file(parent, (*chain, path)))
+    return _merge(layer, _Layer(values, dict.fromkeys(_key_paths(values), str(path))))
+
+
+def _parents(extends: Any, path: Path) -> list[Path]:
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"{path}: extends={_show(extends)}: must be a path or a list of paths")
+    return [Path(os.path.normpath(path.parent / name)) for name in names]
+
+
+def _read_text(path: Path, chain: tuple[Path, ...]) -> str:
+    origin = f" (extended by {chain[-1]})" if chain else ""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such config file{origin}") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}{origin}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: must be UTF-8 text; byte {error.start} is not") from None
+
+
+def _read_override(override: str) -> _Layer:
+    key, equals, text = override.partition("=")
+    names = key.split(".")
+    if not equals or not all(names):
+        raise InputError(f"{_OVERRIDE} {override}: must look like section.field=value")
+    values = _parse(text, Path(), f"{_OVERRIDE} {override}")
+    for name in reversed(names):
+        values = {name: values}
+    return _Layer(values, dict.fromkeys(_key_paths(values), _OVERRIDE))
+
+
+def _merge(base: _Layer, top: _Layer) -> _Layer:
+    return _Layer(_merge_values(base.values, top.values), base.sources | top.sources)
+
+
+def _merge_values(base: Any, top: Any) -> Any:
+    if not isinstance(base, dict) or not isinstance(top, dict):
+        return top
+    return base | {
+        key: _merge_values(base[key], value) if key in base else value for key, value in top.items()
+    }
+
+
+def _key_paths(values: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    for key, value in values.items():
+        yield (key,)
+        if isinstance(value, dict):
+            yield from ((key, *rest) for rest in _key_paths(value))
+
+
+# --- YAML ----------------------------------------------------------------------------------------
+# PyYAML reads YAML 1.1, in which 1e-5 and 08 are strings, 010 is 8, 1:30 is 90 and `no` is false.
+# These are the scalars of YAML 1.2; every other plain scalar is a string, for pydantic to judge.
+
+_NULL = re.compile(r"~|null|Null|NULL|")
+_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
+_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+_INF_NAN = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes also the strings that only YAML 1.2 reads as a number."""
+
+
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), None)
+
+
+def _parse(text: str, directory: Path, name: str) -> Any:
+    """The plain value of a YAML document, each string with its directory."""
+    try:
+        node = yaml.compose(text, Loader=yaml.BaseLoader)
+        return None if node is None else _plain(node, directory)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark and not name.startswith(_OVERRIDE) else ""
+        raise InputError(f"{name}: {line}must be YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{name}: must be YAML: {_one_line(str(error))}") from None
+    except RecursionError:
+        raise InputError(f"{name}: must be YAML: nested too deeply") from None
+
+
+def _plain(node: yaml.Node, directory: Path) -> Any:
+    if isinstance(node, yaml.MappingNode):
+        return _mapping(node, directory)
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item, directory) for item in node.value]
+    if node.tag != yaml.BaseLoader.DEFAULT_SCALAR_TAG or not isinstance(node, yaml.ScalarNode):
+        raise yaml.MarkedYAMLError(
+            problem=f"unknown tag {node.tag!r}", problem_mark=node.start_mark
+        )
+    return _scalar(node.value, directory, quoted=node.style is not None)
+
+
+def _mapping(node: yaml.MappingNode, directory: Path) -> dict[str, Any]:
+    result = {}
+    for key_node, value_node in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(
+                problem="a key that is no name", problem_mark=key_node.start_mark
+            )
+        if key_node.value in result:
+            problem = f"the key {key_node.value!r} occurs twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
+        result[key_node.value] = _plain(value_node, directory)
+    return result
+
+
+def _scalar(text: str, directory: Path, *, quoted: bool) -> Any:
+    if not quoted:
+        if _NULL.fullmatch(text):
+            return None
+        if _BOOL.fullmatch(text):
+            return text.lower() == "true"
+        if _INT.fullmatch(text):
+            return int(text)
+        if _FLOAT.fullmatch(text):
+            return float(text)
+        if _INF_NAN.fullmatch(text):
+            return float(text.replace(".", ""))
+    result = _Text(text)
+    result.directory = directory
+    return result
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def _describe(error: ValidationError, schema: type[Section], layer: _Layer, name: str) -> str:
+    """One line for the first mistake, an unknown key before others: it often explains the rest."""
+    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
+    first = details[0]
+    keys = _keys(first["loc"], layer.values)
+    dotted = ".".join(keys)
+    if first["type"] == "missing":
+        dotted = ".".join([*keys, str(first["loc"][-1])])
+        return f"{name}: {dotted}: required; set it in the file or with {dotted}=VALUE"
+    source = _source(keys, layer, name)
+    value = "" if isinstance(first["input"], dict | Section) else f"={_show(first['input'])}"
+    if first["type"] == "extra_forbidden":
+        value = value if source == _OVERRIDE else ""
+        return _place(source, dotted + value) + _unknown_key(keys, schema)
+    # A value may fail each member of a union; together the messages say what is allowed.
+    same = [detail for detail in details if _keys(detail["loc"], layer.values) == keys]
+    messages = list(dict.fromkeys(_message(detail) for detail in same))
+    others = [message.removeprefix("must be ") for message in messages[1:]]
+    return _place(source, dotted + value) + " or ".join([messages[0], *others])
+
+
+def _keys(loc: tuple[int | str, ...], values: Any) -> list[str]:
+    """The keys of an error's location, without the names of union members that pydantic adds."""
+    keys = []
+    for part in loc:
+        children: Any = dict(enumerate(values)) if isinstance(values, list) else values
+        if isinstance(children, dict) and part in children:
+            keys.append(str(part))
+            values = children[part]
+    return keys
+
+
+def _source(keys: list[str], layer: _Layer, name: str) -> str:
+    prefixes = (tuple(keys[:end]) for end in range(len(keys), 0, -1))
+    return next((layer.sources[prefix] for prefix in prefixes if prefix in layer.sources), name)
+
+
+def _place(source: str, key: str) -> str:
+    if source == _OVERRIDE:
+        return f"{source} {key}: "
+    return f"{source}: {key}: " if key else f"{source}: "
+
+
+_TYPES = {"model_type": "mapping", "dict_type": "mapping", "path_type": "path"}
+
+
+def _message(detail: Any) -> str:
+    if detail["type"] in _TYPES:
+        return f"must be a {_TYPES[detail['type']]}"
+    if detail["type"] == "value_error":
+        return _one_line(str(detail["ctx"]["error"]))
+    return _one_line(detail["msg"].replace("Input should ", "must ").split(", unable to parse")[0])
+
+
+def _unknown_key(keys: list[str], schema: type[Section]) -> str:
+    sections = [schema]
+    for key in keys[:-1]:
+        fields = [part.model_fields[key] for part in sections if key in part.model_fields]
+        # The index of a list or the key of a dictionary is no field: the sections stay the same.
+        sections = [part for field in fields for part in _sections(field.annotation)] or sections
+    names = list(dict.fromkeys(name for section in sections for name in section.model_fields))
+    near = get_close_matches(keys[-1], names, n=1)
+    if near:
+        return f"unknown key; did you mean {near[0]!r}?"
+    return f"unknown key; must be one of {', '.join(names)}"
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for part in get_args(annotation) for section in _sections(part)]
+
+
+def _show(value: Any) -> str:
+    plain = isinstance(value, str) and value.isprintable()
+    text = value if plain else json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

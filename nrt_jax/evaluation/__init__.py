@@ -1,0 +1,1 @@
+"""Measurements of a model on examples it was not trained on."""

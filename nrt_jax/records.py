@@ -1,0 +1,50 @@
+"""The nouns that flow through a run: Example → TokenizedExample → Trace → Group."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with its reference answer, as text."""
+
+    index: int
+    """Row number in its source, from 0; it names the example in keys, logs and samples."""
+    question: str
+    """x: what the model sees before it reasons, after the prompt template."""
+    answer: str
+    """y*: the reference answer, without the end-of-sequence token."""
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """An example as token ids."""
+
+    example: Example
+    prompt_tokens: np.ndarray
+    """x, int32, BOS included where the tokenizer has one."""
+    answer_tokens: np.ndarray
+    """y* and the end-of-sequence token, int32; its length is the T of the method."""
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One sampled continuation, exactly as the engine drew it: ids are never decoded and re-encoded."""
+
+    tokens: np.ndarray
+    """Sampled ids, int32, without the special token that ended them."""
+    log_probs: np.ndarray
+    """log pi(token | before), float32 nats, of the distribution that was sampled from."""
+    end_token: int | None
+    """The special token that ended the trace; None when the limit did."""
+    end_log_prob: float
+    """log pi of end_token in nats; 0.0 when end_token is None."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One example with the K traces sampled for it."""
+
+    example: TokenizedExample
+    traces: tuple[Trace, ...]

@@ -1,0 +1,160 @@
+"""The whole config of a run: the rooms' sections, and the loop's own."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from nrt_jax.config import Section
+from nrt_jax.data.config import DataConfig
+from nrt_jax.models.config import ModelConfig
+from nrt_jax.models.sharding import MeshConfig
+from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.rollout.config import RolloutConfig
+
+
+class OptimizerConfig(Section):
+    """AdamW with a schedule and a clip of the gradient's global norm."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Highest learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What follows the warm-up: no change, or a fall to zero at the last update."""
+    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    """Share of the updates in which the rate rises linearly from zero."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of Adam's first moment."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    """Decay of Adam's second moment."""
+    epsilon: float = Field(1e-8, gt=0)
+    """Added to the root of Adam's second moment."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Decoupled decay of every weight, norms excepted."""
+    clip_norm: float | None = Field(1.0, gt=0)
+    """Largest global norm of the gradient; null for no clip."""
+
+
+class TrainConfig(Section):
+    """Sizes and length of the run."""
+
+    steps: int = Field(100, ge=1)
+    """Batches to train on; each is one rollout and batch_prompts / mini_batch_prompts updates."""
+    batch_prompts: int = Field(256, ge=1)
+    """Prompts that share one rollout (SFT: rows of one update's batch)."""
+    mini_batch_prompts: int = Field(64, ge=1)
+    """Prompts of one update; divides batch_prompts."""
+    micro_batch_prompts: int = Field(8, ge=1)
+    """Prompts whose activations exist at once; divides mini_batch_prompts, changes no number."""
+    max_skipped_updates: int = Field(10, ge=1)
+    """The run stops after this many non-finite gradients in a row."""
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> "TrainConfig":
+        if self.batch_prompts % self.mini_batch_prompts:
+            raise ValueError(
+                f"mini_batch_prompts {self.mini_batch_prompts} must divide "
+                f"batch_prompts {self.batch_prompts}"
+            )
+        if self.mini_batch_prompts % self.micro_batch_prompts:
+            raise ValueError(
+                f"micro_batch_prompts {self.micro_batch_prompts} must divide "
+                f"mini_batch_prompts {self.mini_batch_prompts}"
+            )
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.steps * (self.batch_prompts // self.mini_batch_prompts)
+
+
+class CheckpointConfig(Section):
+    """When state is saved, and what is kept."""
+
+    every_steps: int = Field(100, ge=1)
+    """Steps between saves; the last step is always saved."""
+    keep_last: int = Field(2, ge=1)
+    """Newest checkpoints that are kept."""
+    best_metric: str | None = None
+    """Metric whose best checkpoint is kept too, such as eval/exact_match; null for none."""
+    best_mode: Literal["max", "min"] = "max"
+    """Whether the best is the highest or the lowest."""
+
+
+class EvaluationConfig(Section):
+    """Exact match on held-out examples while training."""
+
+    every_steps: int = Field(100, ge=1)
+    """Steps between evaluations; before the first and after the last step there is always one."""
+    examples: int = Field(512, ge=0)
+    """Held-out examples to answer; 0 for no evaluation."""
+    max_answer_tokens: int = Field(64, ge=1)
+    """Longest answer to generate, in tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """Temperature of traces and answers; 0 is greedy."""
+    samples: int = Field(10, ge=0)
+    """Examples whose trace and answer are written to samples.jsonl."""
+
+
+class LoggingConfig(Section):
+    """Where metrics go, besides metrics.jsonl."""
+
+    every_steps: int = Field(1, ge=1)
+    """Steps between lines on the terminal; the files get every step."""
+    tensorboard: bool = True
+    """Write TensorBoard events to the run directory."""
+    wandb_project: str | None = None
+    """Weights & Biases project to log to; needs `pip install wandb`."""
+
+
+class RunConfig(Section):
+    """One run: `nrt-jax train CONFIG`."""
+
+    method: Literal["nrt", "sft"] = "nrt"
+    """nrt samples traces and learns from them; sft is cross-entropy of the answer after x."""
+    run_dir: Path = Path("runs/default")
+    """Everything the run writes; an existing run in it is continued."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    """Fixes the initial weights, the order of the data and every sampled token."""
+    model: ModelConfig
+    """The model to train."""
+    data: DataConfig
+    """Questions and answers."""
+    objective: ObjectiveConfig = ObjectiveConfig()
+    """The NRT loss; not read when method is sft."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How traces are sampled; training by sft samples none."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The update rule."""
+    train: TrainConfig = TrainConfig()
+    """Sizes and length."""
+    mesh: MeshConfig = MeshConfig()
+    """How devices are laid out."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saves."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Held-out exact match."""
+    logging: LoggingConfig = LoggingConfig()
+    """Metrics."""
+
+    @model_validator(mode="after")
+    def _sampling_matches_scoring(self) -> "RunConfig":
+        if self.method == "sft":
+            return self
+        sampler = self.objective.old_log_probs == "sampler"
+        if self.rollout.top_p < 1 and sampler:
+            raise ValueError(
+                f"rollout.top_p {self.rollout.top_p} with objective.old_log_probs sampler: the "
+                "trainer's log-probs are not truncated; set objective.old_log_probs=recompute"
+            )
+        if self.rollout.temperature != 1 and self.objective.trace_covers == "z_and_end":
+            raise ValueError(
+                f"rollout.temperature {self.rollout.temperature} with objective.trace_covers "
+                "z_and_end: t_end is scored at temperature 1; set objective.trace_covers=z"
+            )
+        if self.objective.importance_cap is not None and sampler:
+            raise ValueError(
+                f"objective.importance_cap {self.objective.importance_cap} compares recomputed "
+                "with sampled log-probs; set objective.old_log_probs=recompute"
+            )
+        return self

@@ -1,0 +1,42 @@
+"""The update rule: AdamW, global-norm clip, schedule."""
+
+import jax
+import optax
+
+from nrt_jax.training.config import OptimizerConfig
+
+
+def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
+    """Learning rate by update number: linear warm-up, then constant, or a fall to zero."""
+    warmup = round(config.warmup_ratio * updates)
+    rest = max(updates - warmup, 1)
+    after = {
+        "constant": optax.constant_schedule(config.learning_rate),
+        "linear": optax.linear_schedule(config.learning_rate, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(config.learning_rate, rest),
+    }[config.schedule]
+    if not warmup:
+        return after
+    # The first update already moves: warm-up climbs from 1/warmup of the rate, not from zero.
+    start = config.learning_rate / warmup
+    rise = optax.linear_schedule(start, config.learning_rate, max(warmup - 1, 1))
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
+    """Optax chain; weight decay leaves the scales of the norms alone."""
+
+    def decays(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
+
+    adamw = optax.adamw(
+        make_schedule(config, updates),
+        b1=config.beta1,
+        b2=config.beta2,
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+        mask=decays,
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)

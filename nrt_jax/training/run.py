@@ -1,0 +1,241 @@
+"""The frame around both loops: open everything, count steps, log, evaluate, save, stop cleanly."""
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.errors import InputError, RunFailed
+from nrt_jax.evaluation.exact_match import Answerer, evaluate
+from nrt_jax.models.sharding import batch_sharding, make_mesh
+from nrt_jax.models.variants import Architecture
+from nrt_jax.training import run_dir
+from nrt_jax.training.checkpoint import Checkpoints
+from nrt_jax.training.config import RunConfig
+from nrt_jax.training.engines import make_answerer
+from nrt_jax.training.metrics import MetricsWriter, PhaseTimer
+from nrt_jax.training.optimizer import make_optimizer
+from nrt_jax.training.state import (
+    Model,
+    TrainState,
+    abstract_decoder,
+    init_params,
+    init_state,
+    read_architecture,
+    state_shardings,
+)
+
+log = logging.getLogger(__name__)
+
+SAMPLING_STREAM, EVALUATION_STREAM = 0, 1
+
+
+@dataclass
+class Run:
+    """One run: what is fixed, what the loop changes, and the files it writes."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    dataset: Dataset
+    batches: BatchIterator
+    model: Model
+    optimizer: optax.GradientTransformation
+    shardings: TrainState
+    state: TrainState
+    reference_params: Any | None
+    """Weights that a KL term pulls towards: those before the first step; None without one."""
+    answerer: Answerer | None
+    checkpoints: Checkpoints
+    metrics: MetricsWriter
+    step: int = 0
+    resumed: bool = False
+    timer: PhaseTimer = field(default_factory=PhaseTimer)
+    stop_signal: int | None = None
+    latest_evaluation: dict[str, float] = field(default_factory=dict)
+
+    def sampling_key(self, step: int) -> jax.Array:
+        """Key of a step's rollouts: a function of the seed and the step alone."""
+        key = jax.random.fold_in(jax.random.key(self.config.seed), SAMPLING_STREAM)
+        return jax.random.fold_in(key, step)
+
+    def to_device(self, batch: Any) -> Any:
+        """A batch of numpy arrays, split over the mesh by prompts."""
+        return jax.device_put(batch, batch_sharding(self.model.mesh))
+
+    def steps(self) -> Iterator[int]:
+        """Step numbers that are left, from 1; ends early after SIGTERM."""
+        if not self.resumed:
+            self._evaluate()
+        while self.step < self.config.train.steps and self.stop_signal is None:
+            yield self.step + 1
+        self._save()
+
+    def finish_step(self, metrics: dict[str, float]) -> None:
+        """Count the step, write its metrics, then evaluate and save where it is due."""
+        self.step += 1
+        config = self.config
+        metrics = metrics | self.timer.take()
+        if "speed/tokens" in metrics:
+            seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
+            metrics["speed/tokens_per_second"] = metrics.pop("speed/tokens") / seconds
+        self.metrics.write(self.step, metrics)
+        self._check_finite(metrics)
+        last = self.step == config.train.steps
+        if last or self.step % config.evaluation.every_steps == 0:
+            self._evaluate()
+        if last or self.step % config.checkpoint.every_steps == 0:
+            self._save()
+
+    def _check_finite(self, metrics: dict[str, float]) -> None:
+        limit = self.config.train.max_skipped_updates
+        if metrics["update/skipped_in_row"] >= limit:
+            raise RunFailed(
+                f"step {self.step}: {limit} gradients in a row were not finite, so no update was "
+                "made; lower optimizer.learning_rate, or look for the cause in metrics.jsonl"
+            )
+
+    def _evaluate(self) -> None:
+        if self.answerer is None:
+            return
+        key = jax.random.fold_in(jax.random.key(self.config.seed), EVALUATION_STREAM)
+        with self.timer("evaluate"):
+            metrics, samples = evaluate(
+                self.answerer,
+                self.state.params,
+                self.dataset.eval[: self.config.evaluation.examples],
+                key,
+                samples=self.config.evaluation.samples,
+            )
+        self.latest_evaluation = metrics
+        self.metrics.write(self.step, metrics | self.timer.take())
+        self.metrics.write_samples(self.step, samples)
+
+    def _save(self) -> None:
+        if self.step == 0:
+            return
+        self.metrics.sync()
+        progress = {"step": self.step, "seed": self.config.seed, "data": self.batches.get_state()}
+        self.checkpoints.save(self.step, self.state, progress, self.latest_evaluation)
+        self.latest_evaluation = {}
+
+
+@contextmanager
+def open_run(config: RunConfig) -> Iterator[Run]:
+    """Everything a loop needs, continued from the newest checkpoint where there is one.
+
+    SIGTERM ends the loop after the step under way; the state is saved, and the exit is clean.
+    """
+    mesh = make_mesh(config.mesh)
+    _check_batch_fits(config, mesh)
+    tokenizer = Tokenizer.load(
+        config.data.tokenizer, config.data.think_start, config.data.think_end
+    )
+    architecture = read_architecture(config.model)
+    check_vocabulary(config, tokenizer, architecture)
+    dataset = load_dataset(config.data, tokenizer)
+    batches = BatchIterator(
+        dataset.train,
+        config.train.batch_prompts,
+        config.data.shuffle,
+        # Another seed of the run reads the same data in another order.
+        config.data.seed + config.seed,
+    )
+    run_dir.prepare(config)
+    optimizer = make_optimizer(config.optimizer, config.train.updates)
+    params = init_params(config.model, architecture, mesh, config.seed)
+    shardings = state_shardings(optimizer, params, mesh)
+    checkpoints = Checkpoints(config.run_dir / run_dir.CHECKPOINTS, config.checkpoint)
+    definition, _ = nnx.split(abstract_decoder(config.model, architecture))
+    model = Model(definition, architecture, mesh)
+    state = init_state(optimizer, params, shardings)
+    restored = checkpoints.restore_newest(state)
+    step = 0
+    if restored is not None:
+        step, state = restored.step, restored.state
+        batches.set_state(restored.progress["data"])
+        log.info("continuing %s from step %d", config.run_dir, step)
+    _report_bad_rows(dataset)
+    # The weights above are handed to the first update, which consumes them: the reference is its own.
+    reference = None
+    if config.method == "nrt" and config.objective.kl_coefficient:
+        reference = init_params(config.model, architecture, mesh, config.seed)
+    answerer = make_answerer(config, model, tokenizer, dataset)
+    resolved = config.model_dump(mode="json")
+    writer = MetricsWriter(config.run_dir, config.logging, step, config.train.steps, resolved)
+    run = Run(
+        config,
+        tokenizer,
+        dataset,
+        batches,
+        model,
+        optimizer,
+        shardings,
+        state,
+        reference,
+        answerer,
+        checkpoints,
+        writer,
+        step=step,
+        resumed=restored is not None,
+    )
+    before = signal.signal(signal.SIGTERM, lambda number, _: setattr(run, "stop_signal", number))
+    try:
+        yield run
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        writer.close()
+        checkpoints.close()
+
+
+def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
+    """Device scalars as Python floats, fetched together."""
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of a step from those of its mini-batches: the mean, or the last count or maximum."""
+    rows = [to_floats(update) for update in updates]
+    merged = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    for name in ("update/skipped", "update/skipped_in_row"):
+        merged[name] = rows[-1][name]
+    return merged
+
+
+def check_vocabulary(
+    config: RunConfig, tokenizer: Tokenizer, architecture: Architecture
+) -> None:
+    """InputError when the tokenizer knows ids that the model has no row for."""
+    if tokenizer.vocab_size > architecture.vocab_size:
+        raise InputError(
+            f"{config.data.tokenizer}: has {tokenizer.vocab_size} tokens, the model's vocab_size "
+            f"is {architecture.vocab_size}; use the tokenizer of the model"
+        )
+
+
+def _check_batch_fits(config: RunConfig, mesh: Mesh) -> None:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.train.micro_batch_prompts % shards:
+        raise InputError(
+            f"train.micro_batch_prompts={config.train.micro_batch_prompts} does not divide over "
+            f"mesh data*fsdp={shards}; use a multiple of {shards}"
+        )
+    if config.rollout.slots % shards:
+        raise InputError(
+            f"rollout.slots={config.rollout.slots} does not divide over mesh data*fsdp={shards}; "
+            f"use a multiple of {shards}"
+        )
+
+
+def _report_bad_rows(dataset: Dataset) -> None:
+    for reason, count in sorted(dataset.bad_rows.items()):
+        log.warning("data: %d rows left out: %s", count, reason)

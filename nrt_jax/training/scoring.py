@@ -1,0 +1,78 @@
+"""What the sampling policy must judge before the first update of a step.
+
+With one mini-batch a step and the default objective nothing has to: the update's own forward pass
+sees the sampling policy.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from nrt_jax.training.batch import TrainBatch, at_answer
+from nrt_jax.training.nrt_loss import (
+    NrtSettings,
+    SamplingScores,
+    run_prompts,
+    score_baseline,
+    score_branches,
+)
+from nrt_jax.training.step import micro_batches
+
+Scorer = Callable[[Any, TrainBatch], SamplingScores]
+
+
+def make_scorer(
+    settings: NrtSettings, micro_count: int, *, several_updates: bool, reference: Any | None
+) -> Scorer:
+    """A function of (weights, mini-batch) that scores what the objective asks for.
+
+    c_base once a prompt when several updates share a rollout or the reward is the sampling
+    policy's; c of every trace for `reward_policy: sampling`; log pi of z for
+    `old_log_probs: recompute`; and log pi of z under the `reference` weights for a KL term.
+    """
+    objective = settings.objective
+    wants_c = objective.reward_policy == "sampling"
+    wants_old = objective.old_log_probs == "recompute"
+    wants_base = several_updates or wants_c
+
+    def score_micro(params: Any, batch: TrainBatch) -> SamplingScores:
+        decoder = nnx.merge(settings.definition, params)
+        _, prefix = run_prompts(decoder, batch)
+        scores = SamplingScores()
+        if wants_base:
+            log_c_base_PA = score_baseline(decoder, settings, prefix, batch)
+            scores = scores._replace(log_c_base_PA=log_c_base_PA)
+        if wants_c or wants_old:
+            log_prob_PKT = score_branches(decoder, settings, prefix, batch).log_prob_BT
+            log_c_PKA = at_answer(log_prob_PKT, batch) if wants_c else None
+            old_PKT = log_prob_PKT if wants_old else None
+            scores = scores._replace(log_c_PKA=log_c_PKA, old_log_prob_PKT=old_PKT)
+        return scores
+
+    def score_reference(params: Any, batch: TrainBatch) -> Any:
+        decoder = nnx.merge(settings.definition, params)
+        _, prefix = run_prompts(decoder, batch)
+        return score_branches(decoder, settings, prefix, batch).log_prob_BT
+
+    def over_micro_batches(function: Callable[[Any, TrainBatch], Any]) -> Callable[..., Any]:
+        @jax.jit
+        def run(params: Any, batch: TrainBatch) -> Any:
+            stacked = micro_batches(batch, micro_count)
+            scores = jax.lax.map(lambda micro: function(params, micro), stacked)
+            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), scores)
+
+        return run
+
+    nothing = not (wants_base or wants_old)
+    score_all = over_micro_batches(score_micro)
+    score_all_reference = over_micro_batches(score_reference)
+
+    def score(params: Any, batch: TrainBatch) -> SamplingScores:
+        scores = SamplingScores() if nothing else score_all(params, batch)
+        if reference is None:
+            return scores
+        return scores._replace(ref_log_prob_PKT=score_all_reference(reference, batch))
+
+    return score

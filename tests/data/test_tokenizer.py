@@ -1,0 +1,240 @@
+"""Reading tokenizer directories: ids as transformers gives them, control ids never from text."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models
+
+from nrt_jax.data.quickstart_tokenizer import SPECIAL_TOKENS
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.errors import InputError
+
+MULTILINGUAL = [
+    "Natalia sold clips to 48 of her friends in April.",
+    "  two  spaces,\ttab\nand a line\r\n\n",
+    "Die Straße über die Brücke – für 3,50 € – ist gesperrt.",
+    "Съешь же ещё этих мягких французских булок",
+    "数学的な推論を学習する。 今日は良い天気です。",
+    "한국어 문장도 있습니다",
+    "مرحبا بالعالم، كيف حالك؟",
+    "नमस्ते दुनिया",
+    "Ünïcödé é vs é, ﬁ ligature, \u200bzero width",
+    "🙂👩‍👩‍👧‍👦 \x00\x07 \U0001f9ff",
+    "def f(x):\n    return {'a': x ** 2}  # ▁meta",
+    "∫₀¹ x² dx = ⅓ ≠ √2",
+]
+
+
+def write(directory, backend, **settings):
+    """A tokenizer directory; eos_token is </s> unless told otherwise."""
+    directory.mkdir(exist_ok=True)
+    backend.save(str(directory / "tokenizer.json"))
+    settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def characters(*, special=("<s>", "</s>", "<think>", "</think>"), plain=()):
+    """A backend of single ASCII characters with the given added tokens."""
+    vocabulary = {chr(code): i for i, code in enumerate(range(32, 127))}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    backend.add_tokens([AddedToken(name, normalized=False) for name in plain])
+    return backend
+
+
+def message(*arguments) -> str:
+    with pytest.raises(InputError) as caught:
+        Tokenizer.load(*arguments)
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def mistral_reference(mistral_directory):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(mistral_directory)
+
+
+@pytest.mark.parametrize("text", MULTILINGUAL)
+def test_mistral_ids_are_those_of_transformers(mistral, mistral_reference, text):
+    ids = mistral.encode(text)
+    assert ids == mistral_reference.encode(text, add_special_tokens=False)
+    assert mistral.decode(ids) == mistral_reference.decode(ids)
+
+
+def test_mistral_real_questions(mistral, mistral_reference, shared_data):
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:200]
+    rows = [json.loads(line) for line in lines]
+    texts = [row[name] for row in rows for name in ("question", "answer")]
+    reference = mistral_reference(texts, add_special_tokens=False)["input_ids"]
+    assert mistral.encode_batch(texts) == reference
+
+
+def test_mistral_attributes(mistral):
+    assert (mistral.bos_id, mistral.eos_id, mistral.unk_id) == (1, 2, 0)
+    assert (mistral.think_start_id, mistral.think_end_id) == (14, 15)
+    assert mistral.token(14) == "[control_12]"
+    assert mistral.vocab_size == 32768
+    assert {0, 1, 2, 3, 14, 15} <= mistral.special_ids
+
+
+@given(text=st.text(alphabet=st.sampled_from([*SPECIAL_TOKENS, "1", "+", "<", "|>"]), max_size=12))
+def test_text_cannot_spell_a_control_id(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert not set(ids) & (tokenizer.special_ids - {tokenizer.unk_id})
+    assert ids == tokenizer.encode_batch([text])[0]
+
+
+def test_mistral_text_cannot_spell_a_control_id(mistral):
+    for name in sorted(mistral.token(i) for i in mistral.special_ids):
+        text = f"before {name} {name}{name}after"
+        ids = mistral.encode(text)
+        assert not set(ids) & mistral.special_ids
+        assert mistral.decode(ids) == text
+
+
+def test_plain_added_think_tokens_become_special(tmp_path):
+    backend = characters(special=("<s>", "</s>"), plain=("<think>", "</think>", "<tool>"))
+    loaded = Tokenizer.load(write(tmp_path / "t", backend), "<think>", "</think>")
+    names = {loaded.token(i) for i in loaded.special_ids}
+    assert names == {"<s>", "</s>", "<think>", "</think>"}
+    assert loaded.decode(loaded.encode("a<think>b</think>")) == "a<think>b</think>"
+    assert not set(loaded.encode("a<think>b</think>")) & loaded.special_ids
+    ids = [*loaded.encode("a"), loaded.think_start_id, *loaded.encode("b")]
+    assert loaded.decode(ids) == "a<think>b"
+    assert loaded.decode(ids, skip_special=True) == "ab"
+
+
+def unigram():
+    """Its vocabulary holds </s> as an ordinary piece, the way sentencepiece models do."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0), ("<t>", 0.0), ("</t>", 0.0)]
+    pieces += [(character, -5.0) for character in "abc<>/st"]
+    backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name, _ in pieces[:5]])
+    return backend
+
+
+def test_a_piece_that_spells_a_control_token_is_refused(tmp_path):
+    directory = write(tmp_path / "t", unigram(), unk_token="<unk>")
+    loaded = Tokenizer.load(directory, "<t>", "</t>")
+    assert loaded.control_in(loaded.encode("abc?")) is None
+    with pytest.raises(InputError) as caught:
+        loaded.encode("a</s>b")
+    assert str(caught.value) == "text 'a</s>b' spells the control token </s>; reword it"
+
+
+def test_an_unknown_token_with_another_role_stays_a_control_token(tmp_path):
+    backend = unigram()
+    loaded = Tokenizer.load(write(tmp_path / "t", backend, unk_token="</s>"), "<t>", "</t>")
+    assert loaded.unk_id is None
+    with pytest.raises(InputError, match=r"spells the control token </s>"):
+        loaded.encode("a</s>b")
+
+
+def test_numpy_ids_decode(tokenizer):
+    ids = np.array(tokenizer.encode("1+2"), np.int32)
+    assert tokenizer.decode(ids) == "1+2"
+    assert tokenizer.token(ids[0]) == "1"
+    assert tokenizer.decode([tokenizer.bos_id, *ids], skip_special=True) == "1+2"
+    assert tokenizer.decode([tokenizer.bos_id, *ids]) == "<|bos|>1+2"
+
+
+def test_no_truncation_and_no_padding(tmp_path):
+    backend = characters()
+    backend.enable_truncation(4)
+    backend.enable_padding(length=8)
+    loaded = Tokenizer.load(write(tmp_path / "t", backend), "<think>", "</think>")
+    assert loaded.decode(loaded.encode("a longer text")) == "a longer text"
+
+
+def test_bos_may_be_missing_and_names_may_be_descriptions(tmp_path):
+    eos = {"content": "</s>", "lstrip": False}
+    directory = write(tmp_path / "t", characters(), bos_token=None, eos_token=eos)
+    loaded = Tokenizer.load(directory, "<think>", "</think>")
+    assert loaded.bos_id is None
+    assert loaded.token(loaded.eos_id) == "</s>"
+
+
+def test_missing_think_tokens_name_candidates(tmp_path):
+    special = ("<s>", "</s>", "<a>", "<b>", "<reserved_1>", "<reserved_2>", "<c>", "<d>")
+    directory = write(tmp_path / "t", characters(special=special))
+    assert message(directory) == (
+        f"{directory}: data.think_start='<|think_start|>' is not a special token of this "
+        "tokenizer; set data.think_start and data.think_end to two special tokens that it has, "
+        "such as <reserved_1>, <reserved_2>, <a>, <b>, <c>"
+    )
+    assert message(directory, "<a>", "x") == (
+        f"{directory}: data.think_end='x' is not a special token of this tokenizer; "
+        "set data.think_start and data.think_end to two special tokens that it has, "
+        "such as <reserved_1>, <reserved_2>, <a>, <b>, <c>"
+    )
+    assert "data.think_end='</s>' has another role in this tokenizer" in message(
+        directory, "<a>", "</s>"
+    )
+    assert message(directory, "<a>", "<a>") == (
+        "data.think_end='<a>' is data.think_start too; they must differ"
+    )
+
+
+def test_no_special_tokens_to_spare(tmp_path):
+    directory = write(tmp_path / "t", characters(special=("<s>", "</s>")))
+    assert message(directory).endswith("special tokens that it has, but it has none to spare")
+
+
+def test_unreadable_directories(tmp_path):
+    needs = "a tokenizer directory holds tokenizer.json and tokenizer_config.json"
+    missing = tmp_path / "missing"
+    assert message(missing) == (
+        f"{missing}: no such tokenizer directory; set data.tokenizer ({needs})"
+    )
+    directory = write(tmp_path / "t", characters())
+    settings, vocabulary = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    vocabulary.unlink()
+    assert message(directory) == f"{vocabulary}: No such file or directory; {needs}"
+    vocabulary.write_text("{}")
+    text = message(directory)
+    assert text.startswith(f"{vocabulary}: not a tokenizer (")
+    assert text.endswith("); download it again")
+    settings.write_text("{,")
+    text = message(directory)
+    assert text.startswith(f"{settings}: not JSON (")
+    assert text.endswith("); download the tokenizer again")
+    settings.write_text("[]")
+    assert message(directory) == f"{settings}: holds no JSON object; download the tokenizer again"
+    settings.unlink()
+    assert message(directory) == f"{settings}: No such file or directory; {needs}"
+
+
+@pytest.mark.parametrize("eos", [None, "<end>", 2])
+def test_eos_must_exist(tmp_path, eos):
+    directory = write(tmp_path / "t", characters(), eos_token=eos)
+    shown = eos if isinstance(eos, str) else None
+    assert message(directory, "<think>", "</think>") == (
+        f"{directory / 'tokenizer_config.json'}: eos_token is {shown!r}; "
+        "name the token that ends a sequence, one that tokenizer.json has"
+    )
+
+
+def test_copy_is_byte_equal_and_writable(tmp_path, tokenizer):
+    source = tmp_path / "source"
+    tokenizer.copy_to(source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    for file in source.iterdir():
+        file.chmod(0o444)
+    copy = tmp_path / "deep" / "copy"
+    Tokenizer.load(source).copy_to(copy)
+    assert sorted(os.listdir(copy)) == [
+        "chat_template.jinja",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    for file in source.iterdir():
+        assert (copy / file.name).read_bytes() == file.read_bytes()
+        assert (copy / file.name).stat().st_mode & 0o200
+    assert Tokenizer.load(copy).special_ids == tokenizer.special_ids

@@ -1,0 +1,179 @@
+"""What one decoder must do: causality, prefix = full forward, padding, remat, bfloat16."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nrt_jax.models.attention import KVPrefix
+from nrt_jax.models.decoder import Decoder
+from nrt_jax.models.variants import Architecture
+from tests.models.tiny import LLAMA, WINDOW, architecture, close, decoder, tokens
+
+VARIANTS = {
+    "llama3": architecture(**LLAMA),
+    "tied": architecture(tie_word_embeddings=True),
+    "window": architecture(**WINDOW),
+}
+variants = pytest.mark.parametrize("a", VARIANTS.values(), ids=VARIANTS.keys())
+forward = nnx.jit(lambda model, *inputs: model(*inputs))
+
+
+def positions(B: int, T: int) -> jax.Array:
+    return jnp.tile(jnp.arange(T), (B, 1))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_causal_by_gradient(window):
+    """d logits[t] / d embedding of token s is zero exactly where t may not see s."""
+    changes = {} if window is None else WINDOW | {"sliding_window": window}
+    model = decoder(architecture(num_hidden_layers=1, **changes))
+    T = 9
+    graph, weights = nnx.split(model)
+
+    @jax.jit
+    @jax.jacrev
+    def jacobian(weights):
+        return nnx.merge(graph, weights)(jnp.arange(T)[None])[0].sum(axis=-1)
+
+    # Token s is row s of the embedding, so that the gradient of a row is that of a position.
+    gradient = nnx.to_pure_dict(jacobian(weights))["embedding"][:, :T]
+    distance = np.arange(T)[:, None] - np.arange(T)[None, :]
+    seen = (distance >= 0) & (distance < (T if window is None else window))
+    np.testing.assert_array_equal(np.abs(gradient).max(axis=-1) > 0, seen)
+
+
+@variants
+def test_prefill_and_decode_equal_the_full_forward(a: Architecture):
+    model, T, S = decoder(a), 12, 7
+    ids = tokens((2, T))
+    expected = forward(model, ids)
+    states, cache = nnx.jit(lambda m, *x: m.hidden(*x))(
+        model, ids[:, :S], positions(2, S), jnp.ones((2, S), bool)
+    )
+    outputs = [model.logits(states)]
+    # Slots that are not written yet hold garbage that no query may see.
+    cache = KVPrefix(*(_grow(x, T - S, axis) for x, axis in zip(cache, (2, 2, 1, 1), strict=True)))
+    for t in range(S, T):
+        logits, cache = decode(model, ids[:, t : t + 1], jnp.asarray(t), cache)
+        outputs.append(logits)
+    close(jnp.concatenate(outputs, axis=1), expected)
+
+
+@nnx.jit
+def decode(model: Decoder, ids: jax.Array, t: jax.Array, cache: KVPrefix):
+    """Logits after one more token, and the cache with its keys and values in slot t."""
+    valid = jnp.ones(ids.shape, bool)
+    states, new = model.hidden(ids, jnp.full(ids.shape, t), valid, cache)
+    return model.logits(states), KVPrefix(
+        cache.k.at[:, :, t].set(new.k[:, :, 0]),
+        cache.v.at[:, :, t].set(new.v[:, :, 0]),
+        cache.positions_PS.at[:, t].set(t),
+        cache.valid_PS.at[:, t].set(True),
+    )
+
+
+def _grow(x: jax.Array, slots: int, axis: int) -> jax.Array:
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, slots)
+    return jnp.pad(x, padding, constant_values=False if x.dtype == bool else 9)
+
+
+@variants
+def test_branches_of_one_prefix_equal_full_sequences(a: Architecture):
+    """Values and gradients; two prompts of lengths 6 and 4 (left-padded), three branches each."""
+    P, R, S, T = 2, 3, 6, 5
+    prompts, branches = tokens((P, S)), tokens((P * R, T), seed=1)
+    prompt_valid = jnp.arange(S)[None] >= jnp.asarray([[0], [2]])
+    branch_valid = jnp.arange(T)[None] < jnp.asarray([[5], [3], [4], [5], [1], [2]])
+    copies = jnp.repeat(prompts, R, axis=0), jnp.repeat(prompt_valid, R, axis=0)
+    whole = [
+        jnp.concatenate(pair, axis=1) for pair in zip(copies, (branches, branch_valid), strict=True)
+    ]
+    graph, weights = nnx.split(decoder(a))
+
+    def shared(weights):
+        model = nnx.merge(graph, weights)
+        prompt_positions = jnp.maximum(jnp.cumsum(prompt_valid, axis=1) - 1, 0)
+        _, prefix = model.hidden(prompts, prompt_positions, prompt_valid)
+        start = jnp.repeat(prompt_valid.sum(axis=1), R)
+        here = start[:, None] + jnp.arange(T)[None]
+        logits = model.logits(model.hidden(branches, here, branch_valid, prefix)[0])
+        return _objective(logits, branch_valid), logits
+
+    def full(weights):
+        logits = nnx.merge(graph, weights)(whole[0], None, whole[1])[:, S:]
+        return _objective(logits, branch_valid), logits
+
+    (_, actual), actual_grad = jax.jit(jax.value_and_grad(shared, has_aux=True))(weights)
+    (_, expected), expected_grad = jax.jit(jax.value_and_grad(full, has_aux=True))(weights)
+    close(actual[branch_valid], expected[branch_valid])
+    close(nnx.to_pure_dict(actual_grad), nnx.to_pure_dict(expected_grad), 2e-5)
+
+
+def _objective(logits: jax.Array, valid: jax.Array) -> jax.Array:
+    log_pi = jax.nn.log_softmax(logits)[..., 7]
+    return jnp.sum(jnp.where(valid, log_pi * (1 + jnp.arange(log_pi.shape[1]))[None], 0))
+
+
+@variants
+def test_padding_on_either_side_changes_nothing(a: Architecture):
+    model, T, padding = decoder(a), 8, 3
+    ids = tokens((2, T))
+    expected = jax.nn.log_softmax(forward(model, ids))
+    true, false = jnp.ones((2, T), bool), jnp.zeros((2, padding), bool)
+    junk = tokens((2, padding), seed=1)
+    left = forward(model, jnp.concatenate([junk, ids], 1), None, jnp.concatenate([false, true], 1))
+    right = forward(model, jnp.concatenate([ids, junk], 1), None, jnp.concatenate([true, false], 1))
+    close(jax.nn.log_softmax(left[:, padding:]), expected)
+    close(jax.nn.log_softmax(right[:, :T]), expected)
+
+
+def _loss_and_gradient(model: Decoder, ids: jax.Array) -> tuple[jax.Array, dict]:
+    graph, weights = nnx.split(model)
+
+    def loss(weights):
+        log_pi = jax.nn.log_softmax(nnx.merge(graph, weights)(ids)[:, :-1])
+        return -jnp.mean(jnp.take_along_axis(log_pi, ids[:, 1:, None], axis=-1))
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(weights)
+    return value, nnx.to_pure_dict(gradient)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_neither_loss_nor_gradient(remat):
+    a, ids = architecture(**LLAMA), tokens((2, 24))
+    close(
+        _loss_and_gradient(decoder(a, remat=remat), ids),
+        _loss_and_gradient(decoder(a, remat="none"), ids),
+    )
+
+
+def test_remat_keeps_less():
+    """Bytes that the forward pass keeps for the backward pass: all, matrix products, inputs."""
+    kept = {}
+    for remat in ("none", "dots", "full"):
+        graph, weights = nnx.split(decoder(architecture(), remat=remat))
+        states = jax.eval_shape(
+            lambda w, graph=graph: jax.vjp(lambda w: nnx.merge(graph, w)(tokens((2, 24))), w)[1],
+            weights,
+        )
+        kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(states))
+    assert kept["full"] < kept["dots"] < kept["none"]
+
+
+def test_bfloat16_compute_is_close_and_its_logits_float32():
+    """Weights and their gradients stay float32; bfloat16 keeps 8 bits, and two layers add up."""
+    a, ids = architecture(**LLAMA), tokens((2, 24))
+    half = decoder(a, dtype=jnp.bfloat16)
+    logits = forward(half, ids)
+    assert logits.dtype == jnp.float32
+    expected = forward(decoder(a), ids)
+    close(logits, expected, 0.05)
+    assert np.abs(logits - expected).max() > 0
+    loss, gradient = _loss_and_gradient(half, ids)
+    expected_loss, expected_gradient = _loss_and_gradient(decoder(a), ids)
+    assert {x.dtype for x in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+    close(loss, expected_loss, 0.02)
+    close(gradient, expected_gradient, 0.1)

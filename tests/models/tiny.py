@@ -1,0 +1,55 @@
+"""Small decoders with large random weights, so that a wrong computation shows."""
+
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nrt_jax.models.decoder import Decoder
+from nrt_jax.models.variants import Architecture, Llama3Scaling
+
+SCALING = Llama3Scaling(factor=8.0, original_max_position_embeddings=16)
+LLAMA = {"rope_theta": 500000.0, "rope_scaling": SCALING}
+WINDOW = {"family": "mistral", "sliding_window": 5, "rope_theta": 1e4}
+
+
+def architecture(**changes: Any) -> Architecture:
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "initializer_range": 0.15,
+    }
+    return Architecture.model_validate(sizes | changes)
+
+
+@cache
+def decoder(a: Architecture, **options: Any) -> Decoder:
+    """A decoder with drawn weights, norms included; shared by all tests, so not to be changed."""
+    model = Decoder(a, nnx.Rngs(0), **options)
+    norms = [model.final_norm, model.layers.attention_norm, model.layers.mlp_norm]
+    for n, norm in enumerate(norms):
+        noise = jax.random.normal(jax.random.key(n), norm.scale[...].shape)
+        norm.scale[...] = 1 + 0.3 * noise
+    return model
+
+
+def tokens(shape: tuple[int, ...], vocab_size: int = 61, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocab_size, shape), jnp.int32)
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-5) -> None:
+    """Every leaf agrees to `tolerance` times the largest value of that leaf."""
+    for (path, a), e in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        a, e = np.asarray(a, np.float64), np.asarray(e, np.float64)
+        error, scale = np.abs(a - e).max(), np.abs(e).max()
+        assert error <= tolerance * scale, f"{jax.tree_util.keystr(path)}: {error} of {scale}"

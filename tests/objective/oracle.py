@@ -1,0 +1,73 @@
+"""The formulas of the method once more, in plain Python floats and loops, to compare with.
+
+Rows are lists of kept tokens only: masks are resolved by `kept`, before any formula.
+"""
+
+import math
+
+
+def kept(row, mask):
+    return [float(x) for x, keep in zip(row, mask, strict=True) if keep]
+
+
+def weights(scheme, log_c_base, normalisation, cap):
+    raw = []
+    for log_c in log_c_base:
+        w = 1 / math.exp(log_c) if scheme == "ws_inv_p" else -log_c
+        raw.append(w if cap is None else min(w, cap))
+    if normalisation == "sum":
+        return raw
+    total = len(raw) if normalisation == "mean" else sum(raw)
+    return [w / total if total else 0.0 for w in raw]
+
+
+def aggregate(scheme, log_c, log_c_base, normalisation="mean", cap=None):
+    """(R, [S_1, ..., S_T]) of one row."""
+    T = len(log_c)
+    if T == 0:
+        return 0.0, []
+    c = [math.exp(value) for value in log_c]
+    if scheme == "logp":
+        return sum(log_c), [1.0] * T
+    if scheme == "p":
+        return math.prod(c), [math.prod(c)] * T
+    if scheme == "gm":
+        mean = math.exp(sum(log_c) / T)
+        return mean, [mean / T] * T
+    if scheme == "am":
+        return sum(c) / T, [value / T for value in c]
+    w = weights(scheme, log_c_base, normalisation, cap)
+    signal = [weight * value for weight, value in zip(w, c, strict=True)]
+    return sum(signal), signal
+
+
+def advantages(rewards, baseline, estimator):
+    """[A_1, ..., A_K] of one group; a group counts as equal only where it is exactly equal."""
+    K = len(rewards)
+    if estimator == "rloo":
+        if K == 1:
+            return [0.0]
+        return [r - (sum(rewards) - r) / (K - 1) for r in rewards]
+    if estimator == "clip01":
+        return [min(1.0, max(0.0, r - baseline)) for r in rewards]
+    if estimator != "grpo_unclipped":
+        rewards = [max(0.0, r - baseline) for r in rewards]
+    mean = sum(rewards) / K
+    if estimator == "dr_grpo":
+        return [r - mean for r in rewards]
+    if len(set(rewards)) == 1:
+        return [0.0] * K
+    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / K)
+    return [(r - mean) / std for r in rewards]
+
+
+def ppo_clip(log_prob, old_log_prob, advantage, low, high):
+    ratio = math.exp(log_prob - old_log_prob)
+    return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+
+
+def cispo(log_prob, old_log_prob, advantage, low, high):
+    ratio = math.exp(log_prob - old_log_prob)
+    if (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low):
+        return 0.0
+    return -min(max(ratio, 1 - low), 1 + high) * advantage * log_prob
