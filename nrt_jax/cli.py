@@ -6,8 +6,11 @@ jax is imported by the verb that needs it, so that --help and --version answer a
 import argparse
 import json
 import logging
+import math
+import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import nrt_jax
 from nrt_jax.errors import InputError, RunFailed
@@ -24,37 +27,55 @@ train.steps=10 or objective.scheme=gm.
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; 0 when it worked, 2 for a mistake in the input, 1 for a run that failed."""
     args = _parser().parse_args(argv)
-    logging.basicConfig(format="nrt-jax: %(levelname)s: %(message)s", level=logging.WARNING)
-    logging.getLogger("nrt_jax").setLevel(logging.INFO)
+    _configure_logging()
     try:
         args.verb(args)
+        sys.stdout.flush()
     except InputError as error:
         return _fail(error, 2)
     except RunFailed as error:
         return _fail(error, 1)
+    except BrokenPipeError:
+        # Nobody reads on: the exit must not try to write what is left.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _fail("standard output was closed before the end", 1)
     except OSError as error:
         return _fail(_os_error(error), 1)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues the run", 130)
+        return _fail("interrupted; the same command continues a run", 130)
     return 0
 
 
+def _configure_logging() -> None:
+    logging.basicConfig(format="nrt-jax: %(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("nrt_jax").setLevel(logging.INFO)
+    # Whatever Orbax logs with a traceback it also raises, and is then said in one line.
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+
+
 def _fail(message: object, status: int) -> int:
-    print(f"nrt-jax: error: {message}", file=sys.stderr)
+    print(f"nrt-jax: error: {' '.join(str(message).split())}", file=sys.stderr)
     return status
 
 
 def _os_error(error: OSError) -> str:
     """The file, what the system says, and what to do."""
-    where = error.filename or "a file of the run"
+    where = error.filename or "a file"
     return (
-        f"{where}: {error.strerror or error}; make room or allow writing there, then run the same "
-        "command again: it continues from the newest checkpoint"
+        f"{where}: {error.strerror or error}; make room or allow access there, then run the same "
+        "command again: a run continues from its newest checkpoint"
     )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nrt-jax: error: {message}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="nrt-jax",
         description="Native Reasoning Training: reasoning from question-answer pairs alone.",
         epilog=EPILOG,
@@ -70,8 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", help="print the trace and the answer to a prompt")
     generate.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
     generate.add_argument("--prompt", required=True, action="append", help="may be given again")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy")
+    generate.add_argument("--seed", type=_seed, default=0)
     generate.set_defaults(verb=_generate)
 
     export = verbs.add_parser("export", help="write a run's model as a Hugging Face directory")
@@ -102,6 +123,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no temperature; give 0 or more")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is no seed; give 0 to {2**31 - 1}")
+    return value
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="+", metavar="CONFIG", help="YAML files and key=value overrides"
@@ -112,18 +147,22 @@ def _load(args: argparse.Namespace):
     from nrt_jax.config import load_config
     from nrt_jax.training.config import RunConfig
 
-    files = [Path(word) for word in args.config if "=" not in word]
-    overrides = [word for word in args.config if "=" in word]
+    # A file may have an equals sign in its path.
+    overrides = [word for word in args.config if "=" in word and not Path(word).is_file()]
+    files = [Path(word) for word in args.config if word not in overrides]
     if not files:
-        raise InputError(f"{' '.join(args.config)}: names no config file; give one before overrides")
+        raise InputError(f"{' '.join(args.config)}: no config file; name one before the overrides")
     return load_config(RunConfig, files, overrides)
 
 
 def _train(args: argparse.Namespace) -> None:
-    config = _load(args)
-    from nrt_jax.training.loop import train
+    from nrt_jax.training.stop import StopRequest
 
-    train(config)
+    with StopRequest() as stop:
+        config = _load(args)
+        from nrt_jax.training.loop import train
+
+        train(config, stop)
 
 
 def _generate(args: argparse.Namespace) -> None:

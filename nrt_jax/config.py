@@ -129,7 +129,7 @@ def _parents(extends: Any, path: Path) -> list[Path]:
 def _read_text(path: Path, chain: tuple[Path, ...]) -> str:
     origin = f" (extended by {chain[-1]})" if chain else ""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such config file{origin}") from None
     except OSError as error:
@@ -180,9 +180,16 @@ _INF_NAN = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes also the strings that only YAML 1.2 reads as a number."""
+    """Quotes what only YAML 1.2 reads as a number, and escapes control characters."""
 
 
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # Only double quotes keep every character: elsewhere U+0085 reads back as a space.
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), None)
 
 

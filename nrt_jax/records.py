@@ -30,7 +30,7 @@ class TokenizedExample:
 
 @dataclass(frozen=True)
 class Trace:
-    """One sampled continuation, exactly as the engine drew it: ids are never decoded and re-encoded."""
+    """One sampled continuation, as the engine drew it: ids are never decoded and re-encoded."""
 
     tokens: np.ndarray
     """Sampled ids, int32, without the special token that ended them."""

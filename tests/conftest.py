@@ -1,21 +1,28 @@
 """What every test shares: eight CPU devices, strict array promotion, the optional data folder."""
 
 import os
-import tempfile
 from pathlib import Path
 
-# Before jax is imported, and in the environment, so that the processes tests start inherit them.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
-os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
-# Compiled programs outlive the test run: the same models are compiled again and again.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "nrt_jax_tests_compiled")
-)
-
+import hypothesis
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+# jax reads these when it is imported, which no module above does; in the environment, so that the
+# processes that tests start have them too.
+for name, value in {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "JAX_NUMPY_RANK_PROMOTION": "raise",
+    # Compiled programs outlive a test: the same small models are compiled again and again.
+    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".pytest_cache" / "compiled"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+}.items():
+    os.environ.setdefault(name, value)
+
+# The first example of a test compiles, and takes as long as the machine is busy.
+hypothesis.settings.register_profile("tests", deadline=None)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,7 @@ def test_extends_reaches_through_several_files_and_twice_to_the_same():
 
 def test_files_merge_left_to_right_and_overrides_last():
     files = [write("1.yaml", "train: {steps: 1, scheme: gm}"), write("2.yaml", "train: {steps: 2}")]
+    assert load_config(Config, files) == load("train: {steps: 2, scheme: gm}")
     config = load_config(Config, files, ["train.steps=3", "train.cap=4", "train.cap=null"])
     assert (config.train.steps, config.train.scheme, config.train.cap) == (3, "gm", None)
 
@@ -132,7 +133,11 @@ def test_an_override_may_hold_a_mapping_or_an_equals_sign():
 
 @pytest.mark.parametrize("text", ["1e-5", "1E-05", "1.0e-5", "+.00001", "0.00001", "10e-6"])
 def test_floats_are_read_as_yaml_1_2_does(text):
-    assert load(f"train: {{learning_rate: {text}}}").train.learning_rate == pytest.approx(1e-5)
+    class Either(Section):
+        value: float | str
+
+    assert load(f"value: {text}", schema=Either).value == pytest.approx(1e-5)
+    assert load(f"value: '{text}'", schema=Either).value == text
 
 
 def test_strings_that_yaml_1_1_takes_for_something_else():
@@ -158,6 +163,13 @@ def test_paths_of_overrides_and_of_code_start_from_the_working_directory(folder)
     assert config.data == Source(path=Path("y")) == Source(path=folder / "y")
 
 
+def test_a_path_that_is_a_default_starts_from_the_working_directory(folder):
+    class WithDefault(Section):
+        path: ConfigPath = Path("x")
+
+    assert load(schema=WithDefault).path == folder / "x"
+
+
 def test_a_path_may_start_at_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     config = load("data: {path: ~/x}")
@@ -173,7 +185,9 @@ def test_output_paths_are_left_alone():
 
 # --- dumps ---------------------------------------------------------------------------------------
 
-texts = st.text() | st.sampled_from(["", "~", "no", "1e-5", "08", "1_0", "=", "<<", ".5", "true"])
+texts = st.text() | st.sampled_from(
+    ["", "~", "no", "1e-5", "08", "1_0", "<<", ".5", "true", "\x85"]
+)
 floats = st.floats(allow_nan=False, allow_infinity=False)
 paths = st.sampled_from([Path("x"), Path("../y"), Path("/z/1e5"), Path("a b/ü: #")])
 shares = st.builds(Shares, copy_share=st.just(0.25), noise_share=st.just(0.75))
@@ -307,6 +321,9 @@ def test_the_file_that_set_a_wrong_value_is_named():
     expected = "a/base.yaml: train.steps=0: must be greater than or equal to 1"
     assert message(load_config, Config, [Path("c.yaml"), path]) == expected
     assert load_config(Config, [Path("c.yaml"), path], ["train.steps=1"]).train.steps == 1
+    assert message(load_config, Config, [Path("c.yaml"), path], ["train.steps=-1"]) == (
+        "override train.steps=-1: must be greater than or equal to 1"
+    )
 
 
 def test_a_required_key_is_asked_of_the_last_file():

@@ -62,6 +62,29 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     return Dataset(kept, evaluation, dict(bad_rows))
 
 
+def tokenize_prompt(question: str, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
+    """Ids of the prompt x that a row with this question has, int32; its row needs no answer.
+
+    Raises InputError for a question that would make the row a bad one, and for one with characters
+    that the tokenizer cannot spell.
+    """
+    fields = {config.question_field: question, config.answer_field: "any"}
+    try:
+        texts = render(fields, config).prompt
+        ids = tokenizer.encode_batch(texts)
+        _check_controls(texts, ids, tokenizer)
+        prompt = _join_prompt(texts, ids, config, tokenizer)
+    except BadRow as bad:
+        raise InputError(bad.detail) from bad
+    if tokenizer.unk_id is not None and tokenizer.unk_id in prompt:
+        unknown = [c for c in dict.fromkeys(question) if tokenizer.unk_id in tokenizer.encode(c)]
+        raise InputError(
+            f"the prompt {shorten(question)} has characters that the tokenizer cannot spell "
+            f"({shorten(''.join(unknown))}); use those of its vocabulary"
+        )
+    return np.array(prompt, np.int32)
+
+
 class BatchIterator:
     """Endless batches of exactly `batch_size` examples.
 
@@ -87,8 +110,11 @@ class BatchIterator:
         }
         rows = grain.MapDataset.source(examples)
         if shuffle:
-            rows = rows.shuffle(seed=seed)
-        batches = rows.repeat().batch(batch_size, batch_fn=list)
+            # Grain's epoch e takes the order of seed + e: near seeds must not share their epochs.
+            spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+            rows = rows.shuffle(seed=spread_seed)
+        # Endless, so nothing is dropped; the other way of counting batches overflows at size 1.
+        batches = rows.repeat().batch(batch_size, drop_remainder=True, batch_fn=list)
         # Rows are ready or cheap to make: threads would only add latency and nondeterminism.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
         self._batches = iter(batches.to_iter_dataset(options))
@@ -215,13 +241,10 @@ def _to_example(
 ) -> TokenizedExample:
     """Join the ids of a row's texts with its control tokens; BadRow when they break a rule."""
     *pieces, answer = ids
-    has_bos = config.add_bos and tokenizer.bos_id is not None
-    prompt = [tokenizer.bos_id] if has_bos else []
-    for i, piece in enumerate(pieces):
-        prompt += [tokenizer.eos_id, *piece] if i else piece
     answer = [*answer, tokenizer.eos_id]
-    _check_controls(text, ids, tokenizer)
-    _check_length("prompt", len(prompt), config.max_prompt_tokens, "".join(text.prompt))
+    _check_controls((*text.prompt, text.answer), ids, tokenizer)
+    _check_spelling(text.answer, ids[-1], tokenizer)
+    prompt = _join_prompt(text.prompt, pieces, config, tokenizer)
     _check_length("answer", len(answer), config.max_answer_tokens, text.answer)
     question = tokenizer.token(tokenizer.eos_id).join(text.prompt)
     return TokenizedExample(
@@ -231,18 +254,32 @@ def _to_example(
     )
 
 
-def _check_controls(text: Rendered, ids: list[list[int]], tokenizer: Tokenizer) -> None:
-    for content, content_ids in zip((*text.prompt, text.answer), ids, strict=True):
+def _join_prompt(
+    texts: Sequence[str], pieces: list[list[int]], config: DataConfig, tokenizer: Tokenizer
+) -> list[int]:
+    has_bos = config.add_bos and tokenizer.bos_id is not None
+    prompt = [tokenizer.bos_id] if has_bos else []
+    for i, piece in enumerate(pieces):
+        prompt += [tokenizer.eos_id, *piece] if i else piece
+    _check_length("prompt", len(prompt), config.max_prompt_tokens, "".join(texts))
+    return prompt
+
+
+def _check_controls(texts: Sequence[str], ids: list[list[int]], tokenizer: Tokenizer) -> None:
+    for content, content_ids in zip(texts, ids, strict=True):
         control = tokenizer.control_in(content_ids)
         if control is not None:
             raise BadRow(
                 "spells a control token", f"{shorten(content)} spells {control}; reword the text"
             )
-    # The model cannot learn to write what its vocabulary cannot spell.
-    if tokenizer.unk_id is not None and tokenizer.unk_id in ids[-1]:
+
+
+def _check_spelling(answer: str, ids: list[int], tokenizer: Tokenizer) -> None:
+    """The model cannot learn to write what its vocabulary cannot spell."""
+    if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
         raise BadRow(
             "answer not in the vocabulary",
-            f"the answer {shorten(text.answer)} has characters that the tokenizer cannot spell; "
+            f"the answer {shorten(answer)} has characters that the tokenizer cannot spell; "
             "use another tokenizer or drop the row",
         )
 

@@ -34,7 +34,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             if number == 0:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield Row(number, f"line {number + 1}", _parse_line(line))
+                yield Row(number, f"line {number + 1}", _parse_line(line.rstrip(b"\r\n")))
 
 
 def _parse_line(line: bytes) -> dict | BadRow:
@@ -44,7 +44,7 @@ def _parse_line(line: bytes) -> dict | BadRow:
         value = shorten(line[error.start : error.start + 8])
         return BadRow("not UTF-8", f"has the bytes {value}; save the file as UTF-8")
     except (ValueError, RecursionError) as error:
-        shown = shorten(line.decode("utf-8").rstrip("\r\n"))
+        shown = shorten(line.decode("utf-8"))
         return BadRow("bad JSON", f"{shown} is not JSON ({error}); write one JSON object a line")
     if not isinstance(fields, dict):
         return BadRow("not an object", f"{shorten(fields)} is no JSON object; write {{...}}")
@@ -56,7 +56,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as table:
+        with path.open("rb") as file, pyarrow.parquet.ParquetFile(file) as table:
             number = 0
             for batch in table.iter_batches(batch_size=1024):
                 for fields in batch.to_pylist():

@@ -95,17 +95,17 @@ def read_architecture(directory: Path) -> Architecture:
             raise InputError(f"{file}: {field}: required; {_CLASSES[family]} has no default for it")
     fields = Architecture.model_fields.keys() - {"family", "rope_theta", "rope_scaling"}
     values |= {field: config[field] for field in fields if field in config}
+    _check_layer_types(file, config, values.get("sliding_window"))
+    values = _derive_heads(file, values) | _read_rope(file, config)
     try:
-        return Architecture.model_validate(
-            _derive_heads(file, values) | _read_rope(file, config) | _window(file, config, values)
-        )
+        return Architecture.model_validate(values)
     except ValidationError as error:
         raise _invalid(file, error) from None
 
 
 def _family(file: Path, config: dict[str, Any]) -> str:
     family = config.get("model_type")
-    if family not in _CLASSES:
+    if family not in list(_CLASSES):
         raise _refusal(file, "model_type", family, f"must be {' or '.join(_CLASSES)}")
     names = config.get("architectures")
     if names is not None and names != [_CLASSES[family]]:
@@ -127,17 +127,12 @@ def _derive_heads(file: Path, values: dict[str, Any]) -> dict[str, Any]:
     return derived
 
 
-def _window(file: Path, config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    window = values.get("sliding_window")
-    if values["family"] == "llama" and window is not None:
-        remedy = "LlamaForCausalLM has no sliding window; set it to null"
-        raise _refusal(file, "sliding_window", window, remedy)
+def _check_layer_types(file: Path, config: dict[str, Any], window: Any) -> None:
     kind = "full_attention" if window is None else "sliding_attention"
-    kinds = config.get("layer_types")
-    if kinds is not None and set(kinds) != {kind}:
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list) or any(other != kind for other in kinds):
         remedy = f"layers of different kinds are not implemented; each must be {kind}"
         raise _refusal(file, "layer_types", kinds, remedy)
-    return {"sliding_window": window}
 
 
 def _read_rope(file: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -147,10 +142,9 @@ def _read_rope(file: Path, config: dict[str, Any]) -> dict[str, Any]:
         where, earlier = rope.setdefault(key, (field, value))
         if earlier != value:
             raise _refusal(file, field, value, f"must agree with {where}={_show(earlier)}")
-    _, kind = rope.pop("rope_type", ("", "default"))
+    field, kind = rope.pop("rope_type", ("", "default"))
     if kind not in ("default", "llama3"):
-        remedy = "not implemented; rope_type must be default or llama3"
-        raise _refusal(file, "rope_type", kind, remedy)
+        raise _refusal(file, field, kind, "not implemented; only default and llama3 are")
     _, theta = rope.pop("rope_theta", ("", 10000.0))
     field, fraction = rope.pop("partial_rotary_factor", ("", 1))
     if fraction != 1:
@@ -183,10 +177,6 @@ def _rope_fields(file: Path, config: dict[str, Any]) -> Iterator[tuple[str, str,
 
 def _config_json(a: Architecture, dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
     """`config.json` in the spelling that transformers 4 and 5 both read."""
-    if a.family == "llama" and a.sliding_window is not None:
-        raise InputError(
-            f"sliding_window={a.sliding_window}: LlamaForCausalLM has none; use family: mistral"
-        )
     config = a.model_dump(exclude={"family"})
     if a.family == "llama":
         del config["sliding_window"]
@@ -350,7 +340,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: weight_map: must map names of weights to files")
-        names = sorted(set(weight_map.values()))
+        names = sorted({str(name) for name in weight_map.values()})
         if single.exists() and _SINGLE not in names:
             raise InputError(f"{directory}: {_SINGLE} and {_INDEX}: two models; remove one of them")
         return [directory / name for name in names], weight_map
@@ -430,11 +420,11 @@ def write_directory(
     directory = Path(os.path.abspath(directory))
     config = _config_json(architecture, dtype, bos_token_id, eos_token_id)
     generation = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    tensors = _to_tensors(architecture, params, dtype)
     temporary = directory.parent / f".{directory.name}.{os.getpid()}.partial"
     try:
         if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise InputError(f"{directory}: exists and is not empty; give a new folder")
+        tensors = _to_tensors(architecture, params, dtype)
         temporary.mkdir(parents=True)
         _write_json(temporary / _CONFIG, config)
         _write_json(temporary / "generation_config.json", generation)

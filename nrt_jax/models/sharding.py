@@ -1,6 +1,7 @@
 """Which mesh axis holds which dimension: one table from logical names to mesh axes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,15 +30,15 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 class MeshConfig(Section):
     """Devices along each mesh axis; one of them may be -1 and takes what is left."""
 
-    data: int = Field(-1, ge=-1)
+    data: int = Field(default=-1, ge=-1)
     """Replicas of the weights, each with its own prompts."""
-    fsdp: int = Field(1, ge=-1)
+    fsdp: int = Field(default=1, ge=-1)
     """Shards of the weights along the model dim, each with its own prompts."""
-    tensor: int = Field(1, ge=-1)
+    tensor: int = Field(default=1, ge=-1)
     """Shards of the heads, the feed-forward and the vocabulary."""
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of all devices with the axes data, fsdp, tensor.
 
     Raises InputError when the sizes do not multiply to the number of devices.

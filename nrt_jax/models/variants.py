@@ -12,11 +12,11 @@ Count = Annotated[int, Field(ge=1)]
 class Llama3Scaling(Section):
     """The frequency scaling of Llama 3.1 and later (`rope_type: llama3`)."""
 
-    factor: float = Field(8.0, gt=0)
+    factor: float = Field(default=8.0, gt=0)
     """Low frequencies are divided by this factor."""
-    low_freq_factor: float = Field(1.0, gt=0)
+    low_freq_factor: float = Field(default=1.0, gt=0)
     """Wavelengths above original_max_position_embeddings / low_freq_factor are scaled in full."""
-    high_freq_factor: float = Field(4.0, gt=0)
+    high_freq_factor: float = Field(default=4.0, gt=0)
     """Wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
     original_max_position_embeddings: Count = 8192
     """Context length in tokens of the training before the scaling."""
@@ -50,9 +50,9 @@ class Architecture(Section):
     """Key/value heads H; divides the query heads."""
     head_dim: Count = 32
     """Width of one head, even."""
-    rms_norm_eps: float = Field(1e-5, gt=0)
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
     """Added to the mean square in RMSNorm."""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary frequencies."""
     rope_scaling: Llama3Scaling | None = None
     """Scaling of the rotary frequencies; null for none."""
@@ -60,7 +60,7 @@ class Architecture(Section):
     """A token sees itself and this many minus one tokens before it; null for all of them."""
     tie_word_embeddings: bool = False
     """True when the head is the embedding."""
-    initializer_range: float = Field(0.02, gt=0)
+    initializer_range: float = Field(default=0.02, gt=0)
     """Standard deviation of freshly drawn weights."""
     max_position_embeddings: Count = 4096
     """Longest sequence in tokens that the model is meant for; kept for export."""
@@ -74,4 +74,13 @@ class Architecture(Section):
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} must be even")
+        return self
+
+    @model_validator(mode="after")
+    def _only_mistral_has_a_window(self) -> "Architecture":
+        if self.family == "llama" and self.sliding_window is not None:
+            raise ValueError(
+                f"sliding_window {self.sliding_window} must be null, or family must be mistral: "
+                "a Llama has no sliding window"
+            )
         return self

@@ -47,29 +47,17 @@ def aggregate(
         raise ValueError(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
     mask_BT = as_mask(mask_BT)
     log_c_BT = masked_fill(log_c_BT, mask_BT)
-    if scheme == "logp":
-        reward_B = masked_sum(log_c_BT, mask_BT, axis=1)
-        signal_BT = jnp.ones_like(log_c_BT)
-    elif scheme == "p":
-        reward_B = jnp.exp(masked_sum(log_c_BT, mask_BT, axis=1))
-        signal_BT = jnp.broadcast_to(reward_B[:, None], log_c_BT.shape)
-    elif scheme == "gm":
-        reward_B = jnp.exp(masked_mean(log_c_BT, mask_BT, axis=1))
-        signal_BT = reward_B[:, None] / _token_count_B1(mask_BT)
-        signal_BT = jnp.broadcast_to(signal_BT, log_c_BT.shape)
+    if scheme in WS_SCHEMES:
+        weight_BT, _ = ws_weights(
+            scheme,
+            log_c_base_BT,
+            mask_BT,
+            ws_normalisation=ws_normalisation,
+            weight_cap=weight_cap,
+        )
+        reward_B, signal_BT = _weighted_sum(weight_BT, log_c_BT, mask_BT)
     else:
-        if scheme == "am":
-            weight_BT = 1 / _token_count_B1(mask_BT)
-        else:
-            weight_BT, _ = ws_weights(
-                scheme,
-                log_c_base_BT,
-                mask_BT,
-                ws_normalisation=ws_normalisation,
-                weight_cap=weight_cap,
-            )
-        signal_BT = weight_BT * jnp.exp(log_c_BT)
-        reward_B = masked_sum(signal_BT, mask_BT, axis=1)
+        reward_B, signal_BT = _unweighted(scheme, log_c_BT, mask_BT)
     return masked_fill(reward_B, mask_BT.any(axis=1)), masked_fill(signal_BT, mask_BT)
 
 
@@ -94,8 +82,7 @@ def ws_weights(
     surprise_BT = -masked_fill(jax.lax.stop_gradient(at_least_float32(log_c_base_BT)), mask_BT)
     # Rounding can leave log c_base just above 0; a weight below 0 would punish a sure token.
     surprise_BT = jnp.maximum(surprise_BT, 0)
-    # exp(85) is above LARGEST_WEIGHT and below the overflow of float32.
-    raw_BT = jnp.exp(jnp.minimum(surprise_BT, 85)) if scheme == "ws_inv_p" else surprise_BT
+    raw_BT = jnp.exp(surprise_BT) if scheme == "ws_inv_p" else surprise_BT
     largest = LARGEST_WEIGHT if weight_cap is None else min(weight_cap, LARGEST_WEIGHT)
     capped_BT = mask_BT & (raw_BT > largest)
     weight_BT = masked_fill(jnp.minimum(raw_BT, largest), mask_BT)
@@ -110,6 +97,32 @@ def ws_weights(
             f"choose one of {', '.join(WS_NORMALISATIONS)}"
         )
     return weight_BT, capped_BT
+
+
+def _unweighted(
+    scheme: str, log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> tuple[Float[Array, " B"], Float[Array, "B T"]]:
+    """R and S of the schemes that need no baseline; the caller masks rows and positions."""
+    ones_BT = jnp.ones_like(log_c_BT)
+    if scheme == "logp":
+        return masked_sum(log_c_BT, mask_BT, axis=1), ones_BT
+    if scheme == "p":
+        reward_B = jnp.exp(masked_sum(log_c_BT, mask_BT, axis=1))
+        return reward_B, reward_B[:, None] * ones_BT
+    share_BT = ones_BT / _token_count_B1(mask_BT)
+    if scheme == "gm":
+        reward_B = jnp.exp(masked_mean(log_c_BT, mask_BT, axis=1))
+        return reward_B, reward_B[:, None] * share_BT
+    assert scheme == "am"
+    return _weighted_sum(share_BT, log_c_BT, mask_BT)
+
+
+def _weighted_sum(
+    weight_BT: Float[Array, "B T"], log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> tuple[Float[Array, " B"], Float[Array, "B T"]]:
+    """sum_j w_j c_j, and its terms, which are the signals."""
+    signal_BT = weight_BT * jnp.exp(log_c_BT)
+    return masked_sum(signal_BT, mask_BT, axis=1), signal_BT
 
 
 def _token_count_B1(mask_BT: Bool[Array, "B T"]) -> Float[Array, "B 1"]:

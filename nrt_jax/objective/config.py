@@ -20,15 +20,15 @@ class ObjectiveConfig(Section):
     """How the probabilities c_1..c_T of the reference answer become the reward R (Table 1)."""
     ws_normalisation: WsNormalisation = "mean"
     """Scale of the weights of the ws schemes: divided by T, left as they are, or summing to 1."""
-    weight_cap: float | None = Field(1e4, gt=0)
+    weight_cap: float | None = Field(default=1e4, gt=0)
     """Largest raw weight of the ws schemes, before normalisation; null for no cap."""
     estimator: Estimator = "grpo"
     """How the rewards of the K traces of one prompt become advantages (Eq. 9 and 10)."""
     policy_loss: PolicyLoss = "ppo_clip"
     """The trace term: clipped surrogate of PPO and GRPO, or CISPO."""
-    clip_low: float = Field(0.2, ge=0, le=1)
+    clip_low: float = Field(default=0.2, ge=0, le=1)
     """Token ratios below 1 - clip_low are clipped."""
-    clip_high: float = Field(0.28, ge=0)
+    clip_high: float = Field(default=0.28, ge=0)
     """Token ratios above 1 + clip_high are clipped."""
     token_signal: Literal["derived", "fixed"] = "derived"
     """Weight S_i of each answer token: (df/dc_i) c_i, or 1 (cross-entropy after the trace)."""
@@ -36,19 +36,19 @@ class ObjectiveConfig(Section):
     """Tokens of the trace term: the trace alone, or also the token that ends it."""
     format_where: FormatWhere = "all"
     """Format loss on both think tokens of all traces, or on an end that was not emitted."""
-    format_coefficient: float = Field(0.3, ge=0)
+    format_coefficient: float = Field(default=0.3, ge=0)
     """Weight of the format loss (Eq. 11)."""
-    length_constant: float = Field(4096.0, gt=0)
+    length_constant: float = Field(default=4096.0, gt=0)
     """Divides the token sums of the trace, answer-token and format terms alike."""
-    kl_coefficient: float = Field(0.0, ge=0)
+    kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the reference policy."""
-    entropy_coefficient: float = Field(0.0, ge=0)
+    entropy_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the entropy bonus on the tokens of the trace."""
     token_ratio: Literal["none", "trace"] = "none"
     """Importance ratio on the token term: none (Algorithm 1) or the trace's r_k (Eq. 23)."""
-    token_ratio_cap: float = Field(2.0, ge=1)
+    token_ratio_cap: float = Field(default=2.0, ge=1)
     """r_k on the token term is truncated at this value."""
-    importance_cap: float | None = Field(None, gt=0)
+    importance_cap: float | None = Field(default=None, gt=0)
     """Truncation of the weight between recomputed and sampler log-probs; null for no weight."""
     reward_policy: Literal["current", "sampling"] = "current"
     """Whose probabilities give R: the current weights, or those that sampled the traces."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
-from nrt_jax.objective.masked import masked_fill, masked_sum
+from nrt_jax.objective.masked import masked_sum
 
 # exp(20) = 5e8 is far outside any clip range; without a limit one such token makes inf * 0 = NaN.
 MAX_LOG_RATIO = 20.0
@@ -125,9 +125,9 @@ def trace_ratio(
 
     The mask keeps the tokens of the trace; an empty trace has ratio 1.
     """
-    log_ratio_BT = masked_fill(log_prob_BT, mask_BT) - masked_fill(old_log_prob_BT, mask_BT)
-    log_ratio_B = jnp.minimum(masked_sum(log_ratio_BT, mask_BT, axis=1), MAX_LOG_RATIO)
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio_B), cap))
+    log_ratio_B = masked_sum(log_prob_BT - old_log_prob_BT, mask_BT, axis=1)
+    ratio_B = jnp.exp(jnp.minimum(log_ratio_B, MAX_LOG_RATIO))
+    return jax.lax.stop_gradient(jnp.minimum(ratio_B, cap))
 
 
 def sft_loss(log_prob_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:

@@ -1,11 +1,9 @@
 """The JetStream engine over our decoder: prefill, insert, generate.
 
 Letters: L layers, B slots, K copies of one prompt, S cache length, H key/value heads, d head dim,
-V vocabulary.
+V vocabulary, C columns of a step's result.
 """
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -67,19 +65,23 @@ class SampledTokens(jetstream.ResultTokens):
         return self.replace(data=np.asarray(self.data))
 
     @property
-    def token_B(self) -> np.ndarray:
+    def token_B(self) -> Int[np.ndarray, "B"]:
         return np.asarray(self.data)[:, 0]
 
     @property
-    def valid_B(self) -> np.ndarray:
+    def valid_B(self) -> Bool[np.ndarray, "B"]:
         return np.asarray(self.data)[:, 1].astype(bool)
 
     @property
-    def log_prob_B(self) -> np.ndarray:
+    def length_B(self) -> Int[np.ndarray, "B"]:
+        return np.asarray(self.data)[:, 2]
+
+    @property
+    def log_prob_B(self) -> Float[np.ndarray, "B"]:
         return np.asarray(self.data)[:, 3].copy().view(np.float32)
 
     @property
-    def done_B(self) -> np.ndarray:
+    def done_B(self) -> Bool[np.ndarray, "B"]:
         return np.asarray(self.data)[:, 4].astype(bool)
 
 
@@ -112,10 +114,11 @@ class DecoderEngine(jetstream.Engine):
         self._slots, self._dtype, self._tokenizer_path = slots, dtype, tokenizer_path
         self._max_prompt = bucket(max_prompt_tokens)
         self._cache_length = self._max_prompt + max_new_tokens
+        self._max_new_tokens, self._stop_ids = max_new_tokens, stop_ids
         self._is_stop_V = np.isin(np.arange(architecture.vocab_size), sorted(stop_ids))
-        everywhere = replicated(mesh)
+        everywhere, shardings = replicated(mesh), self._state_shardings()
+        self._init = jax.jit(self._empty_state, out_shardings=shardings)
         self._prefill = jax.jit(self._prefill_impl, out_shardings=everywhere)
-        shardings = self._state_shardings()
         self._insert = jax.jit(self._insert_impl, donate_argnums=1, out_shardings=shardings)
         self._generate = jax.jit(
             self._generate_impl, donate_argnums=1, out_shardings=(shardings, everywhere)
@@ -126,7 +129,7 @@ class DecoderEngine(jetstream.Engine):
         *,
         params: Any,
         existing_prefix: Prefix | None = None,
-        padded_tokens: Int[Array, "S"],
+        padded_tokens: Int[Array | np.ndarray, "S"],
         true_length: int,
     ) -> Prefix:
         """Run one prompt, padded on the right to a bucket; a prefix to continue is not taken."""
@@ -138,7 +141,9 @@ class DecoderEngine(jetstream.Engine):
             )
         return self._prefill(params, jnp.asarray(padded_tokens), true_length)
 
-    def _prefill_impl(self, params, tokens_S, true_length) -> Prefix:
+    def _prefill_impl(
+        self, params: Any, tokens_S: Int[Array, "S"], true_length: Int[Array, ""]
+    ) -> Prefix:
         decoder = nnx.merge(self._definition, params)
         positions_1S = jnp.arange(tokens_S.shape[0])[None]
         hidden_1SD, kv = decoder.hidden(tokens_S[None], positions_1S, positions_1S < true_length)
@@ -152,12 +157,12 @@ class DecoderEngine(jetstream.Engine):
         slot: int,
         request: SlotRequests | None = None,
     ) -> DecodeState:
-        """Start one sequence in `slot`; without a request it is greedy, up to the cache's end."""
+        """Start one sequence in `slot`; without a request it is greedy, up to max_new_tokens."""
         if request is None:
             request = SlotRequests(
                 slot_K=np.asarray([slot], np.int32),
                 key_K=jax.random.key(0)[None],
-                limit_K=np.asarray([self._cache_length - self._max_prompt], np.int32),
+                limit_K=np.asarray([self._max_new_tokens], np.int32),
                 temperature_K=np.zeros(1, np.float32),
                 top_p_K=np.ones(1, np.float32),
             )
@@ -169,7 +174,9 @@ class DecoderEngine(jetstream.Engine):
         """Start K sequences from one prefill; the state passed in is consumed."""
         return self._insert(prefix, decode_state, requests)
 
-    def _insert_impl(self, prefix: Prefix, state: DecodeState, requests: SlotRequests):
+    def _insert_impl(
+        self, prefix: Prefix, state: DecodeState, requests: SlotRequests
+    ) -> DecodeState:
         slot_K = jnp.where(requests.slot_K < 0, self._slots, requests.slot_K)
         S = prefix.k_LSHd.shape[1]
 
@@ -189,20 +196,18 @@ class DecoderEngine(jetstream.Engine):
             top_p_B=put(state.top_p_B, requests.top_p_K),
         )
 
-    def generate(
-        self, params: Any, decode_state: DecodeState
-    ) -> tuple[DecodeState, SampledTokens]:
+    def generate(self, params: Any, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
         """Draw one token in every slot, then run it; the state passed in is consumed."""
         decode_state, data_BC = self._generate(params, decode_state)
         return decode_state, SampledTokens(
             data=data_BC, tokens_idx=(0, 1), valid_idx=(1, 2), length_idx=(2, 3), samples_per_slot=1
         )
 
-    def _generate_impl(self, params, state: DecodeState):
+    def _generate_impl(
+        self, params: Any, state: DecodeState
+    ) -> tuple[DecodeState, Int[Array, "B C"]]:
         keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
-        token_B, log_prob_B = sample(
-            state.logits_BV, keys_B, state.temperature_B, state.top_p_B
-        )
+        token_B, log_prob_B = sample(state.logits_BV, keys_B, state.temperature_B, state.top_p_B)
         generated_B = state.generated_B + state.active_B
         stopped_B = jnp.asarray(self._is_stop_V)[token_B] | (generated_B >= state.limit_B)
         done_B = state.active_B & stopped_B
@@ -225,7 +230,9 @@ class DecoderEngine(jetstream.Engine):
         )
         return state, data_BC
 
-    def _advance(self, params, state: DecodeState, token_B):
+    def _advance(
+        self, params: Any, state: DecodeState, token_B: Int[Array, "B"]
+    ) -> tuple[Float[Array, "B V"], Float[Array, "L B S H d"], Float[Array, "L B S H d"]]:
         """Run one token a slot against its cache, and append its keys and values."""
         decoder = nnx.merge(self._definition, params)
         cached_BS = jnp.arange(self._cache_length)[None, :]
@@ -245,8 +252,7 @@ class DecoderEngine(jetstream.Engine):
 
     def init_decode_state(self) -> DecodeState:
         """An empty state: no slot is active."""
-        make: Callable[[], DecodeState] = partial(self._empty_state)
-        return jax.jit(make, out_shardings=self._state_shardings())()
+        return self._init()
 
     def _empty_state(self) -> DecodeState:
         a, B = self._architecture, self._slots
@@ -297,6 +303,16 @@ class DecoderEngine(jetstream.Engine):
     def max_prefill_length(self) -> int:
         """Longest prompt in tokens, a bucket."""
         return self._max_prompt
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Most tokens that can follow the longest prompt."""
+        return self._max_new_tokens
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end a sequence."""
+        return self._stop_ids
 
     @property
     def mesh(self) -> Mesh:

@@ -1,16 +1,25 @@
-"""Prompts to traces: our own loop around the engine, the same on every host."""
+"""Prompts to traces: our own loop around the engine, the same on every host.
 
-from collections import deque
+Letters: N sequences of all requests, T tokens, B slots, K copies that start together.
+"""
+
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float, Int, Key
 
 from nrt_jax.errors import InputError
 from nrt_jax.records import Trace
-from nrt_jax.rollout.engine import DecoderEngine, DecodeState, SampledTokens, SlotRequests, bucket
+from nrt_jax.rollout.engine import (
+    DecoderEngine,
+    DecodeState,
+    Prefix,
+    SampledTokens,
+    SlotRequests,
+    bucket,
+)
 
 
 class Request(NamedTuple):
@@ -23,16 +32,6 @@ class Request(NamedTuple):
     max_tokens: int
 
 
-@dataclass
-class _Sequence:
-    """One sequence that is being decoded."""
-
-    request: int
-    copy: int
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-
-
 def generate(
     engine: DecoderEngine,
     params: Any,
@@ -43,38 +42,32 @@ def generate(
     temperature: float,
     top_p: float,
 ) -> list[tuple[Trace, ...]]:
-    """Traces of every request, in order.
+    """Traces of every request, in order; `stop_ids` are those of the engine.
 
     A trace depends on (key, request.stream, copy) and the weights alone: not on the slot, the
     neighbours or the order. Slots are refilled while others decode; host reads lag one step, so
-    the device is never waited for. Raises InputError for a prompt longer than the engine takes.
+    the device is never waited for. Raises InputError for a prompt longer than the engine takes,
+    and for a limit that is not positive or beyond its cache.
     """
-    _check_lengths(engine, requests)
+    assert stop_ids == engine.stop_ids, "the engine was built to stop at other tokens"
+    _check(engine, requests)
     scheduler = _Scheduler(engine, params, requests, key, temperature, top_p)
     state = engine.init_decode_state()
-    unread: tuple[SampledTokens, list[_Sequence | None]] | None = None
-    finished: dict[tuple[int, int], Trace] = {}
+    unread: SampledTokens | None = None
     while True:
         state = scheduler.fill(state)
-        running = list(scheduler.slots)
-        result = None
-        if any(sequence is not None for sequence in running):
-            state, result = engine.generate(params, state)
-            result.copy_to_host_async()
+        sampled = None
+        if scheduler.busy:
+            state, sampled = engine.generate(params, state)
+            sampled.copy_to_host_async()
         if unread is not None:
-            for slot, sequence in _read(*unread):
-                finished[sequence.request, sequence.copy] = _trace(sequence, stop_ids)
-                scheduler.slots[slot] = None
-        if result is None and not scheduler.waiting and not any(scheduler.slots):
-            break
-        unread = None if result is None else (result, running)
-    return [
-        tuple(finished[index, copy] for copy in range(request.copies))
-        for index, request in enumerate(requests)
-    ]
+            scheduler.read(unread)
+        if sampled is None:
+            return scheduler.traces(stop_ids)
+        unread = sampled
 
 
-def _check_lengths(engine: DecoderEngine, requests: Sequence[Request]) -> None:
+def _check(engine: DecoderEngine, requests: Sequence[Request]) -> None:
     for index, request in enumerate(requests):
         length = len(request.prompt_tokens)
         if not 1 <= length <= engine.max_prefill_length:
@@ -82,89 +75,130 @@ def _check_lengths(engine: DecoderEngine, requests: Sequence[Request]) -> None:
                 f"prompt {index}: {length} tokens; the engine takes 1 to "
                 f"{engine.max_prefill_length} (data.max_prompt_tokens)"
             )
+        if not 1 <= request.max_tokens <= engine.max_new_tokens:
+            raise InputError(
+                f"prompt {index}: a limit of {request.max_tokens} new tokens; the engine takes 1 "
+                f"to {engine.max_new_tokens}"
+            )
 
 
 class _Scheduler:
-    """Which sequence sits in which slot, and who waits."""
+    """Which sequence sits in which slot, who waits, and what has been sampled so far.
 
-    def __init__(self, engine, params, requests, key, temperature, top_p):
-        self.slots: list[_Sequence | None] = [None] * engine.max_concurrent_decodes
-        self.waiting = deque(
-            (index, copy) for index, request in enumerate(requests) for copy in range(request.copies)
-        )
+    The copies of all requests are numbered one after the other: with copies (2, 3), sequence 3 is
+    copy 1 of request 1. Sequences start in this order.
+    """
+
+    def __init__(
+        self,
+        engine: DecoderEngine,
+        params: Any,
+        requests: Sequence[Request],
+        key: jax.Array,
+        temperature: float,
+        top_p: float,
+    ):
         self._engine, self._params, self._requests, self._key = engine, params, requests, key
         self._temperature, self._top_p = temperature, top_p
-        self._width = max((request.copies for request in requests), default=1)
-        self._prefilled: tuple[int, Any] = (-1, None)
+        copies = [request.copies for request in requests]
+        self._request_N = np.repeat(np.arange(len(requests)), copies)
+        self._copy_N = np.concatenate([np.arange(count) for count in [0, *copies]])
+        self._width = max(copies, default=1)
+        longest = max((request.max_tokens for request in requests), default=1)
+        self._token_NT = np.zeros((len(self._request_N), longest), np.int32)
+        self._log_prob_NT = np.zeros(self._token_NT.shape, np.float32)
+        self._length_N = np.zeros(len(self._request_N), np.int32)
+        self._started = 0
+        self._prefilled: tuple[int, Prefix] | None = None
+        # The sequence in each slot; -1 in a free one.
+        self._sequence_B = np.full(engine.max_concurrent_decodes, -1)
+
+    @property
+    def busy(self) -> bool:
+        """Whether any slot is taken."""
+        return bool((self._sequence_B >= 0).any())
 
     def fill(self, state: DecodeState) -> DecodeState:
         """Start waiting sequences in the free slots, all copies of one prompt together."""
-        free = deque(slot for slot, sequence in enumerate(self.slots) if sequence is None)
-        while free and self.waiting:
-            index = self.waiting[0][0]
-            placed: list[tuple[int, int]] = []
-            while free and self.waiting and self.waiting[0][0] == index:
-                slot, (_, copy) = free.popleft(), self.waiting.popleft()
-                self.slots[slot] = _Sequence(index, copy)
-                placed.append((slot, copy))
+        (free,) = np.nonzero(self._sequence_B < 0)
+        while free.size and self._started < len(self._request_N):
+            index = int(self._request_N[self._started])
+            waiting = np.searchsorted(self._request_N, index, side="right") - self._started
+            slot_K, free = np.split(free, [min(waiting, free.size)])
+            sequence_K = self._started + np.arange(slot_K.size)
+            self._sequence_B[slot_K] = sequence_K
+            self._started += slot_K.size
             state = self._engine.insert_copies(
-                self._prefix(index), state, self._slot_requests(index, placed)
+                self._prefix(index), state, self._slot_requests(index, slot_K, sequence_K)
             )
         return state
 
-    def _prefix(self, index: int):
+    def read(self, result: SampledTokens) -> None:
+        """Store a step's tokens with their sequences, and free the slots that are done.
+
+        A slot keeps its sequence until its last token is read here, and those that started since
+        the step have no token in it: the slots' sequences are right for a step that is read late.
+        """
+        host = result.convert_to_numpy()
+        (slots,) = np.nonzero(host.valid_B)
+        sequences, lengths = self._sequence_B[slots], host.length_B[slots]
+        self._token_NT[sequences, lengths - 1] = host.token_B[slots]
+        self._log_prob_NT[sequences, lengths - 1] = host.log_prob_B[slots]
+        self._length_N[sequences] = lengths
+        self._sequence_B[host.done_B] = -1
+
+    def traces(self, stop_ids: frozenset[int]) -> list[tuple[Trace, ...]]:
+        """What was sampled, request by request."""
+        rows = zip(self._token_NT, self._log_prob_NT, self._length_N, strict=True)
+        traces = (_trace(token_T[:n], log_prob_T[:n], stop_ids) for token_T, log_prob_T, n in rows)
+        return [tuple(next(traces) for _ in range(r.copies)) for r in self._requests]
+
+    def _prefix(self, index: int) -> Prefix:
         """The prompt's prefill, kept until the next prompt's, so that all copies share it."""
-        if self._prefilled[0] != index:
+        if self._prefilled is None or self._prefilled[0] != index:
             tokens = self._requests[index].prompt_tokens
             padded = np.zeros(bucket(len(tokens)), np.int32)
             padded[: len(tokens)] = tokens
             prefix = self._engine.prefill(
                 params=self._params, padded_tokens=padded, true_length=len(tokens)
             )
-            self._prefilled = (index, prefix)
+            self._prefilled = index, prefix
         return self._prefilled[1]
 
-    def _slot_requests(self, index: int, placed: list[tuple[int, int]]) -> SlotRequests:
+    def _slot_requests(
+        self, index: int, slot_K: Int[np.ndarray, "K"], sequence_K: Int[np.ndarray, "K"]
+    ) -> SlotRequests:
         """The widest request's shape for all, so that one program is compiled."""
-        request = self._requests[index]
-        rows = placed + [(-1, 0)] * (self._width - len(placed))
-        slot_K, copy_K = np.asarray(rows, np.int32).T
+        request, width = self._requests[index], self._width
+        unused = (0, width - slot_K.size)
+        copy_K = np.pad(self._copy_N[sequence_K], unused)
         return SlotRequests(
-            slot_K=slot_K,
+            slot_K=np.pad(slot_K, unused, constant_values=-1).astype(np.int32),
             key_K=_copy_keys(self._key, request.stream, copy_K),
-            limit_K=np.full(self._width, request.max_tokens, np.int32),
-            temperature_K=np.full(self._width, self._temperature, np.float32),
-            top_p_K=np.full(self._width, self._top_p, np.float32),
+            limit_K=np.full(width, request.max_tokens, np.int32),
+            temperature_K=np.full(width, self._temperature, np.float32),
+            top_p_K=np.full(width, self._top_p, np.float32),
         )
 
 
 @jax.jit
-def _copy_keys(key: jax.Array, stream: int, copy_K: jax.Array) -> jax.Array:
+def _copy_keys(
+    key: Key[Array, ""], stream: int | Int[Array, ""], copy_K: Int[Array | np.ndarray, "K"]
+) -> Key[Array, "K"]:
     prompt_key = jax.random.fold_in(key, stream)
     return jax.vmap(lambda copy: jax.random.fold_in(prompt_key, copy))(copy_K)
 
 
-def _read(result: SampledTokens, running: list[_Sequence | None]):
-    """Append a step's tokens to their sequences; yield the slots that are done."""
-    host = result.convert_to_numpy()
-    columns = zip(host.token_B, host.valid_B, host.log_prob_B, host.done_B, strict=True)
-    for slot, (token, valid, log_prob, done) in enumerate(columns):
-        sequence = running[slot]
-        if sequence is None or not valid:
-            continue
-        sequence.tokens.append(int(token))
-        sequence.log_probs.append(float(log_prob))
-        if done:
-            yield slot, sequence
-
-
-def _trace(sequence: _Sequence, stop_ids: frozenset[int]) -> Trace:
+def _trace(
+    token_T: Int[np.ndarray, "T"], log_prob_T: Float[np.ndarray, "T"], stop_ids: frozenset[int]
+) -> Trace:
     """Split the special token that ended a sequence from the tokens before it."""
-    stopped = bool(sequence.tokens) and sequence.tokens[-1] in stop_ids
-    kept = len(sequence.tokens) - stopped
+    stopped = int(token_T[-1]) in stop_ids
+    kept = len(token_T) - stopped
     return Trace(
-        tokens=np.asarray(sequence.tokens[:kept], np.int32),
-        log_probs=np.asarray(sequence.log_probs[:kept], np.float32),
-        end_token=sequence.tokens[-1] if stopped else None,
-        end_log_prob=sequence.log_probs[-1] if stopped else 0.0,
+        # Copies, so that a short trace does not keep the room of the longest in memory.
+        tokens=token_T[:kept].copy(),
+        log_probs=log_prob_T[:kept].copy(),
+        end_token=int(token_T[-1]) if stopped else None,
+        end_log_prob=float(log_prob_T[-1]) if stopped else 0.0,
     )

@@ -21,6 +21,7 @@ def sample(
     """
     greedy_B = temperature_B == 0
     scale_B = jnp.where(greedy_B, 1.0, temperature_B)
+    top_p_B = jnp.where(greedy_B, 1.0, top_p_B)
     log_pi_BV = jax.nn.log_softmax(logits_BV.astype(jnp.float32) / scale_B[:, None], axis=-1)
     log_pi_BV = jax.lax.cond(
         jnp.any(top_p_B < 1), _keep_nucleus, lambda log_pi, _: log_pi, log_pi_BV, top_p_B
@@ -44,7 +45,8 @@ def _keep_nucleus(
     order_BV = jnp.argsort(-log_pi_BV, axis=-1)
     sorted_BV = jnp.exp(jnp.take_along_axis(log_pi_BV, order_BV, axis=-1))
     before_BV = jnp.cumsum(sorted_BV, axis=-1) - sorted_BV
-    keep_sorted_BV = (before_BV < top_p_B[:, None]) | (top_p_B[:, None] >= 1)
+    keep_sorted_BV = before_BV < top_p_B[:, None]
     rank_BV = jnp.argsort(order_BV, axis=-1)
     keep_BV = jnp.take_along_axis(keep_sorted_BV, rank_BV, axis=-1)
-    return jax.nn.log_softmax(jnp.where(keep_BV, log_pi_BV, -jnp.inf), axis=-1)
+    nucleus_BV = jax.nn.log_softmax(jnp.where(keep_BV, log_pi_BV, -jnp.inf), axis=-1)
+    return jnp.where(top_p_B[:, None] < 1, nucleus_BV, log_pi_BV)

@@ -109,7 +109,7 @@ def _pad(rows: Sequence[np.ndarray], extra: int = 0) -> tuple[np.ndarray, np.nda
 
 
 class TargetMasks(NamedTuple):
-    """Which predicted positions of a branch are z, t_end, and z y* together with padding left out."""
+    """Which predicted positions of a branch are z, which is t_end, and which are no padding."""
 
     trace_PKT: Bool[Array, "P K T"]
     end_PKT: Bool[Array, "P K T"]

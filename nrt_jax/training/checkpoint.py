@@ -1,7 +1,11 @@
 """Checkpoints: saved in the background, kept by age and by merit, restored past damage."""
 
 import logging
-from collections.abc import Sequence
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,11 +13,15 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from nrt_jax.errors import InputError
+from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.training.config import CheckpointConfig
+from nrt_jax.training.fingerprint import by_path, fingerprints
 from nrt_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
+
+Scores = dict[int, float]
+"""The value of best_metric by step, for the checkpoints that have one."""
 
 
 class Restored(NamedTuple):
@@ -24,11 +32,42 @@ class Restored(NamedTuple):
     progress: dict[str, Any]
 
 
+class _Damaged(Exception):
+    """A checkpoint that cannot be read, or holds other bits than were saved."""
+
+
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Whatever damage does to a reader, as one exception and without the reader's own messages."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    # These stay: the other reads that are under way when one fails end at any time later.
+    sys.unraisablehook = _ignore_abandoned_reads
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        raise _Damaged(_one_line(error)) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _ignore_abandoned_reads(unraisable: Any) -> None:
+    """Show what Python cannot raise, unless it comes from a read whose checkpoint was given up."""
+    reader = "_read_array_index_and_device_put" in repr(unraisable.object)
+    if not reader and str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 class _KeepLatestAndBest(checkpoint_managers.PreservationPolicy):
     """Keep the newest `keep_last`, and the best by `best_metric` among those that have it."""
 
-    def __init__(self, config: CheckpointConfig):
-        self._config = config
+    def __init__(self, config: CheckpointConfig, scores: Scores):
+        self._keep_last = config.keep_last
+        self._sign = 1 if config.best_mode == "max" else -1
+        self._scores = scores
 
     def should_preserve(
         self,
@@ -36,117 +75,179 @@ class _KeepLatestAndBest(checkpoint_managers.PreservationPolicy):
         *,
         context: checkpoint_managers.PreservationContext,
     ) -> list[bool]:
-        last = len(checkpoints) - self._config.keep_last
-        keep = [index >= last for index in range(len(checkpoints))]
-        name = self._config.best_metric
-        sign = 1 if self._config.best_mode == "max" else -1
-        scores = [
-            (sign * info.metrics[name], index)
-            for index, info in enumerate(checkpoints)
-            if name is not None and info.metrics and name in info.metrics
-        ]
-        if scores:
-            keep[max(scores)[1]] = True
-        return keep
+        steps = [info.step for info in checkpoints]
+        keep = set(steps[-self._keep_last :])
+        scored = [(self._sign * self._scores[step], step) for step in steps if step in self._scores]
+        if scored:
+            keep.add(max(scored)[1])
+        return [step in keep for step in steps]
 
 
 class Checkpoints:
-    """The checkpoints of one run: `state` (arrays) and `progress` (JSON) under one step number."""
+    """The checkpoints of one run: `state` (arrays) and `progress` (JSON) under one step number.
 
-    def __init__(self, directory: Path, config: CheckpointConfig):
+    With `writable` what a killed process left half-written is removed; without, nothing in the
+    directory changes, so that a run may be read while it trains.
+    """
+
+    def __init__(self, directory: Path, config: CheckpointConfig, *, writable: bool):
+        self._best_metric = config.best_metric
+        self._scores: Scores = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_KeepLatestAndBest(config), enable_async_checkpointing=True
+            preservation_policy=_KeepLatestAndBest(config, self._scores),
+            create=writable,
+            cleanup_tmp_directories=writable,
+            # The manager would read files of every checkpoint, and fail where one is damaged.
+            lightweight_initialize=True,
         )
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "progress": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=options,
-            item_names=("state", "progress"),
+            directory.absolute(), options=options, item_handlers=handlers
         )
-
-    def save(
-        self, step: int, state: TrainState, progress: dict[str, Any], metrics: dict[str, float]
-    ) -> None:
-        """Copy the state and write it in the background; a step that exists is left alone.
-
-        An error of the write before surfaces here.
-        """
-        if step in self._manager.all_steps():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
-            ),
-            metrics=metrics,
-        )
-
-    def restore_newest(self, target: TrainState) -> Restored | None:
-        """The newest readable checkpoint, in the shapes and shardings of `target`.
-
-        An unreadable one is named in a warning, removed, and the one before is tried. None when
-        there is no checkpoint; InputError when there are some and none can be read, or when the
-        shapes are those of another model.
-        """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        reasons: list[str] = []
-        for step in steps:
-            try:
-                restored = self.restore(step, target)
-            except InputError:
-                raise
-            except Exception as error:  # whatever damage does to a reader
-                reason = " ".join(str(error).split())[:200]
-                log.warning("checkpoint %d cannot be read, trying the one before: %s", step, reason)
-                reasons.append(f"{step}: {reason}")
-                continue
-            for damaged in steps[: steps.index(step)]:
-                self._manager.delete(damaged)
-            return restored
-        if reasons:
-            raise InputError(
-                f"{self._manager.directory}: no checkpoint can be read ({reasons[0]}); "
-                "restore the directory from a copy, or start again with another run_dir"
-            )
-        return None
-
-    def restore(self, step: int, target: TrainState) -> Restored:
-        """One checkpoint; InputError when it is of another model shape."""
-        self._check_shapes(step, target)
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(jax.tree.map(_abstract, target)),
-                progress=ocp.args.JsonRestore(),
-            ),
-        )
-        return Restored(step, TrainState(*items["state"]), items["progress"])
-
-    def _check_shapes(self, step: int, target: TrainState) -> None:
-        saved = self._manager.item_metadata(step)["state"].tree
-        saved_params = _shapes(saved["params"] if isinstance(saved, dict) else saved[0])
-        for name, shape in _shapes(target.params).items():
-            if saved_params.get(name) != shape:
-                raise InputError(
-                    f"{self._manager.directory}/{step}: {name} has shape "
-                    f"{saved_params.get(name)}, the config's model has {shape}; "
-                    "use the model config of that run, or another run_dir"
-                )
+        for step in self.steps if writable and config.best_metric else ():
+            self._score(step, self._saved_metrics(step))
 
     @property
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def save(
+        self, step: int, state: TrainState, progress: dict[str, Any], metrics: Mapping[str, float]
+    ) -> None:
+        """Copy the state and write it in the background; a step that exists is left alone.
+
+        `metrics` are those measured with exactly these weights. Older checkpoints are removed when
+        this one is complete. Raises RunFailed when this save or the one before cannot be written.
+        """
+        if step in self.steps:
+            return
+        self._score(step, metrics)
+        progress = progress | {"metrics": dict(metrics), "fingerprints": fingerprints(state)}
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+        )
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def restore_newest(self, target: TrainState) -> Restored | None:
+        """The newest readable checkpoint, in the shapes and shardings of `target`.
+
+        A damaged one is named in a warning, and the one before is tried. None when there is no
+        checkpoint; InputError when there are some and none can be read, or when the newest that
+        can be is of another model.
+        """
+        reasons: dict[int, str] = {}
+        for step in reversed(self.steps):
+            try:
+                restored = self._restore(step, target)
+            except _Damaged as damage:
+                reasons[step] = str(damage)
+                continue
+            for damaged, reason in reasons.items():
+                log.warning("checkpoint %d cannot be read, using %d: %s", damaged, step, reason)
+            return restored
+        if reasons:
+            newest = max(reasons)
+            raise InputError(
+                f"{self._manager.directory}: none of the checkpoints {sorted(reasons)} can be read "
+                f"({newest}: {reasons[newest]}); restore one from a copy, or choose another run_dir"
+            )
+        return None
+
+    def restore(self, step: int, target: TrainState) -> Restored:
+        """One checkpoint; InputError when it cannot be read or is of another model."""
+        try:
+            return self._restore(step, target)
+        except _Damaged as damage:
+            raise InputError(
+                f"{self._manager.directory / str(step)}: cannot be read ({damage}); "
+                f"use another of the checkpoints {self.steps}"
+            ) from damage
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints of later steps: damaged ones, which are written anew."""
+        for later in [later for later in self.steps if later > step]:
+            self._manager.delete(later)
+            self._scores.pop(later, None)
+
     def close(self) -> None:
-        """Wait for the writes under way, and raise what went wrong in them."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Wait for the writes under way; RunFailed when one of them went wrong."""
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._failure(error) from error
+
+    def _restore(self, step: int, target: TrainState) -> Restored:
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(jax.tree.map(_abstract, target)),
+            progress=ocp.args.JsonRestore(),
+        )
+        with _damage():
+            metadata = self._manager.item_metadata(step)["state"]
+            if metadata is None:
+                raise ValueError("the description of its arrays is missing")
+            saved = metadata.tree
+        self._check_shapes(step, _shapes(saved), _shapes(target))
+        with _damage():
+            restored = self._manager.restore(step, args=items)
+            state, progress = TrainState(*restored["state"]), restored["progress"]
+            now, then = fingerprints(state), progress["fingerprints"]
+        changed = [name for name in now if now[name] != then.get(name)]
+        if changed:
+            raise _Damaged(f"{changed[0]} is not what was saved")
+        return Restored(step, state, progress)
+
+    def _check_shapes(self, step: int, saved: "_Shapes", wanted: "_Shapes") -> None:
+        for name in (*wanted, *saved):
+            if saved.get(name) != wanted.get(name):
+                raise InputError(
+                    f"{self._manager.directory / str(step)}: {name}: {_said(saved.get(name))} in "
+                    f"the checkpoint, {_said(wanted.get(name))} in this model and optimizer; "
+                    "continue with those of that run, or choose another run_dir"
+                )
+
+    def _score(self, step: int, metrics: Mapping[str, float]) -> None:
+        value = metrics.get(self._best_metric) if self._best_metric else None
+        if value is not None and math.isfinite(value):
+            self._scores[step] = value
+
+    def _saved_metrics(self, step: int) -> Mapping[str, float]:
+        only = ocp.args.Composite(progress=ocp.args.JsonRestore())
+        try:
+            with _damage():
+                return dict(self._manager.restore(step, args=only)["progress"]["metrics"])
+        except _Damaged:  # it cannot be the best; whoever restores it is told
+            return {}
+
+    def _failure(self, error: Exception) -> RunFailed:
+        return RunFailed(
+            f"{self._manager.directory}: a checkpoint could not be written ({_one_line(error)}); "
+            "those before it are unharmed: make room or allow writing there, then run the same "
+            "command again"
+        )
 
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
-    return {jax.tree_util.keystr(path): tuple(leaf.shape) for path, leaf in leaves}
+_Shapes = dict[str, tuple[int, ...]]
+
+
+def _shapes(tree: Any) -> _Shapes:
+    return {name: tuple(leaf.shape) for name, leaf in by_path(tree).items()}
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "is not" if shape is None else f"has shape {shape}"
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else f"{text[:197]}..."

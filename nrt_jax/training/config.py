@@ -16,36 +16,36 @@ from nrt_jax.rollout.config import RolloutConfig
 class OptimizerConfig(Section):
     """AdamW with a schedule and a clip of the gradient's global norm."""
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     """Highest learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """What follows the warm-up: no change, or a fall to zero at the last update."""
-    warmup_ratio: float = Field(0.0, ge=0, le=1)
+    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of the updates in which the rate rises linearly from zero."""
-    beta1: float = Field(0.9, ge=0, lt=1)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
     """Decay of Adam's first moment."""
-    beta2: float = Field(0.999, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
     """Decay of Adam's second moment."""
-    epsilon: float = Field(1e-8, gt=0)
+    epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of Adam's second moment."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled decay of every weight, norms excepted."""
-    clip_norm: float | None = Field(1.0, gt=0)
+    clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global norm of the gradient; null for no clip."""
 
 
 class TrainConfig(Section):
     """Sizes and length of the run."""
 
-    steps: int = Field(100, ge=1)
+    steps: int = Field(default=100, ge=1)
     """Batches to train on; each is one rollout and batch_prompts / mini_batch_prompts updates."""
-    batch_prompts: int = Field(256, ge=1)
+    batch_prompts: int = Field(default=256, ge=1)
     """Prompts that share one rollout (SFT: rows of one update's batch)."""
-    mini_batch_prompts: int = Field(64, ge=1)
+    mini_batch_prompts: int = Field(default=64, ge=1)
     """Prompts of one update; divides batch_prompts."""
-    micro_batch_prompts: int = Field(8, ge=1)
+    micro_batch_prompts: int = Field(default=8, ge=1)
     """Prompts whose activations exist at once; divides mini_batch_prompts, changes no number."""
-    max_skipped_updates: int = Field(10, ge=1)
+    max_skipped_updates: int = Field(default=10, ge=1)
     """The run stops after this many non-finite gradients in a row."""
 
     @model_validator(mode="after")
@@ -71,9 +71,9 @@ class TrainConfig(Section):
 class CheckpointConfig(Section):
     """When state is saved, and what is kept."""
 
-    every_steps: int = Field(100, ge=1)
+    every_steps: int = Field(default=100, ge=1)
     """Steps between saves; the last step is always saved."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(default=2, ge=1)
     """Newest checkpoints that are kept."""
     best_metric: str | None = None
     """Metric whose best checkpoint is kept too, such as eval/exact_match; null for none."""
@@ -84,22 +84,22 @@ class CheckpointConfig(Section):
 class EvaluationConfig(Section):
     """Exact match on held-out examples while training."""
 
-    every_steps: int = Field(100, ge=1)
+    every_steps: int = Field(default=100, ge=1)
     """Steps between evaluations; before the first and after the last step there is always one."""
-    examples: int = Field(512, ge=0)
+    examples: int = Field(default=512, ge=0)
     """Held-out examples to answer; 0 for no evaluation."""
-    max_answer_tokens: int = Field(64, ge=1)
+    max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer to generate, in tokens."""
-    temperature: float = Field(0.0, ge=0)
+    temperature: float = Field(default=0.0, ge=0)
     """Temperature of traces and answers; 0 is greedy."""
-    samples: int = Field(10, ge=0)
+    samples: int = Field(default=10, ge=0)
     """Examples whose trace and answer are written to samples.jsonl."""
 
 
 class LoggingConfig(Section):
     """Where metrics go, besides metrics.jsonl."""
 
-    every_steps: int = Field(1, ge=1)
+    every_steps: int = Field(default=1, ge=1)
     """Steps between lines on the terminal; the files get every step."""
     tensorboard: bool = True
     """Write TensorBoard events to the run directory."""
@@ -114,7 +114,7 @@ class RunConfig(Section):
     """nrt samples traces and learns from them; sft is cross-entropy of the answer after x."""
     run_dir: Path = Path("runs/default")
     """Everything the run writes; an existing run in it is continued."""
-    seed: int = Field(0, ge=0, lt=2**31)
+    seed: int = Field(default=0, ge=0, lt=2**31)
     """Fixes the initial weights, the order of the data and every sampled token."""
     model: ModelConfig
     """The model to train."""
@@ -138,11 +138,31 @@ class RunConfig(Section):
     """Metrics."""
 
     @model_validator(mode="after")
+    def _best_checkpoint_is_evaluated(self) -> "RunConfig":
+        name, saves, evaluation = (
+            self.checkpoint.best_metric,
+            self.checkpoint.every_steps,
+            self.evaluation,
+        )
+        if name is None or not name.startswith("eval/"):
+            return self
+        if not evaluation.examples:
+            raise ValueError(
+                f"checkpoint.best_metric {name} with evaluation.examples 0: nothing measures it; "
+                "set evaluation.examples, or another metric"
+            )
+        if saves % evaluation.every_steps:
+            raise ValueError(
+                f"checkpoint.best_metric {name}: checkpoint.every_steps {saves} must be a multiple "
+                f"of evaluation.every_steps {evaluation.every_steps}, to have it for every save"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _sampling_matches_scoring(self) -> "RunConfig":
         if self.method == "sft":
             return self
-        sampler = self.objective.old_log_probs == "sampler"
-        if self.rollout.top_p < 1 and sampler:
+        if self.rollout.top_p < 1 and self.objective.old_log_probs == "sampler":
             raise ValueError(
                 f"rollout.top_p {self.rollout.top_p} with objective.old_log_probs sampler: the "
                 "trainer's log-probs are not truncated; set objective.old_log_probs=recompute"
@@ -151,10 +171,5 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.temperature {self.rollout.temperature} with objective.trace_covers "
                 "z_and_end: t_end is scored at temperature 1; set objective.trace_covers=z"
-            )
-        if self.objective.importance_cap is not None and sampler:
-            raise ValueError(
-                f"objective.importance_cap {self.objective.importance_cap} compares recomputed "
-                "with sampled log-probs; set objective.old_log_probs=recompute"
             )
         return self

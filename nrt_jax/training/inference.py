@@ -1,5 +1,6 @@
 """A trained run put to use: answer prompts, export the model."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nrt_jax.data.chat_template import render
+from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.exact_match import end_name
@@ -30,6 +31,8 @@ from nrt_jax.training.state import (
     state_shardings,
 )
 
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -42,31 +45,35 @@ class Trained:
 
 
 def load_trained(path: Path) -> Trained:
-    """Open `RUN` (its newest checkpoint) or `RUN/checkpoints/STEP`.
+    """Open `RUN` (its newest checkpoint that can be read) or `RUN/checkpoints/STEP`.
 
-    Raises InputError when there is no such run or checkpoint.
+    Reads only, so the run may still be training. Raises InputError when there is no such run or
+    checkpoint.
     """
     directory, step = _run_and_step(path)
     config = run_dir.load_run(directory)
+    checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, writable=False)
+    if not checkpoints.steps:
+        raise InputError(f"{directory}: has no checkpoint yet; train it first")
+    if step is not None and step not in checkpoints.steps:
+        raise InputError(f"{path}: no such checkpoint; there are {checkpoints.steps}")
     mesh = make_mesh(config.mesh)
+    tokenizer = Tokenizer.load(
+        config.data.tokenizer, config.data.think_start, config.data.think_end
+    )
     architecture = read_architecture(config.model)
     optimizer = make_optimizer(config.optimizer, config.train.updates)
     params = init_params(config.model, architecture, mesh, config.seed)
     target = init_state(optimizer, params, state_shardings(optimizer, params, mesh))
-    checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint)
-    if not checkpoints.steps:
-        raise InputError(f"{directory}: has no checkpoint yet; train it first")
     if step is None:
-        step = checkpoints.steps[-1]
-    elif step not in checkpoints.steps:
-        raise InputError(f"{path}: no such checkpoint; there are {checkpoints.steps}")
-    state = checkpoints.restore(step, target).state
+        restored = checkpoints.restore_newest(target)
+        assert restored is not None
+    else:
+        restored = checkpoints.restore(step, target)
     checkpoints.close()
-    tokenizer = Tokenizer.load(
-        config.data.tokenizer, config.data.think_start, config.data.think_end
-    )
     definition, _ = nnx.split(abstract_decoder(config.model, architecture))
-    return Trained(config, tokenizer, Model(definition, architecture, mesh), state.params)
+    model = Model(definition, architecture, mesh)
+    return Trained(config, tokenizer, model, restored.state.params)
 
 
 def _run_and_step(path: Path) -> tuple[Path, int | None]:
@@ -86,7 +93,7 @@ def answer_prompts(
             "rollout": trained.config.rollout.model_copy(update={"slots": trained.model.mesh.size}),
         }
     )
-    tokens = [_prompt_tokens(trained, index, prompt) for index, prompt in enumerate(prompts)]
+    tokens = [_prompt_tokens(trained, prompt) for prompt in prompts]
     answered = answerer(config, trained.model, trained.tokenizer).answer(
         trained.params, tokens, jax.random.key(seed)
     )
@@ -100,20 +107,11 @@ def answer_prompts(
         yield "\n".join(lines)
 
 
-def _prompt_tokens(trained: Trained, index: int, prompt: str) -> np.ndarray:
-    """A question as the run's data has it: template, BOS, length limit."""
-    data = trained.config.data
-    question = {data.question_field: prompt, data.answer_field: "?"}
-    pieces = render(question, data).prompt
-    tokens = [token for ids in trained.tokenizer.encode_batch(pieces) for token in ids]
-    if data.add_bos and trained.tokenizer.bos_id is not None:
-        tokens = [trained.tokenizer.bos_id, *tokens]
-    if len(tokens) > data.max_prompt_tokens:
-        raise InputError(
-            f"--prompt {index}: {len(tokens)} tokens, data.max_prompt_tokens of the run is "
-            f"{data.max_prompt_tokens}; shorten the prompt"
-        )
-    return np.asarray(tokens, np.int32)
+def _prompt_tokens(trained: Trained, prompt: str) -> np.ndarray:
+    try:
+        return tokenize_prompt(prompt, trained.config.data, trained.tokenizer)
+    except InputError as error:
+        raise InputError(f"--prompt: {error}") from None
 
 
 def export(path: Path, out: Path, *, dtype: huggingface.StoredDtype, copy_rows: list[str]) -> None:
@@ -138,11 +136,22 @@ def export(path: Path, out: Path, *, dtype: huggingface.StoredDtype, copy_rows: 
 
 
 def _row_pair(tokenizer: Tokenizer, pair: str) -> tuple[int, int]:
-    target, _, source = pair.encode().decode("unicode_escape").partition("=")
-    ids = []
-    for name in (target, source):
-        token_id = tokenizer.backend.token_to_id(name)
-        if token_id is None:
-            raise InputError(f"--copy-row {pair}: {name!r} is no token of {tokenizer.directory}")
-        ids.append(token_id)
-    return ids[0], ids[1]
+    target, equals, source = pair.partition("=")
+    if not equals:
+        raise InputError(f"--copy-row {pair}: must look like TOKEN=FROM")
+    return _token_id(tokenizer, target, pair), _token_id(tokenizer, source, pair)
+
+
+def _token_id(tokenizer: Tokenizer, name: str, pair: str) -> int:
+    """The entry of that name, or the one token that spells the text."""
+    text = re.sub(r"\\[nrt\\]", lambda escape: _ESCAPES[escape[0]], name)
+    token_id = tokenizer.backend.token_to_id(text)
+    if token_id is not None:
+        return token_id
+    ids = tokenizer.encode(text)
+    if len(ids) == 1 and ids[0] != tokenizer.unk_id:
+        return ids[0]
+    raise InputError(
+        f"--copy-row {pair}: {name!r} is no token of {tokenizer.directory}; use an entry of its "
+        "vocabulary"
+    )

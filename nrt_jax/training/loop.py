@@ -4,9 +4,10 @@ from nrt_jax.training.config import RunConfig
 from nrt_jax.training.nrt import train_nrt
 from nrt_jax.training.run import open_run
 from nrt_jax.training.sft import train_sft
+from nrt_jax.training.stop import StopRequest
 
 
-def train(config: RunConfig) -> None:
-    """Train, or continue, the run of a config."""
-    with open_run(config) as run:
+def train(config: RunConfig, stop: StopRequest | None = None) -> None:
+    """Train, or continue, the run of a config; `stop` is asked after every step."""
+    with open_run(config, stop or StopRequest()) as run:
         {"nrt": train_nrt, "sft": train_sft}[config.method](run)

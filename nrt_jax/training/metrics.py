@@ -5,15 +5,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import tensorboardX
 from tqdm import tqdm
 
 from nrt_jax.errors import InputError
 from nrt_jax.training.config import LoggingConfig
+from nrt_jax.training.files import append, open_to_append, write_atomically
+from nrt_jax.training.tensorboard import EventFile
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 TIMING_PREFIXES = ("time/", "speed/")
@@ -23,21 +24,25 @@ SHOWN = ("loss/total", "reward/mean", "trace/tokens", "eval/exact_match", "speed
 
 
 def keep_up_to(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and a last line that was cut short, in one atomic rename."""
+    """Drop the lines of later steps, and what a kill cut short, in one atomic rename."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
+    kept = b""
+    # Not splitlines: samples may hold the other line separators of Unicode.
+    for line in path.read_bytes().split(b"\n"):
+        line_step = _step_of(line)
+        if line_step is None or line_step > step:
             break
-        if row["step"] > step:
-            break
-        kept.append(line + "\n")
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    os.replace(part, path)
+        kept += line + b"\n"
+    write_atomically(path, kept)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a whole line; None for half of one."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return None
 
 
 class PhaseTimer:
@@ -61,40 +66,46 @@ class PhaseTimer:
 
 
 class MetricsWriter:
-    """Appends to a run's files from `step` on; later lines of an earlier try are dropped first."""
+    """Appends to a run's files from `step` on; later lines of an earlier try are dropped first.
+
+    `step` is -1 for a run that starts over. Writing raises OSError with the name of the file.
+    """
 
     def __init__(self, run_dir: Path, config: LoggingConfig, step: int, total: int, resolved: dict):
+        self._every, self._total = config.every_steps, total
         for name in (METRICS_FILE, SAMPLES_FILE):
             keep_up_to(run_dir / name, step)
-        self._every, self._total = config.every_steps, total
-        self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-        self._samples = (run_dir / SAMPLES_FILE).open("a", encoding="utf-8")
-        self._tensorboard = (
-            tensorboardX.SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-            if config.tensorboard
-            else None
-        )
         self._wandb = _open_wandb(config.wandb_project, run_dir, resolved)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=step, unit="step") if terminal else None
+        with ExitStack() as opened:
+            self._metrics = opened.enter_context(open_to_append(run_dir / METRICS_FILE))
+            self._samples = opened.enter_context(open_to_append(run_dir / SAMPLES_FILE))
+            self._events: EventFile | None = None
+            if config.tensorboard:
+                events = EventFile(run_dir / "tensorboard", step + 1)
+                self._events = opened.enter_context(closing(events))
+            if self._wandb is not None:
+                opened.callback(self._wandb.finish)
+            self._bar: tqdm | None = None
+            if sys.stderr.isatty():
+                bar = tqdm(total=total, initial=max(step, 0), unit="step", dynamic_ncols=True)
+                self._bar = opened.enter_context(closing(bar))
+            self._opened = opened.pop_all()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """One line of metrics; numbers are written with full precision."""
         row = {"step": step} | {name: _number(value) for name, value in metrics.items()}
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
-        if self._tensorboard is not None:
-            for name, value in row.items():
-                self._tensorboard.add_scalar(name, value, step)
+        append(self._metrics, json.dumps(row).encode() + b"\n")
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        if self._events is not None:
+            self._events.write(step, scalars)
         if self._wandb is not None:
-            self._wandb.log(row, step=step)
+            self._wandb.log(scalars, step=step)
         self._show(step, row)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Traces and answers of one evaluation."""
-        for sample in samples:
-            self._samples.write(json.dumps({"step": step} | sample, ensure_ascii=False) + "\n")
-        self._samples.flush()
+        lines = [json.dumps({"step": step} | sample, ensure_ascii=False) for sample in samples]
+        append(self._samples, "".join(line + "\n" for line in lines).encode())
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
         shown = {name: row[name] for name in SHOWN if name in row}
@@ -108,19 +119,11 @@ class MetricsWriter:
     def sync(self) -> None:
         """Force what was written to the disk; called before a checkpoint is saved."""
         for file in (self._metrics, self._samples):
-            file.flush()
             os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the files."""
-        self._metrics.close()
-        self._samples.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-        if self._bar is not None:
-            self._bar.close()
+        self._opened.close()
 
 
 def _number(value: Any) -> float | int:

@@ -13,7 +13,8 @@ from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import Request, generate
 from nrt_jax.training.batch import TrainBatch, nrt_batch
 from nrt_jax.training.engines import trace_engine
-from nrt_jax.training.nrt_loss import NrtSettings, nrt_loss
+from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.run import Run, mean_over_updates
 from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.step import make_update

@@ -1,9 +1,8 @@
 """The frame around both loops: open everything, count steps, log, evaluate, save, stop cleanly."""
 
 import logging
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +33,7 @@ from nrt_jax.training.state import (
     read_architecture,
     state_shardings,
 )
+from nrt_jax.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -57,11 +57,12 @@ class Run:
     answerer: Answerer | None
     checkpoints: Checkpoints
     metrics: MetricsWriter
+    stop: StopRequest
     step: int = 0
     resumed: bool = False
     timer: PhaseTimer = field(default_factory=PhaseTimer)
-    stop_signal: int | None = None
-    latest_evaluation: dict[str, float] = field(default_factory=dict)
+    measured: dict[str, float] = field(default_factory=dict)
+    """The metrics of this step, those of its evaluation among them."""
 
     def sampling_key(self, step: int) -> jax.Array:
         """Key of a step's rollouts: a function of the seed and the step alone."""
@@ -73,12 +74,16 @@ class Run:
         return jax.device_put(batch, batch_sharding(self.model.mesh))
 
     def steps(self) -> Iterator[int]:
-        """Step numbers that are left, from 1; ends early after SIGTERM."""
-        if not self.resumed:
+        """Step numbers that are left, from 1; ends early after SIGTERM, with the state saved."""
+        self.stop.wait_for_the_step()
+        if not self.resumed and not self.stop.requested:
             self._evaluate()
-        while self.step < self.config.train.steps and self.stop_signal is None:
+        while self.step < self.config.train.steps and not self.stop.requested:
             yield self.step + 1
-        self._save()
+        if self.step:
+            self._save()
+        if self.step < self.config.train.steps:
+            log.info("stopped after step %d; the same command continues the run", self.step)
 
     def finish_step(self, metrics: dict[str, float]) -> None:
         """Count the step, write its metrics, then evaluate and save where it is due."""
@@ -88,8 +93,10 @@ class Run:
         if "speed/tokens" in metrics:
             seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
             metrics["speed/tokens_per_second"] = metrics.pop("speed/tokens") / seconds
+        self.measured = metrics
         self.metrics.write(self.step, metrics)
         self._check_finite(metrics)
+        self._check_best_metric(metrics, of_evaluation=False)
         last = self.step == config.train.steps
         if last or self.step % config.evaluation.every_steps == 0:
             self._evaluate()
@@ -116,25 +123,30 @@ class Run:
                 key,
                 samples=self.config.evaluation.samples,
             )
-        self.latest_evaluation = metrics
+        self.measured = self.measured | metrics
         self.metrics.write(self.step, metrics | self.timer.take())
         self.metrics.write_samples(self.step, samples)
+        self._check_best_metric(metrics, of_evaluation=True)
+
+    def _check_best_metric(self, metrics: Mapping[str, float], *, of_evaluation: bool) -> None:
+        name = self.config.checkpoint.best_metric
+        if name is None or name.startswith("eval/") != of_evaluation or name in metrics:
+            return
+        raise InputError(
+            f"checkpoint.best_metric={name!r} is no metric of this run; use one of "
+            f"{', '.join(sorted(metrics))}"
+        )
 
     def _save(self) -> None:
-        if self.step == 0:
-            return
+        # Whatever a checkpoint's step has written is on the disk before the checkpoint is.
         self.metrics.sync()
         progress = {"step": self.step, "seed": self.config.seed, "data": self.batches.get_state()}
-        self.checkpoints.save(self.step, self.state, progress, self.latest_evaluation)
-        self.latest_evaluation = {}
+        self.checkpoints.save(self.step, self.state, progress, self.measured)
 
 
 @contextmanager
-def open_run(config: RunConfig) -> Iterator[Run]:
-    """Everything a loop needs, continued from the newest checkpoint where there is one.
-
-    SIGTERM ends the loop after the step under way; the state is saved, and the exit is clean.
-    """
+def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
+    """Everything a loop needs, continued from the newest checkpoint where there is one."""
     mesh = make_mesh(config.mesh)
     _check_batch_fits(config, mesh)
     tokenizer = Tokenizer.load(
@@ -150,51 +162,67 @@ def open_run(config: RunConfig) -> Iterator[Run]:
         # Another seed of the run reads the same data in another order.
         config.data.seed + config.seed,
     )
-    run_dir.prepare(config)
     optimizer = make_optimizer(config.optimizer, config.train.updates)
     params = init_params(config.model, architecture, mesh, config.seed)
     shardings = state_shardings(optimizer, params, mesh)
-    checkpoints = Checkpoints(config.run_dir / run_dir.CHECKPOINTS, config.checkpoint)
     definition, _ = nnx.split(abstract_decoder(config.model, architecture))
     model = Model(definition, architecture, mesh)
-    state = init_state(optimizer, params, shardings)
-    restored = checkpoints.restore_newest(state)
-    step = 0
-    if restored is not None:
-        step, state = restored.step, restored.state
-        batches.set_state(restored.progress["data"])
-        log.info("continuing %s from step %d", config.run_dir, step)
-    _report_bad_rows(dataset)
-    # The weights above are handed to the first update, which consumes them: the reference is its own.
+    # The first update consumes the weights above, so the reference is a copy of its own.
     reference = None
     if config.method == "nrt" and config.objective.kl_coefficient:
         reference = init_params(config.model, architecture, mesh, config.seed)
-    answerer = make_answerer(config, model, tokenizer, dataset)
+    with ExitStack() as opened:
+        opened.enter_context(run_dir.locked(config.run_dir))
+        run_dir.prepare(config)
+        checkpoints = opened.enter_context(
+            closing(
+                Checkpoints(config.run_dir / run_dir.CHECKPOINTS, config.checkpoint, writable=True)
+            )
+        )
+        step, state = _restore(
+            checkpoints, init_state(optimizer, params, shardings), batches, config
+        )
+        _report_bad_rows(dataset)
+        yield Run(
+            config,
+            tokenizer,
+            dataset,
+            batches,
+            model,
+            optimizer,
+            shardings,
+            state,
+            reference,
+            make_answerer(config, model, tokenizer, dataset),
+            checkpoints,
+            opened.enter_context(closing(_open_metrics(config, step))),
+            stop,
+            step=step or 0,
+            resumed=step is not None,
+        )
+
+
+def _restore(
+    checkpoints: Checkpoints, initial: TrainState, batches: BatchIterator, config: RunConfig
+) -> tuple[int | None, TrainState]:
+    """The step and the state of the newest checkpoint; None and the initial state without one."""
+    restored = checkpoints.restore_newest(initial)
+    if restored is None:
+        return None, initial
+    batches.set_state(restored.progress["data"])
+    checkpoints.remove_after(restored.step)
+    if restored.step >= config.train.steps:
+        log.info("%s is complete, with %d steps", config.run_dir, restored.step)
+    else:
+        log.info("continuing %s from step %d", config.run_dir, restored.step)
+    return restored.step, restored.state
+
+
+def _open_metrics(config: RunConfig, step: int | None) -> MetricsWriter:
+    """The run's metrics after `step`; None starts over, without the lines of an earlier try."""
+    after = -1 if step is None else step
     resolved = config.model_dump(mode="json")
-    writer = MetricsWriter(config.run_dir, config.logging, step, config.train.steps, resolved)
-    run = Run(
-        config,
-        tokenizer,
-        dataset,
-        batches,
-        model,
-        optimizer,
-        shardings,
-        state,
-        reference,
-        answerer,
-        checkpoints,
-        writer,
-        step=step,
-        resumed=restored is not None,
-    )
-    before = signal.signal(signal.SIGTERM, lambda number, _: setattr(run, "stop_signal", number))
-    try:
-        yield run
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        writer.close()
-        checkpoints.close()
+    return MetricsWriter(config.run_dir, config.logging, after, config.train.steps, resolved)
 
 
 def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
@@ -203,17 +231,15 @@ def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
 
 
 def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
-    """Metrics of a step from those of its mini-batches: the mean, or the last count or maximum."""
+    """Metrics of a step from those of its mini-batches: the mean, or of counts the most."""
     rows = [to_floats(update) for update in updates]
     merged = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
-    for name in ("update/skipped", "update/skipped_in_row"):
-        merged[name] = rows[-1][name]
+    merged["update/skipped"] = rows[-1]["update/skipped"]
+    merged["update/skipped_in_row"] = max(row["update/skipped_in_row"] for row in rows)
     return merged
 
 
-def check_vocabulary(
-    config: RunConfig, tokenizer: Tokenizer, architecture: Architecture
-) -> None:
+def check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
     """InputError when the tokenizer knows ids that the model has no row for."""
     if tokenizer.vocab_size > architecture.vocab_size:
         raise InputError(

@@ -1,10 +1,12 @@
 """The files of a run directory that say what the run is."""
 
+import fcntl
 import importlib.metadata
 import json
-import os
 import platform
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +16,60 @@ import nrt_jax
 from nrt_jax.config import dump_config, load_config
 from nrt_jax.errors import InputError
 from nrt_jax.training.config import RunConfig
+from nrt_jax.training.files import PART_SUFFIX, write_atomically
 
-CONFIG_FILE, VERSIONS_FILE = "config.yaml", "versions.json"
+CONFIG_FILE, VERSIONS_FILE, LOCK_FILE = "config.yaml", "versions.json", "lock"
 CHECKPOINTS = "checkpoints"
+_OF_A_NEW_RUN = {LOCK_FILE, CONFIG_FILE + PART_SUFFIX}
+"""What a run that was killed in its first moments may have left."""
 FREE_TO_CHANGE = ("run_dir", "checkpoint.", "logging.", "train.max_skipped_updates")
 """Settings that a continued run may have otherwise: they change no weight."""
 
 
-def prepare(config: RunConfig) -> None:
-    """Make the run directory, or check that the one there is of the same run.
+@contextmanager
+def locked(directory: Path) -> Iterator[None]:
+    """Make the run directory, and keep it to this process; the lock ends with the process.
 
-    Raises InputError when it cannot be written, when it holds something else, or when a setting
-    that fixes the weights differs from the run that is there.
+    Raises InputError when it cannot be written, when it holds something else than a run, or when
+    another process trains in it.
     """
-    directory = config.run_dir
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        foreign = sorted({entry.name for entry in directory.iterdir()} - _OF_A_NEW_RUN)
+        if foreign and not (directory / CONFIG_FILE).exists():
+            raise InputError(
+                f"run_dir {directory}: holds {foreign[0]} but no {CONFIG_FILE}, so it is no run of "
+                "this program; choose an empty or a new directory"
+            )
+        lock = (directory / LOCK_FILE).open("a")
     except OSError as error:
         raise InputError(
             f"run_dir {directory}: {error.strerror}; choose a directory that you may write to"
         ) from error
-    saved = directory / CONFIG_FILE
-    if saved.exists():
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(
+                f"run_dir {directory}: another process trains in it; wait until it ends, or choose "
+                "another run_dir"
+            ) from None
+        yield
+
+
+def prepare(config: RunConfig) -> None:
+    """Write what the run is; the directory is locked.
+
+    Raises InputError when a setting that fixes the weights differs from those of the checkpoints
+    that are there.
+    """
+    saved = config.run_dir / CONFIG_FILE
+    checkpoints = config.run_dir / CHECKPOINTS
+    if saved.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
         _check_same(saved, config)
-    elif any(directory.iterdir()):
-        raise InputError(
-            f"run_dir {directory}: holds files but no {CONFIG_FILE}, so it is no run of this "
-            "program; choose an empty or a new directory"
-        )
-    write_atomically(saved, dump_config(config))
-    write_atomically(directory / VERSIONS_FILE, json.dumps(_versions(), indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that no reader ever sees half of it."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    write_atomically(saved, dump_config(config).encode())
+    versions = json.dumps(_versions(), indent=1) + "\n"
+    write_atomically(config.run_dir / VERSIONS_FILE, versions.encode())
 
 
 def load_run(directory: Path) -> RunConfig:

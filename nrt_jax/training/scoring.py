@@ -9,10 +9,13 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import Array
 
+from nrt_jax.models.decoder import Decoder
 from nrt_jax.training.batch import TrainBatch, at_answer
-from nrt_jax.training.nrt_loss import (
+from nrt_jax.training.forward import (
     NrtSettings,
+    Prompts,
     SamplingScores,
     run_prompts,
     score_baseline,
@@ -37,24 +40,27 @@ def make_scorer(
     wants_old = objective.old_log_probs == "recompute"
     wants_base = several_updates or wants_c
 
+    def score_traces(decoder: Decoder, prompts: Prompts, batch: TrainBatch) -> Array:
+        log_prob_BT = score_branches(decoder, settings, prompts, batch).log_prob_BT
+        return log_prob_BT.reshape(batch.sampler_log_prob_PKT.shape)
+
     def score_micro(params: Any, batch: TrainBatch) -> SamplingScores:
         decoder = nnx.merge(settings.definition, params)
-        _, prefix = run_prompts(decoder, batch)
+        prompts = run_prompts(decoder, batch)
         scores = SamplingScores()
         if wants_base:
-            log_c_base_PA = score_baseline(decoder, settings, prefix, batch)
+            log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
             scores = scores._replace(log_c_base_PA=log_c_base_PA)
         if wants_c or wants_old:
-            log_prob_PKT = score_branches(decoder, settings, prefix, batch).log_prob_BT
+            log_prob_PKT = score_traces(decoder, prompts, batch)
             log_c_PKA = at_answer(log_prob_PKT, batch) if wants_c else None
             old_PKT = log_prob_PKT if wants_old else None
             scores = scores._replace(log_c_PKA=log_c_PKA, old_log_prob_PKT=old_PKT)
         return scores
 
-    def score_reference(params: Any, batch: TrainBatch) -> Any:
+    def score_reference(params: Any, batch: TrainBatch) -> Array:
         decoder = nnx.merge(settings.definition, params)
-        _, prefix = run_prompts(decoder, batch)
-        return score_branches(decoder, settings, prefix, batch).log_prob_BT
+        return score_traces(decoder, run_prompts(decoder, batch), batch)
 
     def over_micro_batches(function: Callable[[Any, TrainBatch], Any]) -> Callable[..., Any]:
         @jax.jit

@@ -70,9 +70,7 @@ def init_params(
     return jax.jit(draw, out_shardings=shardings)()
 
 
-def state_shardings(
-    optimizer: optax.GradientTransformation, params: Any, mesh: Mesh
-) -> TrainState:
+def state_shardings(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> TrainState:
     """Moments are laid out like the weights they belong to; counters are on every device."""
     everywhere = replicated(mesh)
     shardings = jax.tree.map(lambda weight: weight.sharding, params)

@@ -48,9 +48,7 @@ def micro_batches(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def accumulate(
-    loss_fn: LossFn, params: Any, batch: Any, micro_count: int
-) -> tuple[Any, Metrics]:
+def accumulate(loss_fn: LossFn, params: Any, batch: Any, micro_count: int) -> tuple[Any, Metrics]:
     """Float32 gradient and metrics of the sum of the micro-batches' losses."""
     gradient_of = jax.grad(loss_fn, has_aux=True)
     if micro_count == 1:
@@ -74,7 +72,7 @@ def update(
     optimizer: optax.GradientTransformation,
     micro_count: int,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """New state and metrics; weights and moments stay as they are when the gradient is not finite."""
+    """New state and metrics; a gradient that is not finite leaves weights and moments alone."""
     gradient, metrics = accumulate(loss_fn, state.params, batch, micro_count)
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(norm)

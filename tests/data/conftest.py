@@ -38,6 +38,13 @@ def mistral(mistral_directory) -> Tokenizer:
     return Tokenizer.load(mistral_directory, **MISTRAL_THINK)
 
 
+@pytest.fixture(scope="session")
+def mistral_reference(mistral_directory):
+    """The same directory, read by transformers."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(mistral_directory)
+
+
 @pytest.fixture
 def make_config(quickstart_directory) -> Callable[..., DataConfig]:
     """A config of a data file (or generator) with the quickstart's tokenizer."""

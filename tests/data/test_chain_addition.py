@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nrt_jax.data.chain_addition import (
@@ -48,6 +48,7 @@ def test_the_worked_example():
     assert running_totals("3+1+4+0+2+2+1", 5) == "433023"
 
 
+@settings(deadline=None)
 @given(
     digits=st.integers(3, 12),
     modulus=st.integers(2, 10),
@@ -67,9 +68,12 @@ def test_rows_are_right_and_reproducible(digits, modulus, seed, index):
 
 
 def test_rows_do_not_depend_on_the_process():
-    assert [addition(CHAIN, 0, i).question for i in range(2)] == ["FIRST", "SECOND"]
+    assert [addition(CHAIN, 0, i).question for i in range(2)] == [
+        "4+3+2+1+1+0+0",
+        "4+2+0+1+3+2+3",
+    ]
     held_out = [row.question for row in evaluation_examples(CHAIN, 2, documents=False)]
-    assert held_out == ["THIRD", "FOURTH"]
+    assert held_out == ["2+4+4+2+1+4+1", "2+1+3+3+4+3+1"]
 
 
 def test_rows_differ_by_seed_and_index():
@@ -168,5 +172,5 @@ def test_the_curriculum_comes_first_and_ends():
     kinds = [kind_of(document(chain, 0, i).answer) for i in range(140)]
     assert set(kinds[:40]) == {"totals"}
     assert set(kinds[40:]) == {"totals", "nothing", "noise", "copy"}
-    evaluation = evaluation_examples(chain, 100, documents=True)
+    evaluation = evaluation_examples(ChainConfig(totals_rows=1000), 100, documents=True)
     assert {kind_of(row.answer) for row in evaluation} == {"totals", "nothing", "noise", "copy"}

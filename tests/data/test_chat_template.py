@@ -1,7 +1,5 @@
 """Prompts as text and as tokens."""
 
-import pytest
-
 from nrt_jax.data.chat_template import render
 from nrt_jax.data.config import DataConfig
 from nrt_jax.data.pipeline import load_dataset
@@ -23,7 +21,7 @@ def config(**values) -> DataConfig:
 
 
 def test_plain_is_the_question_as_it_is():
-    fields = {"query": " 1+2\n", "reply": " 3 ", "question": "other"}
+    fields = {"query": " 1+2\n", "reply": " 3 ", "question": "other", "messages": TURNS}
     rendered = render(fields, config(question_field="query", answer_field="reply"))
     assert rendered == ((" 1+2\n",), " 3 ")
 
@@ -44,10 +42,10 @@ def test_an_empty_system_turn_is_fine():
     assert rendered == (("<|system|>\n\n<|user|>\nHi\n<|assistant|>\n",), "Hello")
 
 
-def test_only_the_template_writes_control_ids(mistral_directory, mistral, write_rows):
+def test_only_the_template_writes_control_ids(
+    mistral_directory, mistral, mistral_reference, write_rows
+):
     """The eos between turns is the token; the one that a user wrote is text."""
-    transformers = pytest.importorskip("transformers")
-    reference = transformers.AutoTokenizer.from_pretrained(mistral_directory)
     run = DataConfig(
         source="jsonl",
         path=write_rows([{"messages": TURNS}]),
@@ -57,7 +55,7 @@ def test_only_the_template_writes_control_ids(mistral_directory, mistral, write_
     )
     (example,) = load_dataset(run, mistral).train
     safe_end = AFTER_EOS.replace("</s>", "")
-    prompt = reference.encode(f"{BEFORE_EOS}</s>{safe_end}")  # BOS in front, eos parsed
+    prompt = mistral_reference.encode(f"{BEFORE_EOS}</s>{safe_end}")  # BOS in front, eos parsed
     tokens = example.prompt_tokens.tolist()
     assert tokens.count(mistral.eos_id) == 1
     end = tokens.index(mistral.eos_id)

@@ -5,7 +5,7 @@ from itertools import chain, islice
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nrt_jax.data.pipeline import BatchIterator, load_dataset
@@ -35,39 +35,42 @@ def additions(count: int) -> list[dict]:
 # --- batches -------------------------------------------------------------------------------------
 
 
+# Grain's shuffle takes up to a millisecond a row where there are few rows.
+@settings(max_examples=12, deadline=None)
 @given(
     rows=st.integers(1, 40),
     batch_size=st.integers(1, 12),
     shuffle=st.booleans(),
     seed=st.integers(0, 2**32 - 1),
-    before=st.integers(0, 30),
+    before=st.integers(0, 12),
 )
 def test_a_saved_position_continues_exactly(rows, batch_size, shuffle, seed, before):
     batch_size = min(batch_size, rows)
     iterator = BatchIterator(numbered(rows), batch_size, shuffle, seed)
     list(islice(iterator, before))
     saved = json.dumps(iterator.get_state())
-    expected = indices(islice(iterator, 20))
+    expected = indices(islice(iterator, 8))
 
     resumed = BatchIterator(numbered(rows), batch_size, shuffle, seed)
     next(resumed)  # wherever it stood before
     resumed.set_state(json.loads(saved))
-    assert indices(islice(resumed, 20)) == expected
+    assert indices(islice(resumed, 8)) == expected
     iterator.set_state(json.loads(saved))
-    assert indices(islice(iterator, 20)) == expected
+    assert indices(islice(iterator, 8)) == expected
 
 
+@settings(max_examples=12, deadline=None)
 @given(
-    rows=st.integers(1, 30),
+    rows=st.integers(1, 20),
     batch_size=st.integers(1, 9),
     seed=st.integers(0, 2**32 - 1),
-    stops=st.lists(st.integers(1, 12), max_size=4),
+    stops=st.lists(st.integers(1, 9), min_size=1, max_size=3),
 )
 def test_every_epoch_has_every_row_once_across_restarts(rows, batch_size, seed, stops):
     batch_size = min(batch_size, rows)
     seen: list[int] = []
     state = None
-    for batches in [*stops, 3 * rows // batch_size + 1]:
+    for batches in [*stops, 2 * rows // batch_size + 1]:
         iterator = BatchIterator(numbered(rows), batch_size, True, seed)
         if state is not None:
             iterator.set_state(state)
@@ -156,12 +159,12 @@ def test_held_out_rows_by_seed(make_config, write_rows, tokenizer):
 
 def test_a_repeated_question_is_never_on_both_sides(make_config, write_rows, tokenizer):
     rows = [{"question": f"{i % 10}+1", "answer": f"={i}"} for i in range(50)]
-    dataset = load_dataset(make_config(path=write_rows(rows), eval_rows=4), tokenizer)
+    dataset = load_dataset(make_config(path=write_rows(rows), eval_rows=8), tokenizer)
     held_out, train = questions(dataset.eval), questions(dataset.train)
-    assert len(held_out) == len(set(held_out)) == 4
+    assert len(held_out) == len(set(held_out)) == 8
     assert not set(held_out) & set(train)
-    assert len(train) == 30
-    assert dataset.bad_rows == {"question of the evaluation": 16}
+    assert len(train) == 10
+    assert dataset.bad_rows == {"question of the evaluation": 32}
 
 
 def test_an_evaluation_file_is_kept_out_of_training(make_config, write_rows, tokenizer):
@@ -207,12 +210,13 @@ def test_slices_join_without_loss(make_config, write_rows, tokenizer, monkeypatc
         assert a.answer_tokens.tolist() == b.answer_tokens.tolist()
 
 
-def test_real_rows(mistral_directory, mistral, shared_data, make_config):
-    config = make_config(
-        path=shared_data / "gsm8k" / "train.jsonl", eval_rows=100, max_answer_tokens=256
-    )
-    dataset = load_dataset(config.model_copy(update={"max_bad_share": 0.1}), mistral)
-    assert len(dataset.train) + 100 + sum(dataset.bad_rows.values()) == 7473
+def test_real_rows(mistral, shared_data, make_config, write_rows):
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_bytes().splitlines()[:1000]
+    limits = {"max_answer_tokens": 256, "max_bad_share": 0.1}
+    config = make_config(path=write_rows(lines), eval_rows=100, **limits)
+    dataset = load_dataset(config, mistral)
+    assert dataset.bad_rows.keys() == {"answer too long"}
+    assert len(dataset.train) + 100 + sum(dataset.bad_rows.values()) == 1000
     assert max(len(e.answer_tokens) for e in dataset.train) <= 256
     assert all(mistral.special_ids.isdisjoint(e.answer_tokens[:-1]) for e in dataset.train)
     assert all(e.answer_tokens[-1] == mistral.eos_id for e in dataset.train)

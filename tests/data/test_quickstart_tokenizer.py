@@ -1,7 +1,7 @@
 """The quickstart's tokenizer in our reader and in transformers."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nrt_jax.data.quickstart_tokenizer import CHARACTERS, SPECIAL_TOKENS
@@ -15,6 +15,7 @@ def auto_tokenizer(quickstart_directory):
     return transformers.AutoTokenizer.from_pretrained(quickstart_directory)
 
 
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_one_token_a_character_and_back(tokenizer, text):
     ids = tokenizer.encode(text)
@@ -22,6 +23,7 @@ def test_one_token_a_character_and_back(tokenizer, text):
     assert tokenizer.decode(ids) == text
 
 
+@settings(deadline=None)
 @given(text=TEXTS)
 def test_transformers_agrees(tokenizer, auto_tokenizer, text):
     ids = auto_tokenizer.encode(text, add_special_tokens=False)

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
@@ -55,12 +55,6 @@ def message(*arguments) -> str:
     return str(caught.value)
 
 
-@pytest.fixture(scope="module")
-def mistral_reference(mistral_directory):
-    transformers = pytest.importorskip("transformers")
-    return transformers.AutoTokenizer.from_pretrained(mistral_directory)
-
-
 @pytest.mark.parametrize("text", MULTILINGUAL)
 def test_mistral_ids_are_those_of_transformers(mistral, mistral_reference, text):
     ids = mistral.encode(text)
@@ -84,7 +78,10 @@ def test_mistral_attributes(mistral):
     assert {0, 1, 2, 3, 14, 15} <= mistral.special_ids
 
 
-@given(text=st.text(alphabet=st.sampled_from([*SPECIAL_TOKENS, "1", "+", "<", "|>"]), max_size=12))
+@settings(deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*SPECIAL_TOKENS, "1", "+", "<", "|>"]), max_size=12).map("".join)
+)
 def test_text_cannot_spell_a_control_id(tokenizer, text):
     ids = tokenizer.encode(text)
     assert not set(ids) & (tokenizer.special_ids - {tokenizer.unk_id})
@@ -150,7 +147,8 @@ def test_no_truncation_and_no_padding(tmp_path):
     backend.enable_truncation(4)
     backend.enable_padding(length=8)
     loaded = Tokenizer.load(write(tmp_path / "t", backend), "<think>", "</think>")
-    assert loaded.decode(loaded.encode("a longer text")) == "a longer text"
+    for text in ("ab", "a longer text"):
+        assert loaded.decode(loaded.encode(text)) == text
 
 
 def test_bos_may_be_missing_and_names_may_be_descriptions(tmp_path):

@@ -1,6 +1,7 @@
 """Chunked scores against a plain log-softmax, in value, gradient and memory."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -44,15 +45,16 @@ def test_equals_plain_log_softmax(chunk_tokens):
     """Also where the chunk does not divide T, is smaller than B, or holds everything."""
     hidden, head, targets, temperature = example()
 
-    def loss(function, **options):
-        return lambda h, w: weighted_sum(function(h, w, targets, temperature, **options))
+    def run(function):
+        """The scores, and the gradient of a sum of them with respect to states and head."""
 
-    close(
-        chunked(hidden, head, targets, temperature, chunk_tokens),
-        plain(hidden, head, targets, temperature),
-    )
-    actual = jax.grad(loss(chunked, chunk_tokens=chunk_tokens), argnums=(0, 1))(hidden, head)
-    close(actual, jax.grad(loss(plain), argnums=(0, 1))(hidden, head))
+        def loss(hidden, head):
+            scores = function(hidden, head, targets, temperature)
+            return weighted_sum(scores), scores
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+
+    close(run(partial(chunked, chunk_tokens=chunk_tokens)), run(plain))
 
 
 def test_without_temperature_it_is_one():

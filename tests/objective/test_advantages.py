@@ -70,12 +70,19 @@ def test_rounding_noise_is_not_scaled_up(estimator):
     noisy = 0.7 * (1 + 1e-7 * np.arange(8, dtype=np.float32)[None])
     assert np.ptp(noisy) > 0
     equal = np.full((1, 8), 0.7, np.float32)
+    # Just below the rewards the noise is large beside R', and yet it is noise of R.
+    baseline = np.array([0.6999], np.float32)
     for reward in (noisy.astype(np.float32), equal):
-        got = advantages(reward, np.array([0.1], np.float32), estimator=estimator)
+        got = advantages(reward, baseline, estimator=estimator)
         np.testing.assert_array_equal(got, np.zeros((1, 8)))
-        assert not has_spread(reward, np.array([0.1], np.float32), estimator).any()
+        assert not has_spread(reward, baseline, estimator).any()
     apart = equal + np.float32(1e-5) * np.arange(8, dtype=np.float32)
-    assert has_spread(apart, np.array([0.1], np.float32), estimator).all()
+    assert has_spread(apart, baseline, estimator).all()
+
+
+def test_rounding_of_the_gain_over_a_far_baseline_is_noise_too():
+    reward, baseline = np.array([[0, 4e-5]], np.float32), np.array([-1000], np.float32)
+    np.testing.assert_array_equal(advantages(reward, baseline, estimator="grpo"), [[0, 0]])
 
 
 def test_spread_is_judged_after_clipping():

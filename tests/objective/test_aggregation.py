@@ -141,6 +141,20 @@ def test_cap_cuts_the_raw_weight_before_normalisation_and_is_reported():
     assert capped.all()
 
 
+@pytest.mark.parametrize("scheme", WS_SCHEMES)
+@pytest.mark.parametrize("normalisation", ["mean", "sum", "normalised"])
+def test_weights_are_zero_under_the_mask(scheme, normalisation):
+    base = np.array([[-1.0, np.nan], [np.nan, -np.inf]], np.float32)
+    mask = np.array([[True, False], [False, False]])
+    weight, capped = ws_weights(
+        scheme, base, mask, ws_normalisation=normalisation, weight_cap=100.0
+    )
+    np.testing.assert_array_equal(weight[:, 1], [0, 0])
+    np.testing.assert_array_equal(weight[1], [0, 0])
+    assert weight[0, 0] > 0.9
+    assert not capped.any()
+
+
 def test_certain_baseline_gives_weight_zero_never_negative():
     base = np.array([[0.0, 1e-6]], np.float32)
     for normalisation in ("mean", "sum", "normalised"):

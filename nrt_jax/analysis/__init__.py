@@ -1,0 +1,1 @@
+"""Figures, tables and the report of finished runs, from their saved records alone."""

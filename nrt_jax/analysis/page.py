@@ -1,0 +1,208 @@
+"""report.html: one file that needs no other, in a light and a dark theme."""
+
+import json
+import shlex
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jinja2
+from markupsafe import Markup, escape
+
+from nrt_jax.analysis.curves import DARK, GLYPHS, LIGHT, PANELS, cycle, panel_svg
+from nrt_jax.analysis.run_records import RunRecord, labels
+from nrt_jax.analysis.summary import WINDOW, arrow, duration, number, percent, problems_text
+
+SHOWN_PROBLEMS = 10
+PHASES = {
+    "data": "reading data",
+    "generate": "sampling traces",
+    "update": "scoring and updating",
+    "evaluate": "evaluating",
+    "total": "in all",
+}
+ENDINGS = {
+    "think_end": "closed by the model",
+    "length": "cut at the length limit",
+    "other": "another special token",
+}
+
+
+def render_page(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
+    """The whole page; every text of a model, of data or of a config is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nrt_jax", "analysis"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "visible": visible,
+        "cycle": cycle,
+        "percent": percent,
+        "number": number,
+        "arrow": arrow,
+        "duration": duration,
+    }
+    return environment.get_template("report.html.jinja").render(
+        summary=summary,
+        runs=summary["runs"],
+        story=_story(records, summary),
+        problems=problems_text(summary["problems"]),
+        window=WINDOW,
+        glyphs=GLYPHS,
+        light=LIGHT,
+        dark=DARK,
+        panels=[(panel.title, Markup(panel_svg(panel, records))) for panel in PANELS],
+        samples=_samples(records),
+        phases=_phases(summary["runs"]),
+        endings=ENDINGS,
+        differences=config_differences(records),
+        versions=_versions(records),
+        commands=_commands(records),
+    )
+
+
+def visible(text: str) -> Markup:
+    """Text to be read exactly: line ends marked, control characters spelt out, nothing as such."""
+    if not text:
+        return Markup('<span class="note">(empty)</span>')
+    spelt = "".join(
+        f"\\u{ord(char):04x}" if _hidden(char) else char for char in text.replace("\r\n", "\n")
+    )
+    return Markup(str(escape(spelt)).replace("\n", '<span class="note">↵</span>\n'))
+
+
+def _hidden(char: str) -> bool:
+    """Control, formatting and surrogate characters, which show nothing or reorder the page."""
+    return char != "\n" and unicodedata.category(char) in ("Cc", "Cf", "Cs")
+
+
+def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Settings in which the runs differ, with the value of each run."""
+    flat = [_flat(record.config.model_dump(mode="json")) for record in records]
+    keys = dict.fromkeys(key for config in flat for key in config)
+    rows = [(key, [config.get(key, "not set") for config in flat]) for key in keys]
+    return [
+        (key, values)
+        for key, values in rows
+        if key != "run_dir" and any(value != values[0] for value in values)
+    ]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[prefix + key] = text
+    return flat
+
+
+def _story(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
+    """What was done and what came of it, in two sentences."""
+    if "exact_match" in summary:
+        return _story_of_pair(records, summary)
+    runs, problems = summary["runs"], problems_text(summary["problems"])
+    if len(runs) == 1:
+        run, match = runs[0], runs[0]["exact_match"]
+        return (
+            f"{run['label']} was trained on {run['pairs_seen']:,} question–answer pairs. Exact "
+            f"match on {problems} went from {percent(match['first'])} to {percent(match['last'])}."
+        )
+    names = ", ".join(run["label"] for run in runs)
+    pairs = " to ".join(f"{count:,}" for count in _range(run["pairs_seen"] for run in runs))
+    after = " to ".join(percent(share) for share in _range(r["exact_match"]["last"] for r in runs))
+    return (
+        f"{len(runs)} runs were trained on {pairs} question–answer pairs each: {names}. "
+        f"After training they answer {after} of {problems} right."
+    )
+
+
+def _story_of_pair(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
+    sft, nrt = sorted(summary["runs"], key=lambda run: run["method"] != "sft")
+    differing = [key for key, _ in config_differences(records)]
+    if any(key.startswith(("model.", "data.", "seed", "train.")) for key in differing):
+        what = (
+            f"Two models were trained on {sft['pairs_seen']:,} and {nrt['pairs_seen']:,} "
+            "question–answer pairs"
+        )
+    else:
+        what = (
+            f"Two copies of one model were trained on the same {sft['pairs_seen']:,} "
+            "question–answer pairs"
+        )
+    exact = {name: percent(share) for name, share in summary["exact_match"].items()}
+    return (
+        f"{what}: {sft['label']} learns to answer at once, while {nrt['label']} first writes a "
+        "trace of its own, which it is never shown, and is rewarded when that makes it surer of "
+        f"the reference answer. On {problems_text(summary['problems'])}, the model answers "
+        f"{exact['base']} right with a trace and {exact['base_direct']} without one before "
+        f"training, and after it {exact['sft']} ({sft['label']}) and {exact['nrt']} "
+        f"({nrt['label']})."
+    )
+
+
+def _range(values: Iterable[Any]) -> list[Any]:
+    """The smallest and the largest, once if they are equal."""
+    values = set(values)
+    return sorted({min(values), max(values)})
+
+
+def _samples(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
+    """The first problems, with the answer of the base model and of every run; not chosen.
+
+    The base model's are those of the first run that writes traces, or else of the first.
+    """
+    first = next((record for record in records if record.scheme), records[0])
+    names = labels(records)
+    base = "Base model" if len(records) < 3 else f"{names[records.index(first)]} before training"
+    columns = [(base, first.samples_of(0))]
+    columns += [
+        (name, record.samples_of(record.config.train.steps))
+        for name, record in zip(names, records, strict=True)
+    ]
+    keys = dict.fromkeys(key for _, samples in columns for key in samples)
+    return [
+        {
+            "question": question,
+            "reference": reference,
+            "answers": [(name, samples.get((question, reference))) for name, samples in columns],
+        }
+        for question, reference in list(keys)[:SHOWN_PROBLEMS]
+    ]
+
+
+def _phases(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float | None]]]:
+    names = dict.fromkeys([*PHASES, *(name for run in runs for name in run["seconds"])])
+    rows = [(PHASES.get(name, name), [run["seconds"].get(name) for run in runs]) for name in names]
+    return [row for row in rows if any(value is not None for value in row[1])]
+
+
+def _versions(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
+    """Versions by name; one value where all runs agree."""
+    flat = [_flat(record.versions) for record in records]
+    rows = []
+    for key in dict.fromkeys(key for versions in flat for key in versions):
+        values = [versions.get(key, "not saved") for versions in flat]
+        name = key.removeprefix("packages.").replace("_", " ").replace("nrt jax", "nrt-jax")
+        rows.append((name, values[:1] if len(set(values)) == 1 else values))
+    return rows
+
+
+def _commands(records: Sequence[RunRecord]) -> list[str]:
+    """What makes the same runs again, and this page."""
+    lines = []
+    revisions = {record.versions.get("git_revision") for record in records}
+    for revision in sorted(str(revision) for revision in revisions if revision):
+        clean = revision.removesuffix("-dirty")
+        note = "  # with changes that were not committed" if clean != revision else ""
+        lines.append(f"git checkout {clean}{note}")
+    for record in records:
+        config = shlex.quote(str(record.path / "config.yaml"))
+        lines.append(f"nrt-jax train {config} run_dir={shlex.quote(f'again/{record.name}')}")
+    runs = " ".join(shlex.quote(f"again/{record.name}") for record in records)
+    return [*lines, f"nrt-jax report {runs} --out again"]

@@ -1,0 +1,220 @@
+"""What a finished run left in its directory: config, versions, metrics and samples."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field
+
+from nrt_jax.config import Section, load_config
+from nrt_jax.errors import InputError
+
+EXACT_MATCH = "eval/exact_match"
+SAMPLE_KEYS = ("index", "question", "trace", "trace_end", "answer", "reference", "correct")
+
+TITLES = {
+    "logp": "JLB",
+    "p": "VeriFree",
+    "am": "RLPR",
+    "gm": "NRT-GM",
+    "ws_inv_p": "NRT-WS(1/p)",
+    "ws_neg_log_p": "NRT-WS(−log p)",
+}
+"""The paper's name of a run by its scheme."""
+
+
+class _Saved(Section):
+    """A section of a saved config, of which only some keys are read here; the rest is kept."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _SavedTrain(_Saved):
+    steps: int
+    batch_prompts: int
+
+
+class _SavedEvaluation(_Saved):
+    examples: int
+
+
+class _SavedData(_Saved):
+    eval_rows: int
+    eval_path: str | None = None
+
+
+class _SavedObjective(_Saved):
+    scheme: str = "ws_neg_log_p"
+
+
+class SavedConfig(_Saved):
+    """The resolved config of a run, read without the rooms that it configures."""
+
+    method: str
+    seed: int
+    train: _SavedTrain
+    evaluation: _SavedEvaluation
+    data: _SavedData
+    objective: _SavedObjective = Field(default=_SavedObjective())
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One finished run."""
+
+    name: str
+    """The shortest end of its path that no other run of the comparison shares."""
+    path: Path
+    config: SavedConfig
+    versions: dict[str, Any]
+    training: list[dict[str, int | float]]
+    """Metrics of each step."""
+    evaluations: list[dict[str, int | float]]
+    """Metrics of each evaluation; the first is of the model before training."""
+    samples: list[dict[str, Any]]
+    """Traces and answers of the evaluations, with the step of each."""
+
+    @property
+    def scheme(self) -> str | None:
+        """Aggregation scheme; None for a run without traces."""
+        return self.config.objective.scheme if self.config.method == "nrt" else None
+
+    @property
+    def title(self) -> str:
+        """What readers know the method by."""
+        if self.scheme is None:
+            return self.config.method.upper()
+        return TITLES.get(self.scheme, f"NRT {self.scheme}")
+
+    @property
+    def problems(self) -> int | None:
+        """Problems of an evaluation; None where the evaluation file may have held fewer."""
+        if self.config.data.eval_path is not None:
+            return None
+        return min(self.config.evaluation.examples, self.config.data.eval_rows)
+
+    def samples_of(self, step: int) -> dict[tuple[str, str], dict[str, Any]]:
+        """Samples of one step by question and reference, in the order they were written."""
+        chosen = (sample for sample in self.samples if sample["step"] == step)
+        return {(sample["question"], sample["reference"]): sample for sample in chosen}
+
+
+def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
+    """Records of finished runs, in the order given; InputError for any that cannot be compared."""
+    return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def labels(records: Sequence[RunRecord]) -> list[str]:
+    """What to call each run: its method, and its name too where the method says too little."""
+    count = Counter(record.title for record in records)
+    return [
+        record.title if count[record.title] == 1 else f"{record.title} · {record.name}"
+        for record in records
+    ]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    parts = [path.resolve().parts for path in paths]
+    for path, count in zip(paths, map(Counter(parts).__getitem__, parts), strict=True):
+        if count > 1:
+            raise InputError(f"{path}: named {count} times; name each run once")
+    for depth in range(1, max(map(len, parts))):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _read_run(path: Path, name: str) -> RunRecord:
+    config_path = path / "config.yaml"
+    if not config_path.exists():
+        raise InputError(f"{path}: no config.yaml in it; name the directory of a run")
+    config = load_config(SavedConfig, [config_path])
+    if config.evaluation.examples == 0:
+        raise InputError(
+            f"{path}: has no evaluation, since evaluation.examples=0; train again in a new run_dir "
+            "with evaluation.examples above 0"
+        )
+    metrics = list(_lines(path / "metrics.jsonl", _check_numbers))
+    training = [row for row in metrics if "loss/total" in row]
+    evaluations = [row for row in metrics if EXACT_MATCH in row]
+    last = training[-1]["step"] if training else 0
+    steps = config.train.steps
+    if last < steps or not evaluations or evaluations[-1]["step"] < steps:
+        raise InputError(
+            f"{path}: stopped at step {last} of {steps}; finish it with: "
+            f"nrt-jax train {config_path} run_dir={path}"
+        )
+    if evaluations[0]["step"] != 0:
+        raise InputError(
+            f"{path / 'metrics.jsonl'}: the evaluation before training (step 0) is missing; "
+            "train again in a new run_dir"
+        )
+    return RunRecord(
+        name=name,
+        path=path,
+        config=config,
+        versions=_versions(path / "versions.json"),
+        training=training,
+        evaluations=evaluations,
+        samples=list(_lines(path / "samples.jsonl", _check_sample)),
+    )
+
+
+def _lines(path: Path, check: Any) -> Iterator[dict[str, Any]]:
+    """Rows of a JSON-lines file, each checked; none when the file is missing."""
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text("utf-8", "replace").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problem = check(row)
+        except ValueError:
+            problem = "not JSON"
+        if problem:
+            shown = line if len(line) <= 60 else f"{line[:57]}..."
+            raise InputError(
+                f"{path}: line {number}: {problem}: {shown!r}; delete that line, or train the run "
+                "again in a new run_dir"
+            )
+        yield row
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _check_numbers(row: Any) -> str | None:
+    if not isinstance(row, dict) or "step" not in row:
+        return "has no step"
+    wrong = next((key for key, value in row.items() if not _is_number(value)), None)
+    return f"{wrong} is no number" if wrong else None
+
+
+def _check_sample(row: Any) -> str | None:
+    if not isinstance(row, dict) or not _is_number(row.get("step")):
+        return "has no step"
+    missing = next((key for key in SAMPLE_KEYS if key not in row), None)
+    if missing:
+        return f"has no {missing}"
+    texts = [row["question"], row["answer"], row["reference"]]
+    traces = [row["trace"], row["trace_end"]]
+    right = all(isinstance(text, str) for text in texts)
+    right &= all(text is None or isinstance(text, str) for text in traces)
+    return None if right and isinstance(row["correct"], bool) else "holds a value of another type"
+
+
+def _versions(path: Path) -> dict[str, Any]:
+    try:
+        versions = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise InputError(f"{path}: {reason}; copy the whole directory of the run") from None
+    if not isinstance(versions, dict):
+        raise InputError(f"{path}: must hold a mapping; copy the whole directory of the run")
+    return versions

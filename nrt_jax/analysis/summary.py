@@ -1,0 +1,192 @@
+"""The figures of a comparison: summary.json, and the table for the terminal."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord, labels
+
+WINDOW = 5
+"""Training steps that the first and the last value of a noisy metric are the mean of."""
+
+FINISH_SHARES = {
+    "think_end": "trace/end_think_end_share",
+    "length": "trace/end_length_share",
+    "other": "trace/end_other_share",
+}
+
+
+def summarise(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """What summary.json holds. Exact match and shares are from 0 to 1; null is "does not apply".
+
+    `exact_match`, only for a comparison of one SFT and one NRT run:
+        `base`         the model before training, which writes a trace and then answers (the NRT
+                       run's evaluation of step 0)
+        `base_direct`  the model before training, which answers at once (the SFT run's)
+        `sft`, `nrt`   after training, each in the same way as before
+    `problems`  held-out problems of an evaluation; null when the runs differ in it, or when it
+                is not known because an evaluation file may hold fewer than evaluation.examples
+    `runs`      one entry a run, in the order given:
+        `name`, `label`    end of its path; what the report calls it
+        `path`             its directory, as it was given
+        `method`, `scheme` sft or nrt; the aggregation scheme, null for sft
+        `seed`, `steps`    as configured
+        `pairs_seen`       question-answer pairs trained on, a pair seen twice counted twice
+        `problems`         as above, of this run
+        `exact_match`      {first, last}: before training and after its last step
+        `reward`           {first, last}: mean reward of the traces; null for sft, as are
+        `baseline`         {first, last}: mean reward without a trace
+        `trace_tokens`     {first, last}: tokens of a sampled trace, without t_start and t_end
+        `finish_shares`    {first, last}: share of the traces that ended in t_end (`think_end`),
+                           at the limit (`length`) or in another special token (`other`)
+        `entropy`          {first, last}: nats a token of the policy, over the trace (nrt) or over
+                           the reference answer (sft)
+        `skipped_updates`  updates left out because a gradient was not finite
+        `seconds`          by phase: `data`, `generate`, `update`, `evaluate`, and their sum
+                           `total`; compiling is in it, starting up and saving are not
+
+    The {first, last} of training metrics are means over the first and the last 5 steps; null when
+    a value among these was not finite.
+    """
+    runs = [
+        _summarise_run(record, label)
+        for record, label in zip(records, labels(records), strict=True)
+    ]
+    counts = {run["problems"] for run in runs}
+    summary = {"problems": counts.pop() if len(counts) == 1 else None, "runs": runs}
+    by_method = {run["method"]: run["exact_match"] for run in runs}
+    if len(runs) == 2 and by_method.keys() == {"sft", "nrt"}:
+        exact_match = {
+            "base": by_method["nrt"]["first"],
+            "base_direct": by_method["sft"]["first"],
+            "sft": by_method["sft"]["last"],
+            "nrt": by_method["nrt"]["last"],
+        }
+        return {"exact_match": exact_match} | summary
+    return summary
+
+
+def _summarise_run(record: RunRecord, label: str) -> dict[str, Any]:
+    config = record.config
+    shares = {name: _ends(record, metric) for name, metric in FINISH_SHARES.items()}
+    return {
+        "name": record.name,
+        "label": label,
+        "path": str(record.path),
+        "method": config.method,
+        "scheme": record.scheme,
+        "seed": config.seed,
+        "steps": config.train.steps,
+        "pairs_seen": config.train.steps * config.train.batch_prompts,
+        "problems": record.problems,
+        "exact_match": {
+            "first": record.evaluations[0][EXACT_MATCH],
+            "last": record.evaluations[-1][EXACT_MATCH],
+        },
+        "reward": _ends(record, "reward/mean"),
+        "baseline": _ends(record, "reward/baseline"),
+        "trace_tokens": _ends(record, "trace/tokens"),
+        "finish_shares": {
+            when: {name: share[when] for name, share in shares.items() if share}
+            for when in ("first", "last")
+        }
+        if all(shares.values())
+        else None,
+        "entropy": _ends(record, "policy/entropy"),
+        "skipped_updates": int(record.training[-1].get("update/skipped", 0)),
+        "seconds": _seconds(record),
+    }
+
+
+def _ends(record: RunRecord, metric: str) -> dict[str, float | None] | None:
+    values = [row[metric] for row in record.training if metric in row]
+    if not values:
+        return None
+    return {"first": _mean(values[:WINDOW]), "last": _mean(values[-WINDOW:])}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    mean = math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
+    return mean if math.isfinite(mean) else None
+
+
+def _seconds(record: RunRecord) -> dict[str, float]:
+    phases: dict[str, list[float]] = {}
+    for row in [*record.training, *record.evaluations]:
+        for metric, value in row.items():
+            if metric.startswith("time/"):
+                phase = metric.removeprefix("time/").removesuffix("_s")
+                phases.setdefault(phase, []).append(value)
+    seconds = {phase: math.fsum(values) for phase, values in phases.items()}
+    return seconds | {"total": math.fsum(seconds.values())}
+
+
+# --- text ----------------------------------------------------------------------------------------
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in per cent."""
+    return f"{100 * share:.1f} %"
+
+
+def number(value: float | None) -> str:
+    """Three digits, as they come."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:#.3g}".rstrip(".") if value and abs(value) >= 1e-3 else f"{value:.2g}"
+
+
+def arrow(ends: dict[str, float | None] | None) -> str:
+    """First → last."""
+    return "–" if ends is None else f"{number(ends['first'])} → {number(ends['last'])}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two units that tell most."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def problems_text(problems: int | None) -> str:
+    """What exact match was measured on."""
+    return "held-out problems" if problems is None else f"{problems:,} held-out problems"
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The comparison as text."""
+    lines = [f"Exact match on {problems_text(summary['problems'])}"]
+    if "exact_match" in summary:
+        exact = {name: percent(value) for name, value in summary["exact_match"].items()}
+        lines = [
+            f"{lines[0]}: base {exact['base']} ({exact['base_direct']} without a trace), "
+            f"SFT {exact['sft']}, NRT {exact['nrt']}"
+        ]
+    rows = [("", "exact match", "reward", "trace tokens", "entropy", "time")]
+    for run in summary["runs"]:
+        match = run["exact_match"]
+        rows.append(
+            (
+                run["label"],
+                f"{percent(match['first'])} → {percent(match['last'])}",
+                arrow(run["reward"]),
+                arrow(run["trace_tokens"]),
+                arrow(run["entropy"]),
+                duration(run["seconds"]["total"]),
+            )
+        )
+    return "\n".join([*lines, "", *_aligned(rows)])
+
+
+def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,45 @@
+"""TensorBoard's event files, written at once: a killed run loses no step that it has saved."""
+
+import os
+import socket
+import struct
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
+
+from nrt_jax.training.files import append, open_to_append
+
+
+class EventFile:
+    """One process's event file; it hides the events that earlier ones have from `step` on."""
+
+    def __init__(self, directory: Path, step: int):
+        directory.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open_to_append(directory / name)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=step, session_log=start))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """The scalars of one step; raises OSError with the name of the file."""
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _write(self, event: Event) -> None:
+        """A record is length, checksum of the length, data, checksum of the data."""
+        data = event.SerializeToString()
+        length = struct.pack("<Q", len(data))
+        append(self._file, length + _checksum(length) + data + _checksum(data))
+
+
+def _checksum(data: bytes) -> bytes:
+    return struct.pack("<I", masked_crc32c(data))

@@ -1,0 +1,217 @@
+"""Exact match of models rigged to answer as we say, and of one that has to be followed."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.evaluation.exact_match import Answerer, end_name, evaluate
+from nrt_jax.models.variants import Architecture
+from nrt_jax.records import Example, TokenizedExample, Trace
+from nrt_jax.rollout.engine import DecoderEngine
+from tests.models.tiny import architecture, decoder
+from tests.rollout.toy import greedy, one_device
+
+EOS, START, END = "<|eos|>", "<|think_start|>", "<|think_end|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    write_quickstart_tokenizer(directory)
+    return Tokenizer.load(directory)
+
+
+@pytest.fixture(scope="module")
+def a(tokenizer) -> Architecture:
+    return architecture(vocab_size=tokenizer.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def engines(tokenizer, a) -> tuple[DecoderEngine, DecoderEngine]:
+    """One for traces, one for answers."""
+    one, other = (
+        DecoderEngine(
+            nnx.split(decoder(a))[0],
+            a,
+            one_device(),
+            slots=4,
+            max_prompt_tokens=16,
+            max_new_tokens=6,
+            stop_ids=tokenizer.special_ids,
+        )
+        for _ in range(2)
+    )
+    return one, other
+
+
+@pytest.fixture
+def direct(tokenizer, engines) -> Answerer:
+    return Answerer(tokenizer, None, engines[1], 6, 3, temperature=0.0)
+
+
+@pytest.fixture
+def reasoning(tokenizer, engines) -> Answerer:
+    return Answerer(tokenizer, *engines, 6, 3, temperature=0.0)
+
+
+@pytest.fixture
+def rig(tokenizer, a):
+    """Weights of a model whose next token depends on the last alone: rig({"2": "=", ...})."""
+
+    def token_id(name: str) -> int:
+        return int(tokenizer.backend.token_to_id(name))
+
+    def make(follows: dict[str, str]) -> nnx.State:
+        params = jax.tree.map(jnp.zeros_like, nnx.split(decoder(a))[1])
+        params["embedding"][...] = jnp.eye(a.vocab_size, a.hidden_size)
+        params["final_norm"]["scale"][...] = jnp.ones(a.hidden_size)
+        head_DV = np.zeros((a.hidden_size, a.vocab_size), np.float32)
+        for last, following in follows.items():
+            head_DV[token_id(last), token_id(following)] = 10.0
+        params["head"][...] = jnp.asarray(head_DV)
+        return params
+
+    return make
+
+
+@pytest.fixture
+def examples(tokenizer):
+    """(question, reference answer) pairs to tokenized examples, numbered from 100."""
+
+    def make(*pairs: tuple[str, str]) -> list[TokenizedExample]:
+        return [
+            TokenizedExample(
+                Example(100 + row, question, answer),
+                np.asarray([tokenizer.bos_id, *tokenizer.encode(question)], np.int32),
+                np.asarray([*tokenizer.encode(answer), tokenizer.eos_id], np.int32),
+            )
+            for row, (question, answer) in enumerate(pairs)
+        ]
+
+    return make
+
+
+def score(answerer, params, examples, samples=10):
+    return evaluate(answerer, params, examples, jax.random.key(0), samples=samples)
+
+
+ANSWERS_3 = {"2": "=", "4": "=", "=": "3", "3": EOS}
+
+
+def test_right_answers_are_counted(direct, rig, examples):
+    rows = examples(("1+2", "=3"), ("0+4", "=4"), ("1+4", "=3"), ("2+2", "=33"), ("4+4", "3"))
+    metrics, records = score(direct, rig(ANSWERS_3), rows)
+    assert metrics == {"eval/exact_match": pytest.approx(0.4)}
+    assert [record["correct"] for record in records] == [True, False, True, False, False]
+    assert records[1] == {
+        "index": 101,
+        "question": "0+4",
+        "trace": None,
+        "trace_end": None,
+        "answer": "=3",
+        "reference": "=4",
+        "correct": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("after_3", "limit"), [(END, 3), ("<|pad|>", 3), ("3", 2)], ids=["t_end", "pad", "length"]
+)
+def test_an_answer_must_end_with_eos(direct, rig, examples, after_3, limit):
+    answerer = Answerer(direct.tokenizer, None, direct.answer_engine, 6, limit, temperature=0.0)
+    metrics, records = score(answerer, rig(ANSWERS_3 | {"3": after_3}), examples(("1+2", "=3")))
+    assert records[0]["answer"] == "=3"
+    assert metrics["eval/exact_match"] == 0
+
+
+def test_white_space_around_an_answer_does_not_count(direct, rig, examples):
+    with_break = {"2": "\n", "\n": "3", "3": EOS}
+    metrics, records = score(direct, rig(with_break), examples(("2", "3"), ("2", "\n3 ")))
+    assert records[0]["answer"] == "\n3"
+    assert metrics["eval/exact_match"] == 1
+
+
+def test_the_trace_comes_between_the_think_tokens(reasoning, rig, examples):
+    """x t_start 1 t_end =3 eos: the answer follows t_end, the trace t_start."""
+    model = rig({START: "1", "1": END, END: "=", "=": "3", "3": EOS})
+    metrics, records = score(reasoning, model, examples(("1+2", "=3"), ("1+1", "=2")), samples=1)
+    assert metrics == {
+        "eval/exact_match": 0.5,
+        "eval/trace_tokens": 1.0,
+        "eval/think_end_share": 1.0,
+    }
+    assert len(records) == 1
+    assert (records[0]["trace"], records[0]["trace_end"]) == ("1", END)
+
+
+@pytest.mark.parametrize(
+    ("after_1", "trace", "end"),
+    [("1", "111111", "length"), (EOS, "1", EOS), ("<|bos|>", "1", "<|bos|>")],
+    ids=["limit", "eos", "bos"],
+)
+def test_think_end_is_appended_to_whatever_trace_there_is(
+    reasoning, rig, examples, after_1, trace, end
+):
+    model = rig({START: "1", "1": after_1, END: "=", "=": "3", "3": EOS})
+    metrics, records = score(reasoning, model, examples(("1+2", "=3")))
+    assert metrics["eval/exact_match"] == 1
+    assert metrics["eval/think_end_share"] == 0
+    assert metrics["eval/trace_tokens"] == len(trace)
+    assert (records[0]["trace"], records[0]["trace_end"]) == (trace, end)
+
+
+def test_the_answer_sees_question_and_trace(reasoning, tokenizer, a):
+    """An ordinary model, followed token by token with whole forwards."""
+    prompts = [np.asarray([tokenizer.bos_id, *row], np.int32) for row in ([7, 8], [9, 10, 16, 11])]
+    stop_ids = tokenizer.special_ids
+    params = nnx.split(decoder(a))[1]
+    answered = reasoning.answer(params, prompts, jax.random.key(0))
+    for prompt, (trace, answer) in zip(prompts, answered, strict=True):
+        opened = np.append(prompt, tokenizer.think_start_id)
+        assert (trace.tokens.tolist(), trace.end_token) == greedy(a, opened, 6, stop_ids)
+        closed = np.concatenate([opened, trace.tokens, [tokenizer.think_end_id]])
+        assert (answer.tokens.tolist(), answer.end_token) == greedy(a, closed, 3, stop_ids)
+
+
+def test_sampled_answers_repeat_with_their_key_alone(reasoning, tokenizer, a):
+    answerer = Answerer(
+        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 6, 3, temperature=1.0
+    )
+    params = nnx.split(decoder(a))[1]
+    prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 8
+
+    def draw(seed):
+        answered = answerer.answer(params, prompts, jax.random.key(seed))
+        return [(t.tokens.tolist(), y.tokens.tolist()) for t, y in answered]
+
+    first = draw(0)
+    assert first == draw(0) != draw(1)
+    assert len({str(pair) for pair in first}) > 4
+
+
+def test_the_noise_of_answers_is_the_keys_and_not_that_of_traces(reasoning, tokenizer, rig):
+    """Under a uniform model, so that a token is its noise."""
+    uniform = rig({})
+    answerer = Answerer(
+        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 3, 3, temperature=1.0
+    )
+    prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 32
+
+    def draw(seed):
+        return answerer.answer(uniform, prompts, jax.random.key(seed))
+
+    answers = [y.tokens.tolist() for _, y in draw(0)]
+    assert answers != [y.tokens.tolist() for _, y in draw(1)]
+    assert answers != [trace.tokens.tolist() for trace, _ in draw(0)]
+
+
+def test_end_name(tokenizer):
+    def ended_by(token):
+        return end_name(tokenizer, Trace(np.zeros(0, np.int32), np.zeros(0), token, 0.0))
+
+    assert ended_by(None) == "length"
+    assert ended_by(tokenizer.eos_id) == EOS

@@ -1,0 +1,98 @@
+"""Temperature, top-p and the log-prob of what was drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nrt_jax.rollout.sampler import sample
+from tests.rollout.toy import SETTINGS, assert_distributed, nucleus
+
+jitted = jax.jit(sample)
+
+
+def draw(logits_BV, temperature, top_p, seed=0):
+    """Tokens and log-probs of rows that share their settings, or have one each."""
+    logits_BV = jnp.asarray(logits_BV, jnp.float32)
+    B = logits_BV.shape[0]
+    settings = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), (B,)) for x in (temperature, top_p))
+    token_B, log_prob_B = jitted(logits_BV, jax.random.split(jax.random.key(seed), B), *settings)
+    return np.asarray(token_B), np.asarray(log_prob_B)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [*SETTINGS, (1.7, 0.3)])
+def test_log_prob_is_that_of_the_sampled_distribution(temperature, top_p):
+    logits_BV = 3 * np.random.default_rng(0).normal(size=(64, 50))
+    token_B, log_prob_B = draw(logits_BV, temperature, top_p)
+    expected = [
+        np.log(nucleus(row, temperature, top_p)[token])
+        for row, token in zip(logits_BV, token_B, strict=True)
+    ]
+    np.testing.assert_allclose(log_prob_B, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [*SETTINGS, (2.0, 0.7), (1.0, 0.5)])
+def test_draws_follow_the_distribution(temperature, top_p):
+    logits_V = np.log([0.5, 0.12, 0.38])
+    token_B, _ = draw(np.tile(logits_V, (20_000, 1)), temperature, top_p)
+    assert_distributed(np.bincount(token_B, minlength=3), nucleus(logits_V, temperature, top_p))
+
+
+def test_nucleus_worked_example():
+    token_B, log_prob_B = draw(np.tile(np.log([0.2, 0.5, 0.3]), (200, 1)), 1.0, 0.7)
+    assert set(token_B) == {1, 2}
+    np.testing.assert_allclose(np.exp(log_prob_B), np.where(token_B == 1, 0.625, 0.375), rtol=1e-5)
+
+
+def test_temperature_comes_before_the_nucleus():
+    # [.5 .3 .2] at temperature 0.5 is about [.66 .24 .11], of which the first reaches 0.6 alone.
+    token_B, log_prob_B = draw(np.tile(np.log([0.5, 0.3, 0.2]), (200, 1)), 0.5, 0.6)
+    assert set(token_B) == {0}
+    np.testing.assert_allclose(log_prob_B, 0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "top_p", "kept"),
+    [
+        ([0.25, 0.5, 0.25], 0.5, {1}),
+        ([0.25, 0.5, 0.25], 0.51, {0, 1}),
+        ([0.25, 0.25, 0.25, 0.25], 0.5, {0, 1}),
+        ([0.25, 0.5, 0.25], 1e-6, {1}),
+        ([0.25, 0.5, 0.25], 1.0, {0, 1, 2}),
+    ],
+    ids=["reached", "just above", "ties by id", "one is left", "all"],
+)
+def test_who_is_in_the_nucleus(probabilities, top_p, kept):
+    token_B, _ = draw(np.tile(np.log(probabilities), (300, 1)), 1.0, top_p)
+    assert set(token_B) == kept
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+def test_temperature_zero_takes_the_best_and_scores_it_untempered(top_p):
+    logits_BV = np.random.default_rng(1).normal(size=(32, 20))
+    token_B, log_prob_B = draw(logits_BV, 0.0, top_p)
+    np.testing.assert_array_equal(token_B, logits_BV.argmax(axis=1))
+    expected = [np.log(nucleus(row, 1.0, 1.0).max()) for row in logits_BV]
+    np.testing.assert_allclose(log_prob_B, expected, atol=1e-5)
+
+
+def test_a_row_does_not_see_its_neighbours():
+    logits_BV = 3 * np.random.default_rng(2).normal(size=(64, 500))
+    even = np.arange(64) % 2 == 0
+    plain = draw(logits_BV, 1.0, 1.0)
+    mixed = draw(logits_BV, np.where(even, 1.0, 0.3), np.where(even, 1.0, 0.4))
+    for one, other in zip(plain, mixed, strict=True):
+        np.testing.assert_array_equal(one[even], other[even])
+
+
+def test_rows_have_noise_of_their_own():
+    token_B, _ = draw(np.zeros((64, 1000)), 1.0, 1.0)
+    assert len(set(token_B)) > 50
+
+
+def test_extreme_logits_stay_finite():
+    logits_BV = np.asarray([[1e4, -1e4, 0.0], [-np.inf, 0.0, -1e30], [-1e4, -1e4, -1e4]])
+    for temperature, top_p in [(1.0, 1.0), (0.01, 0.9), (0.0, 0.9)]:
+        token_B, log_prob_B = draw(logits_BV, temperature, top_p)
+        assert list(token_B[:2]) == [0, 1]
+        assert np.isfinite(log_prob_B).all()

@@ -1,0 +1,258 @@
+"""Tiny runs in processes of their own: started, watched, killed, and compared file by file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import yaml
+from flax import nnx
+
+from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.models import huggingface
+from nrt_jax.models.decoder import Decoder
+from nrt_jax.models.variants import Architecture
+from nrt_jax.training.metrics import TIMING_PREFIXES
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PATIENCE_S = 300.0
+
+ARCHITECTURE = {
+    "vocab_size": 25,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "initializer_range": 0.3,
+}
+
+CONFIG = {
+    "method": "nrt",
+    "model": {"path": "model"},
+    "data": {
+        "source": "chain_addition",
+        "tokenizer": "model",
+        "max_prompt_tokens": 12,
+        "max_answer_tokens": 4,
+        "eval_rows": 4,
+        "chain": {"digits": 3, "rows": 40},
+    },
+    "objective": {"length_constant": 4, "kl_coefficient": 0.1},
+    "rollout": {
+        "traces_per_prompt": 2,
+        "max_trace_tokens": 4,
+        "max_response_tokens": 10,
+        "slots": 8,
+    },
+    "train": {
+        "steps": 8,
+        "batch_prompts": 4,
+        "mini_batch_prompts": 2,
+        "micro_batch_prompts": 1,
+    },
+    "optimizer": {"learning_rate": 1e-2, "schedule": "cosine", "warmup_ratio": 0.2},
+    "evaluation": {"every_steps": 3, "examples": 4, "max_answer_tokens": 3, "samples": 2},
+    "checkpoint": {"every_steps": 2, "keep_last": 2},
+}
+
+
+def write_model(directory: Path, **changes) -> Path:
+    """A Hugging Face directory of random weights with the quickstart's tokenizer."""
+    architecture = Architecture.model_validate(ARCHITECTURE | changes)
+    params = nnx.to_pure_dict(nnx.split(Decoder(architecture, nnx.Rngs(0)))[1])
+    huggingface.write_directory(
+        directory,
+        architecture,
+        params,
+        bos_token_id=1,
+        eos_token_id=2,
+        copy_tokenizer=write_quickstart_tokenizer,
+    )
+    return directory
+
+
+def write_config(folder: Path) -> Path:
+    """A config beside its model, for one device."""
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
+    return path
+
+
+@dataclass
+class Outcome:
+    """How a process ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The line that an error prints, without its prefix; asserts that it is the only one."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("nrt-jax: error: "), self.err
+        return lines[0].removeprefix("nrt-jax: error: ")
+
+
+@dataclass
+class Process:
+    """`python -m nrt_jax`, with its output in files, so that no pipe fills up."""
+
+    arguments: list[str]
+    folder: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".pytest_cache" / "compiled_by_runs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        with (self.folder / "out").open("w") as out, (self.folder / "err").open("w") as err:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "nrt_jax", *self.arguments],
+                stdout=out,
+                stderr=err,
+                stdin=subprocess.DEVNULL,
+                cwd=REPOSITORY,
+                env=environment | self.environment,
+            )
+
+    def wait_until(self, moment: Callable[[], bool]) -> bool:
+        """Return at `moment`, as near as polling comes; False when the process ended before."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.process.poll() is None:
+            if moment():
+                return True
+            if time.monotonic() > deadline:
+                self.process.kill()
+                raise TimeoutError(f"{self.arguments}: {self.end()}")
+            time.sleep(0.0005)
+        return False
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def end(self) -> Outcome:
+        """Wait for the end."""
+        try:
+            status = self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+        return Outcome(
+            status,
+            (self.folder / "out").read_text("utf-8"),
+            (self.folder / "err").read_text("utf-8"),
+        )
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """One run directory, and the command that trains it."""
+
+    config: Path
+    directory: Path
+    overrides: tuple[str, ...] = ()
+
+    def start(self, *overrides: str, **environment: str) -> Process:
+        arguments = ["train", str(self.config), f"run_dir={self.directory}"]
+        log = tempfile.mkdtemp(prefix="log-", dir=self.directory.parent)
+        return Process([*arguments, *self.overrides, *overrides], Path(log), environment)
+
+    def train(self, *overrides: str, **environment: str) -> Outcome:
+        return self.start(*overrides, **environment).end()
+
+    def trained(self, *overrides: str) -> Outcome:
+        outcome = self.train(*overrides)
+        assert outcome.status == 0, outcome
+        return outcome
+
+    def kill_at(self, moment: Callable[[], bool], **environment: str) -> bool:
+        """SIGKILL at the moment; False when the run ended before it."""
+        process = self.start(**environment)
+        hit = process.wait_until(moment)
+        process.signal(signal.SIGKILL)
+        outcome = process.end()
+        assert outcome.status == (-signal.SIGKILL if hit else 0), outcome
+        return hit
+
+    # Moments.
+
+    def begun(self) -> bool:
+        """The directory is made, the model not yet compiled."""
+        return (self.directory / "config.yaml").exists()
+
+    def saving(self) -> bool:
+        """Orbax's temporary directory exists."""
+        return any(self.checkpoints.glob("*.orbax-checkpoint-tmp*"))
+
+    def saved(self, step: int) -> bool:
+        return (self.checkpoints / str(step)).exists()
+
+    def evaluating(self, step: int) -> bool:
+        """The step's metrics are written, and those of its evaluation are not."""
+        rows = self.metrics()
+        return bool(rows) and rows[-1]["step"] == step and "eval/exact_match" not in rows[-1]
+
+    def at_line(self, count: int) -> bool:
+        return len(self.metrics()) >= count
+
+    # Contents.
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.directory / "checkpoints"
+
+    @property
+    def steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self.checkpoints.glob("[0-9]*"))
+
+    def lines(self, name: str) -> list[dict]:
+        path = self.directory / name
+        whole = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        return [json.loads(line) for line in whole]
+
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl, without the times."""
+        return [
+            {k: v for k, v in row.items() if not k.startswith(TIMING_PREFIXES)}
+            for row in self.lines("metrics.jsonl")
+        ]
+
+    def arrays(self, step: int) -> dict[str, np.ndarray]:
+        """Weights, moments and counters of a checkpoint."""
+        tree = ocp.StandardCheckpointer().restore(self.checkpoints / str(step) / "state")
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def assert_same(run: TinyRun, reference: TinyRun) -> None:
+    """Equal metrics but for times, equal samples, bit-identical state, and nothing left over."""
+    assert run.metrics() == reference.metrics()
+    assert run.lines("samples.jsonl") == reference.lines("samples.jsonl")
+    last = max(reference.steps)
+    assert run.steps == reference.steps
+    mine, theirs = run.arrays(last), reference.arrays(last)
+    assert mine.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert mine[name].dtype == array.dtype, name
+        assert mine[name].tobytes() == array.tobytes(), name
+    assert names(run.directory) == names(reference.directory)
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())

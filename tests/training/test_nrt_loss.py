@@ -1,0 +1,341 @@
+"""The loss of a whole batch against a plain recomputation: one sequence at a time, plain floats."""
+
+import dataclasses
+import math
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nrt_jax.training.batch import nrt_batch
+from nrt_jax.training.forward import SamplingScores
+from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.scoring import make_scorer
+from nrt_jax.training.step import accumulate, micro_batches
+from tests.objective import oracle
+from tests.training import worlds
+from tests.training.worlds import EOS, THINK_END, THINK_START, VOCAB
+
+PROMPTS, TRACES = 4, 4
+DEFINITION, PARAMS = worlds.tiny_decoder()
+
+
+@cache
+def forward():
+    return jax.jit(lambda params, tokens: nnx.merge(DEFINITION, params)(tokens))
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def plain_log_probs(prompt, trace, answer, temperature):
+    """log pi of t_start, of each token of z, of t_end, and of each token of y*, in plain order."""
+    sequence = np.concatenate([prompt, [THINK_START], trace, [THINK_END], answer]).astype(np.int32)
+    logits = np.asarray(forward()(PARAMS, sequence[None])[0], np.float64)
+    plain, tempered = log_softmax(logits), log_softmax(logits / temperature)
+    at = [plain[i, sequence[i + 1]] for i in range(len(sequence) - 1)]
+    tempered_at = [tempered[i, sequence[i + 1]] for i in range(len(sequence) - 1)]
+    x, n = len(prompt), len(trace)
+    return at[x - 1], tempered_at[x : x + n], at[x + n], at[x + n + 1 :]
+
+
+def plain_loss(groups, config, temperature=1.0):
+    """(loss, its terms) of the batch by Algorithm 1, in loops over groups, traces and tokens."""
+    terms = {"trace": 0.0, "token": 0.0, "format": 0.0}
+    for group in groups:
+        prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
+        base = plain_log_probs(prompt, [], answer, temperature)[3]
+        how = (config.ws_normalisation, config.weight_cap)
+        baseline, _ = oracle.aggregate(config.scheme, base, base, *how)
+        scored = [plain_log_probs(prompt, t.tokens, answer, temperature) for t in group.traces]
+        judged = [oracle.aggregate(config.scheme, s[3], base, *how) for s in scored]
+        advantage = oracle.advantages([r for r, _ in judged], baseline, config.estimator)
+        surrogate = oracle.ppo_clip if config.policy_loss == "ppo_clip" else oracle.cispo
+        for trace, (start, z, end, y), (_, signal), A in zip(
+            group.traces, scored, judged, advantage, strict=True
+        ):
+            emitted = trace.end_token == THINK_END
+            pairs = list(zip(z, trace.log_probs.tolist(), strict=True))
+            if config.trace_covers == "z_and_end" and emitted:
+                pairs.append((end, trace.end_log_prob))
+            for new, old in pairs:
+                terms["trace"] += surrogate(new, old, A, config.clip_low, config.clip_high)
+            ratio = 1.0
+            if config.token_ratio == "trace":
+                total = sum(z) - float(trace.log_probs.astype(float).sum())
+                ratio = min(math.exp(min(total, 20)), config.token_ratio_cap)
+            fixed = config.token_signal == "fixed"
+            for S, log_c in zip(signal, y, strict=True):
+                terms["token"] -= ratio * (1.0 if fixed else S) * log_c
+            if config.format_where == "all":
+                terms["format"] -= config.format_coefficient * (start + end)
+            elif not emitted:
+                terms["format"] -= config.format_coefficient * end
+    scale = 1 / (config.length_constant * len(groups) * TRACES)
+    return {name: term * scale for name, term in terms.items()}
+
+
+NOTHING_SCORED = SamplingScores()
+
+
+def loss_and_gradient(batch, settings, scored=NOTHING_SCORED, micro_count=1, params=PARAMS):
+    """Loss terms and gradient, jitted, over micro-batches."""
+    sequences = batch.branch_PKW.shape[0] * batch.branch_PKW.shape[1]
+
+    def loss_fn(params, inputs):
+        return nrt_loss(params, *inputs, sequences=sequences, settings=settings)
+
+    step = jax.jit(lambda p, b: accumulate(loss_fn, p, b, micro_count))
+    gradient, metrics = step(params, (batch, scored))
+    return metrics, gradient
+
+
+def assert_close(first, second, tolerance):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        scale = max(float(np.abs(b).max()), 1e-3)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
+
+
+VARIANTS = [
+    {"scheme": "logp"},
+    {"scheme": "p", "estimator": "rloo", "token_signal": "fixed"},
+    {"scheme": "am", "estimator": "clip01", "policy_loss": "cispo"},
+    {"scheme": "gm", "estimator": "dr_grpo", "trace_covers": "z_and_end"},
+    {"scheme": "ws_inv_p", "weight_cap": 20.0, "format_where": "not_emitted"},
+    {"scheme": "ws_neg_log_p", "token_ratio": "trace", "ws_normalisation": "sum"},
+    {
+        "scheme": "ws_neg_log_p",
+        "estimator": "grpo_unclipped",
+        "policy_loss": "cispo",
+        "trace_covers": "z_and_end",
+        "format_where": "not_emitted",
+        "token_signal": "fixed",
+    },
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
+def test_every_term_equals_the_plain_recomputation(variant):
+    groups = worlds.random_groups(PROMPTS, TRACES)
+    settings = worlds.settings(DEFINITION, **variant)
+    metrics, _ = loss_and_gradient(worlds.random_batch(PROMPTS, TRACES), settings)
+    expected = plain_loss(groups, settings.objective)
+    for name, value in expected.items():
+        assert metrics.sums[f"loss/{name}"] == pytest.approx(value, rel=2e-4, abs=2e-6), name
+
+
+def test_the_trace_is_scored_at_the_sampling_temperature():
+    groups = worlds.random_groups(PROMPTS, TRACES)
+    settings = worlds.settings(DEFINITION, temperature=0.7)
+    metrics, _ = loss_and_gradient(worlds.random_batch(PROMPTS, TRACES), settings)
+    expected = plain_loss(groups, settings.objective, temperature=0.7)
+    at_one = plain_loss(groups, settings.objective, temperature=1.0)
+    assert metrics.sums["loss/trace"] == pytest.approx(expected["trace"], rel=2e-4)
+    assert metrics.sums["loss/token"] == pytest.approx(expected["token"], rel=2e-4)
+    assert abs(expected["trace"] - at_one["trace"]) > 0.01 * abs(at_one["trace"])
+
+
+def test_gradient_is_the_sum_of_terms_of_algorithm_1():
+    """-sum_k A_k grad log pi(z_k) - sum_i S_ik grad log c_ik - 0.3 grad log pi(format), by hand."""
+    groups = worlds.random_groups(2, TRACES)
+    # On policy, so that the ratio is 1 and nothing is clipped.
+    groups = [_on_policy(group) for group in groups]
+    settings = worlds.settings(DEFINITION)
+    batch = worlds.as_jax(nrt_batch(groups, think_start=THINK_START, think_end=THINK_END))
+    _, gradient = loss_and_gradient(batch, settings)
+    by_hand = jax.grad(lambda p: _surrogate_by_hand(p, groups, settings.objective))(PARAMS)
+    assert_close(gradient, by_hand, 2e-4)
+
+
+def _on_policy(group):
+    traces = []
+    for trace in group.traces:
+        z = plain_log_probs(
+            group.example.prompt_tokens, trace.tokens, group.example.answer_tokens, 1.0
+        )[1]
+        traces.append(dataclasses.replace(trace, log_probs=np.asarray(z, np.float32)))
+    return dataclasses.replace(group, traces=tuple(traces))
+
+
+def _surrogate_by_hand(params, groups, config):
+    """A function whose gradient is Algorithm 1's: weights are Python numbers, found beforehand."""
+    total = 0.0
+    for group in groups:
+        prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
+        base = plain_log_probs(prompt, [], answer, 1.0)[3]
+        baseline, _ = oracle.aggregate(config.scheme, base, base, "mean", config.weight_cap)
+        judged = [
+            oracle.aggregate(
+                config.scheme,
+                plain_log_probs(prompt, t.tokens, answer, 1.0)[3],
+                base,
+                "mean",
+                config.weight_cap,
+            )
+            for t in group.traces
+        ]
+        advantage = oracle.advantages([r for r, _ in judged], baseline, "grpo")
+        for trace, (_, signal), A in zip(group.traces, judged, advantage, strict=True):
+            sequence = np.concatenate([prompt, [THINK_START], trace.tokens, [THINK_END], answer])
+            sequence = sequence.astype(np.int32)
+            log_pi = jax.nn.log_softmax(nnx.merge(DEFINITION, params)(sequence[None])[0])
+            at = log_pi[jnp.arange(len(sequence) - 1), sequence[1:]]
+            x, n = len(prompt), len(trace.tokens)
+            weights = np.zeros(len(sequence) - 1)
+            weights[x - 1] = weights[x + n] = config.format_coefficient
+            weights[x : x + n] = A
+            weights[x + n + 1 :] = signal
+            total -= jnp.sum(at * weights.astype(np.float32))
+    return total / (config.length_constant * len(groups) * TRACES)
+
+
+@pytest.mark.parametrize("micro_count", [2, 4])
+def test_micro_batches_change_neither_loss_nor_gradient(micro_count):
+    batch, settings = worlds.random_batch(PROMPTS, TRACES), worlds.settings(DEFINITION)
+    whole, parts = (loss_and_gradient(batch, settings, micro_count=n) for n in (1, micro_count))
+    assert_close(parts, whole, 1e-5)
+
+
+def test_chunk_size_changes_neither_loss_nor_gradient():
+    batch = worlds.random_batch(PROMPTS, TRACES)
+    whole = loss_and_gradient(batch, worlds.settings(DEFINITION))
+    chunked = loss_and_gradient(batch, worlds.settings(DEFINITION, chunk=32))
+    assert_close(chunked, whole, 1e-5)
+
+
+def test_padding_changes_neither_loss_nor_gradient():
+    batch, settings = worlds.random_batch(PROMPTS, TRACES), worlds.settings(DEFINITION)
+    wider = batch._replace(
+        prompt_PS=jnp.pad(batch.prompt_PS, ((0, 0), (0, 3)), constant_values=7),
+        branch_PKW=jnp.pad(batch.branch_PKW, ((0, 0), (0, 0), (0, 5)), constant_values=7),
+        sampler_log_prob_PKT=jnp.pad(
+            batch.sampler_log_prob_PKT, ((0, 0), (0, 0), (0, 5)), constant_values=np.nan
+        ),
+        answer_PA=jnp.pad(batch.answer_PA, ((0, 0), (0, 2)), constant_values=7),
+    )
+    first, second = loss_and_gradient(batch, settings), loss_and_gradient(wider, settings)
+    assert_close(second, first, 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_changes_neither_loss_nor_gradient(remat):
+    batch = worlds.random_batch(PROMPTS, TRACES)
+    plain = loss_and_gradient(batch, worlds.settings(DEFINITION))
+    definition, _ = worlds.tiny_decoder(remat=remat)
+    assert_close(loss_and_gradient(batch, worlds.settings(definition)), plain, 1e-5)
+
+
+def test_baseline_scored_before_equals_the_one_of_the_same_pass():
+    batch, settings = worlds.random_batch(PROMPTS, TRACES), worlds.settings(DEFINITION)
+    score = make_scorer(settings, 2, several_updates=True, reference=None)
+    scored = score(PARAMS, batch)
+    assert scored.log_c_base_PA is not None
+    assert scored.old_log_prob_PKT is None
+    same_pass = loss_and_gradient(batch, settings)
+    assert_close(loss_and_gradient(batch, settings, scored), same_pass, 1e-5)
+
+
+def test_nothing_is_scored_before_where_one_pass_serves():
+    settings = worlds.settings(DEFINITION)
+    score = make_scorer(settings, 1, several_updates=False, reference=None)
+    assert score(PARAMS, worlds.random_batch()) == SamplingScores()
+
+
+def test_rewards_follow_the_policy_that_is_asked_for():
+    """Weights moved since the rollout: `current` judges by the new ones, `sampling` by the old."""
+    batch = worlds.random_batch(PROMPTS, TRACES)
+    moved = jax.tree.map(lambda w: w * 1.3, PARAMS)
+    rewards = {}
+    for policy in ("current", "sampling"):
+        settings = worlds.settings(DEFINITION, reward_policy=policy)
+        scored = make_scorer(settings, 1, several_updates=True, reference=None)(PARAMS, batch)
+        rewards[policy] = loss_and_gradient(batch, settings, scored, params=moved)[0]
+    unmoved = loss_and_gradient(batch, worlds.settings(DEFINITION))[0]
+    mean = {name: float(m.means["reward/mean"][0]) for name, m in rewards.items()}
+    assert mean["sampling"] == pytest.approx(float(unmoved.means["reward/mean"][0]), rel=1e-5)
+    assert abs(mean["current"] - mean["sampling"]) > 1e-2
+    for metrics in rewards.values():
+        assert_close(metrics.means["reward/baseline"], unmoved.means["reward/baseline"], 1e-5)
+
+
+def test_recomputed_old_log_probs_make_the_first_ratio_one():
+    batch = worlds.random_batch(PROMPTS, TRACES)
+    settings = worlds.settings(DEFINITION, old_log_probs="recompute")
+    scored = make_scorer(settings, 2, several_updates=False, reference=None)(PARAMS, batch)
+    metrics, _ = loss_and_gradient(batch, settings, scored)
+    total, count = metrics.means["policy/ratio"]
+    assert total / count == pytest.approx(1, abs=1e-5)
+    assert metrics.means["policy/clip_share"][0] == 0
+    assert metrics.maxima["mismatch/max"] > 0.1
+
+
+def test_importance_cap_weighs_trace_tokens_by_trainer_over_sampler():
+    batch = worlds.random_batch(PROMPTS, TRACES)
+    plain = worlds.settings(DEFINITION, old_log_probs="recompute")
+    scored = make_scorer(plain, 1, several_updates=False, reference=None)(PARAMS, batch)
+    capped = worlds.settings(DEFINITION, old_log_probs="recompute", importance_cap=0.01)
+    tiny = loss_and_gradient(batch, capped, scored)[0].sums["loss/trace"]
+    full = loss_and_gradient(batch, plain, scored)[0].sums["loss/trace"]
+    # Every ratio of this batch is above the cap, so the whole term is scaled by it.
+    assert float(tiny) == pytest.approx(0.01 * float(full), rel=1e-3)
+
+
+def test_kl_term_is_zero_at_the_reference_and_pulls_back_towards_it():
+    batch = worlds.random_batch(PROMPTS, TRACES)
+    settings = worlds.settings(DEFINITION, kl_coefficient=0.5)
+    score = make_scorer(settings, 2, several_updates=False, reference=PARAMS)
+    metrics, _ = loss_and_gradient(batch, settings, score(PARAMS, batch))
+    assert float(metrics.sums["loss/kl"]) == pytest.approx(0, abs=1e-6)
+    moved = jax.tree.map(lambda w: w * 1.2, PARAMS)
+    metrics, _ = loss_and_gradient(batch, settings, score(moved, batch), params=moved)
+    assert metrics.sums["loss/kl"] > 1e-3
+
+
+def test_entropy_bonus_is_minus_the_entropy_of_the_trace_tokens():
+    batch = worlds.random_batch(PROMPTS, TRACES)
+    settings = worlds.settings(DEFINITION, entropy_coefficient=0.1)
+    metrics, _ = loss_and_gradient(batch, settings)
+    total, tokens = metrics.means["policy/entropy"]
+    share = settings.objective.length_constant * PROMPTS * TRACES
+    assert float(metrics.sums["loss/entropy"]) == pytest.approx(-0.1 * float(total) / share)
+    assert 0 < total / tokens < math.log(VOCAB)
+
+
+def test_metrics_count_what_they_say():
+    groups = worlds.random_groups(PROMPTS, TRACES)
+    batch, settings = worlds.random_batch(PROMPTS, TRACES), worlds.settings(DEFINITION)
+    metrics, _ = loss_and_gradient(batch, settings, micro_count=2)
+    rewards, baselines, above = [], [], 0
+    for group in groups:
+        prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
+        base = plain_log_probs(prompt, [], answer, 1.0)[3]
+        cap = settings.objective.weight_cap
+        baselines.append(oracle.aggregate("ws_neg_log_p", base, base, "mean", cap)[0])
+        for trace in group.traces:
+            y = plain_log_probs(prompt, trace.tokens, answer, 1.0)[3]
+            rewards.append(oracle.aggregate("ws_neg_log_p", y, base, "mean", cap)[0])
+            above += len(trace.tokens) > 0 and rewards[-1] > baselines[-1]
+    total, count = metrics.means["reward/mean"]
+    assert total / count == pytest.approx(np.mean(rewards), rel=1e-4)
+    total, count = metrics.means["reward/baseline"]
+    assert total / count == pytest.approx(np.mean(baselines), rel=1e-4)
+    total, count = metrics.means["reward/above_baseline_share"]
+    # An empty trace equals the baseline up to rounding, and may fall on either side of it.
+    empty = sum(len(t.tokens) == 0 for g in groups for t in g.traces)
+    assert above <= total <= above + empty
+    assert count == PROMPTS * TRACES
+
+
+def test_micro_batches_leave_each_devices_rows_where_they_are():
+    rows = jnp.arange(8)
+    assert micro_batches(rows, 2).tolist() == [[0, 2, 4, 6], [1, 3, 5, 7]]
+
+
+def test_eos_is_part_of_the_answer():
+    batch = worlds.random_batch(1, 1)
+    assert int(batch.answer_PA[0, batch.answer_length_P[0] - 1]) == EOS

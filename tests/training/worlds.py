@@ -1,0 +1,69 @@
+"""A tiny decoder and made-up groups for the tests of the training room."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nrt_jax.models.decoder import Decoder
+from nrt_jax.models.variants import Architecture
+from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.records import Example, Group, TokenizedExample, Trace
+from nrt_jax.training.batch import TrainBatch, nrt_batch
+from nrt_jax.training.forward import NrtSettings
+
+VOCAB, EOS, THINK_START, THINK_END = 16, 1, 2, 3
+ARCHITECTURE = Architecture(
+    vocab_size=VOCAB,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    initializer_range=0.3,
+)
+
+
+def tiny_decoder(**kwargs) -> tuple[nnx.GraphDef, dict]:
+    """Definition and weights of a decoder whose probabilities are far from uniform."""
+    definition, state = nnx.split(Decoder(ARCHITECTURE, nnx.Rngs(0), **kwargs))
+    return definition, nnx.to_pure_dict(state)
+
+
+def settings(definition: nnx.GraphDef, *, temperature: float = 1.0, chunk=4096, **objective):
+    """Loss settings with a length constant of 8."""
+    config = ObjectiveConfig.model_validate({"length_constant": 8.0, **objective})
+    return NrtSettings(definition, config, THINK_START, THINK_END, temperature, chunk)
+
+
+def tokens(rng: np.random.Generator, length: int) -> np.ndarray:
+    return rng.integers(4, VOCAB, length).astype(np.int32)
+
+
+def random_groups(prompts: int, traces: int, seed: int = 0) -> list[Group]:
+    """Groups of ragged prompts, traces (some empty, some cut by the limit) and answers."""
+    rng = np.random.default_rng(seed)
+    groups = []
+    for index in range(prompts):
+        answer = np.append(tokens(rng, rng.integers(1, 5)), EOS).astype(np.int32)
+        prompt = tokens(rng, rng.integers(2, 9))
+        example = TokenizedExample(Example(index, "q", "a"), prompt, answer)
+        groups.append(Group(example, tuple(_trace(rng, k) for k in range(traces))))
+    return groups
+
+
+def _trace(rng: np.random.Generator, k: int) -> Trace:
+    length = 0 if k == 1 else int(rng.integers(1, 7))
+    end = (THINK_END, THINK_END, EOS, None)[k % 4]
+    # Near the policy's own log-probs of this model, so that some ratios are clipped and some not.
+    log_probs = rng.uniform(-4, -1, length).astype(np.float32)
+    return Trace(tokens(rng, length), log_probs, end, 0.0 if end is None else -1.5)
+
+
+def random_batch(prompts: int = 4, traces: int = 4, seed: int = 0) -> TrainBatch:
+    groups = random_groups(prompts, traces, seed)
+    return as_jax(nrt_batch(groups, think_start=THINK_START, think_end=THINK_END))
+
+
+def as_jax(tree):
+    return jax.tree.map(jax.numpy.asarray, tree)
