@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     generate = verbs.add_parser("generate", help="print the trace and the answer to a prompt")
     generate.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
     generate.add_argument("--prompt", required=True, action="append", help="may be given again")
-    generate.add_argument("--temperature", type=_temperature, default=0.0, help="0 is greedy")
+    generate.add_argument(
+        "--temperature", type=_temperature, default=0.0, help="of the trace; 0 is greedy"
+    )
     generate.add_argument("--seed", type=_seed, default=0)
     generate.set_defaults(verb=_generate)
 

@@ -257,8 +257,8 @@ def _to_example(
 def _join_prompt(
     texts: Sequence[str], pieces: list[list[int]], config: DataConfig, tokenizer: Tokenizer
 ) -> list[int]:
-    has_bos = config.add_bos and tokenizer.bos_id is not None
-    prompt = [tokenizer.bos_id] if has_bos else []
+    bos = tokenizer.bos_id if config.add_bos else None
+    prompt = [] if bos is None else [bos]
     for i, piece in enumerate(pieces):
         prompt += [tokenizer.eos_id, *piece] if i else piece
     _check_length("prompt", len(prompt), config.max_prompt_tokens, "".join(texts))

@@ -22,7 +22,8 @@ class Answerer:
     answer_engine: DecoderEngine
     max_trace_tokens: int
     max_answer_tokens: int
-    temperature: float
+    trace_temperature: float
+    """Of the trace; the answer is always the most probable one."""
 
     def answer(
         self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array
@@ -45,7 +46,8 @@ class Answerer:
     def _generate(
         self, engine: DecoderEngine, params: Any, prompts: Sequence[np.ndarray], key: jax.Array
     ) -> list[Trace]:
-        limit = self.max_trace_tokens if engine is self.trace_engine else self.max_answer_tokens
+        traces_it = engine is self.trace_engine
+        limit = self.max_trace_tokens if traces_it else self.max_answer_tokens
         requests = [Request(prompt, index, 1, limit) for index, prompt in enumerate(prompts)]
         traces = generate(
             engine,
@@ -53,7 +55,7 @@ class Answerer:
             requests,
             key,
             stop_ids=self.tokenizer.special_ids,
-            temperature=self.temperature,
+            temperature=self.trace_temperature if traces_it else 0.0,
             top_p=1.0,
         )
         return [trace for (trace,) in traces]

@@ -71,7 +71,7 @@ class _KeepLatestAndBest(checkpoint_managers.PreservationPolicy):
 
     def should_preserve(
         self,
-        checkpoints: Sequence[checkpoint_managers.PolicyCheckpointInfo],
+        checkpoints: Sequence[Any],
         *,
         context: checkpoint_managers.PreservationContext,
     ) -> list[bool]:

@@ -90,8 +90,8 @@ class EvaluationConfig(Section):
     """Held-out examples to answer; 0 for no evaluation."""
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer to generate, in tokens."""
-    temperature: float = Field(default=0.0, ge=0)
-    """Temperature of traces and answers; 0 is greedy."""
+    trace_temperature: float = Field(default=0.0, ge=0)
+    """Temperature of the traces; 0 is greedy, 1 samples as training does. Answers are greedy."""
     samples: int = Field(default=10, ge=0)
     """Examples whose trace and answer are written to samples.jsonl."""
 

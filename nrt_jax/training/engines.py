@@ -37,7 +37,7 @@ def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
         _engine(config, model, tokenizer, longest, answer_tokens),
         config.rollout.max_trace_tokens,
         answer_tokens,
-        config.evaluation.temperature,
+        config.evaluation.trace_temperature,
     )
 
 

@@ -89,7 +89,9 @@ def answer_prompts(
     trained = load_trained(path)
     config = trained.config.model_copy(
         update={
-            "evaluation": trained.config.evaluation.model_copy(update={"temperature": temperature}),
+            "evaluation": trained.config.evaluation.model_copy(
+                update={"trace_temperature": temperature}
+            ),
             "rollout": trained.config.rollout.model_copy(update={"slots": trained.model.mesh.size}),
         }
     )

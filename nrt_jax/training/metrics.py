@@ -134,7 +134,7 @@ def _open_wandb(project: str | None, run_dir: Path, resolved: dict) -> Any:
     if project is None:
         return None
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise InputError(
             f"logging.wandb_project={project!r} needs the wandb package; "

@@ -50,12 +50,12 @@ def engines(tokenizer, a) -> tuple[DecoderEngine, DecoderEngine]:
 
 @pytest.fixture
 def direct(tokenizer, engines) -> Answerer:
-    return Answerer(tokenizer, None, engines[1], 6, 3, temperature=0.0)
+    return Answerer(tokenizer, None, engines[1], 6, 3, trace_temperature=0.0)
 
 
 @pytest.fixture
 def reasoning(tokenizer, engines) -> Answerer:
-    return Answerer(tokenizer, *engines, 6, 3, temperature=0.0)
+    return Answerer(tokenizer, *engines, 6, 3, trace_temperature=0.0)
 
 
 @pytest.fixture
@@ -122,7 +122,9 @@ def test_right_answers_are_counted(direct, rig, examples):
     ("after_3", "limit"), [(END, 3), ("<|pad|>", 3), ("3", 2)], ids=["t_end", "pad", "length"]
 )
 def test_an_answer_must_end_with_eos(direct, rig, examples, after_3, limit):
-    answerer = Answerer(direct.tokenizer, None, direct.answer_engine, 6, limit, temperature=0.0)
+    answerer = Answerer(
+        direct.tokenizer, None, direct.answer_engine, 6, limit, trace_temperature=0.0
+    )
     metrics, records = score(answerer, rig(ANSWERS_3 | {"3": after_3}), examples(("1+2", "=3")))
     assert records[0]["answer"] == "=3"
     assert metrics["eval/exact_match"] == 0
@@ -179,7 +181,7 @@ def test_the_answer_sees_question_and_trace(reasoning, tokenizer, a):
 
 def test_sampled_answers_repeat_with_their_key_alone(reasoning, tokenizer, a):
     answerer = Answerer(
-        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 6, 3, temperature=1.0
+        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 6, 3, trace_temperature=1.0
     )
     params = nnx.split(decoder(a))[1]
     prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 8
@@ -193,20 +195,19 @@ def test_sampled_answers_repeat_with_their_key_alone(reasoning, tokenizer, a):
     assert len({str(pair) for pair in first}) > 4
 
 
-def test_the_noise_of_answers_is_the_keys_and_not_that_of_traces(reasoning, tokenizer, rig):
-    """Under a uniform model, so that a token is its noise."""
-    uniform = rig({})
+def test_answers_are_greedy_whatever_the_temperature_of_the_trace(reasoning, tokenizer, a):
     answerer = Answerer(
-        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 3, 3, temperature=1.0
+        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 6, 3, trace_temperature=1.0
     )
-    prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 32
-
-    def draw(seed):
-        return answerer.answer(uniform, prompts, jax.random.key(seed))
-
-    answers = [y.tokens.tolist() for _, y in draw(0)]
-    assert answers != [y.tokens.tolist() for _, y in draw(1)]
-    assert answers != [trace.tokens.tolist() for trace, _ in draw(0)]
+    params = nnx.split(decoder(a))[1]
+    prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 4
+    answered = answerer.answer(params, prompts, jax.random.key(0))
+    assert len({str(trace.tokens) for trace, _ in answered}) > 1
+    for trace, answer in answered:
+        think = [tokenizer.think_start_id], trace.tokens, [tokenizer.think_end_id]
+        closed = np.concatenate([prompts[0], *think])
+        expected = greedy(a, closed, 3, tokenizer.special_ids)
+        assert (answer.tokens.tolist(), answer.end_token) == expected
 
 
 def test_end_name(tokenizer):

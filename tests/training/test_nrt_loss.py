@@ -183,7 +183,9 @@ def _surrogate_by_hand(params, groups, config):
         for trace, (_, signal), A in zip(group.traces, judged, advantage, strict=True):
             sequence = np.concatenate([prompt, [THINK_START], trace.tokens, [THINK_END], answer])
             sequence = sequence.astype(np.int32)
-            log_pi = jax.nn.log_softmax(nnx.merge(DEFINITION, params)(sequence[None])[0])
+            log_pi = jax.nn.log_softmax(
+                nnx.merge(DEFINITION, params)(jnp.asarray(sequence[None]))[0]
+            )
             at = log_pi[jnp.arange(len(sequence) - 1), sequence[1:]]
             x, n = len(prompt), len(trace.tokens)
             weights = np.zeros(len(sequence) - 1)

@@ -107,12 +107,16 @@ def test_stopped_by_sigterm(method, new_run, reference):
     stop_at(run, run.begun)
     assert run.steps == []
     stop_at(run, lambda: (run.directory / "samples.jsonl").exists())
+    # The line that the evaluation before left would be taken for that of the next start.
+    (run.directory / "metrics.jsonl").unlink()
     said = stop_at(run, lambda: run.at_line(1))
-    # The step under way is finished, and saved though no save is due.
-    assert run.steps == [1]
-    assert "stopped after step 1; the same command continues the run" in said
+    # The signal may come before the first step begins; a step that has begun is finished and saved.
+    step = max(run.steps, default=0)
+    assert step in (0, 1)
+    assert f"stopped after step {step}; the same command continues the run" in said
     stop_at(run, lambda: run.evaluating(3), signal.SIGTERM, signal.SIGTERM)
-    assert max(run.steps) in (3, 4)
+    # No save is due at step 3.
+    assert max(run.steps) == 3
     finish(run)
     assert_same(run, whole)
 

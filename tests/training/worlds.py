@@ -30,6 +30,11 @@ def tiny_decoder(**kwargs) -> tuple[nnx.GraphDef, dict]:
     return definition, nnx.to_pure_dict(state)
 
 
+def abstract_state() -> nnx.State:
+    """Shapes and logical axes of the weights."""
+    return nnx.split(nnx.eval_shape(lambda: Decoder(ARCHITECTURE, nnx.Rngs(0))))[1]
+
+
 def settings(definition: nnx.GraphDef, *, temperature: float = 1.0, chunk=4096, **objective):
     """Loss settings with a length constant of 8."""
     config = ObjectiveConfig.model_validate({"length_constant": 8.0, **objective})

@@ -1,0 +1,127 @@
+"""Write docs/configuration.md, the reference of all config keys, from the schema: `make docs`."""
+
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
+
+from nrt_jax.config import Section
+from nrt_jax.training.config import RunConfig
+
+TARGET = Path(__file__).with_name("configuration.md")
+BOUNDS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
+TYPES = {bool: "true, false", int: "integer", float: "number", str: "text", Path: "path"}
+
+INTRODUCTION = """\
+# Configuration reference
+
+Made from the schema by `make docs`; edit the descriptions in the code, where each section lives in
+the `config.py` of its room (the sections `mesh` and `model.architecture` in
+[sharding.py](../nrt_jax/models/sharding.py) and [variants.py](../nrt_jax/models/variants.py)).
+
+A config is one or more YAML files, merged from left to right, followed by overrides:
+
+```bash
+nrt-jax config show configs/quickstart/nrt.yaml configs/methods/nrt_gm.yaml train.steps=10
+nrt-jax config schema
+```
+
+- `extends: other.yaml`, or a list of files, pulls in other files, relative to the file that names
+  them. A file's own keys win over those; mappings merge, everything else replaces.
+- An override is `section.field=value`; the value is YAML, so `null`, `1e-5` and `[a, b]` work.
+- A path in a file starts from the directory of that file, a path in an override from the working
+  directory; `run_dir` always starts from the working directory.
+- An unknown key, a value out of range and a clash between two settings are errors of one line that
+  name the file or the override, the key, the value and what is allowed.
+- A run directory holds the resolved config as `config.yaml`; training from it repeats the run.
+"""
+
+
+def render() -> str:
+    """The whole page as Markdown."""
+    parts = [INTRODUCTION, *_section("", RunConfig)]
+    return "\n".join(parts)
+
+
+def _section(name: str, section: type[Section]) -> Iterator[str]:
+    """The heading and the table of a section, then those of the sections in it."""
+    heading = f"## `{name}`" if name else "## Top level"
+    yield f"{heading}\n\n{_one_line(section.__doc__)}\n"
+    yield "| key | values | default | meaning |\n| --- | --- | --- | --- |"
+    nested = []
+    for key, field in section.model_fields.items():
+        dotted = f"{name}.{key}" if name else key
+        inner = _section_of(field.annotation)
+        if inner is not None:
+            nested.append((dotted, inner))
+        yield _row(key, dotted, field, inner)
+    yield ""
+    for dotted, inner in nested:
+        yield from _section(dotted, inner)
+
+
+def _row(key: str, dotted: str, field: FieldInfo, inner: type[Section] | None) -> str:
+    assert field.description, f"{dotted} has no docstring"
+    values, default = _values(field.annotation, field.metadata), _default(field)
+    if inner is not None:
+        values = f"[section](#{dotted.replace('.', '')})" + values.removeprefix("section")
+        default = default if default in ("required", "`null`") else "–"
+    cells = (f"`{key}`", values, default, _one_line(field.description))
+    # A pipe ends a cell even inside code, such as that of <|think_start|>.
+    escaped = [cell.replace("|", "\\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The section that a field holds, also where it may be null."""
+    members = get_args(annotation) if _is_union(annotation) else (annotation,)
+    return next((m for m in members if isinstance(m, type) and issubclass(m, Section)), None)
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _values(annotation: Any, metadata: list[Any]) -> str:
+    """The values that a field takes: its type with its range."""
+    if _is_union(annotation):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        return ", ".join([*(_values(member, metadata) for member in members), "null"])
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        for item in more:
+            metadata = metadata + (item.metadata if isinstance(item, FieldInfo) else [item])
+        return _values(inner, metadata)
+    if get_origin(annotation) is Literal:
+        return ", ".join(f"`{value}`" for value in get_args(annotation))
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return "section"
+    bounds = [_bound(item) for item in metadata if type(item) in BOUNDS]
+    return " ".join([TYPES[annotation], ", ".join(bounds)]).strip()
+
+
+def _bound(item: Any) -> str:
+    sign, attribute = BOUNDS[type(item)]
+    return f"{sign} {getattr(item, attribute):,}"
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.default
+    if value is None or isinstance(value, bool):
+        return {None: "`null`", True: "`true`", False: "`false`"}[value]
+    if isinstance(value, float):
+        return f"`{value:g}`"
+    return f"`{value}`"
+
+
+def _one_line(text: str | None) -> str:
+    return " ".join((text or "").split())
+
+
+if __name__ == "__main__":
+    TARGET.write_text(render(), encoding="utf-8")

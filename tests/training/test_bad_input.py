@@ -1,0 +1,351 @@
+"""What the user did wrong, as `nrt-jax train` says it: one line, and nothing saved is harmed."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from nrt_jax.cli import main
+from tests.training.runs import CONFIG, REPOSITORY, TinyRun, assert_same, write_model
+
+# The tests' process has eight devices.
+SIZES = ("train.batch_prompts=8", "train.mini_batch_prompts=8", "train.micro_batch_prompts=8")
+SFT = ("method=sft",)
+
+
+@pytest.fixture
+def refused(tiny_config, tmp_path, capsys):
+    """Run `train` with overrides in this process; the one line that it prints."""
+
+    def run(*overrides: str, config: Path | None = None, status: int = 2) -> str:
+        words = [str(config or tiny_config), f"run_dir={tmp_path / 'run'}", *SIZES, *overrides]
+        assert main(["train", *words]) == status
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        prefix = "nrt-jax: error: "
+        assert line.startswith(prefix)
+        return line.removeprefix(prefix)
+
+    return run
+
+
+@pytest.fixture
+def folder(tiny_config, tmp_path) -> Path:
+    """A copy of the model and its config, to be broken."""
+    shutil.copytree(tiny_config.parent / "model", tmp_path / "model")
+    shutil.copy(tiny_config, tmp_path / "tiny.yaml")
+    return tmp_path
+
+
+# --- config ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("train: {steps: 0}", "train.steps=0: must be greater than or equal to 1"),
+        ("train: {stepps: 3}", "train.stepps: unknown key; did you mean 'steps'?"),
+        ("train: [", "line 2: must be YAML"),
+        ("- 1", "must be a mapping of keys to values"),
+        ("method: ppo", "method=ppo: must be 'nrt' or 'sft'"),
+    ],
+)
+def test_config_file(text, said, refused, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    line = refused(config=path)
+    assert line.startswith(f"{path}: ")
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        (
+            "train.stepps=3",
+            "override train.stepps=3: unknown key; did you mean 'steps'?",
+        ),
+        (
+            "objective.scheme=wsp",
+            "override objective.scheme=wsp: must be 'logp', 'p', 'am', 'gm', 'ws_inv_p' or "
+            "'ws_neg_log_p'",
+        ),
+        ("train.mini_batch_prompts=3", "mini_batch_prompts 3 must divide batch_prompts 8"),
+        ("train.micro_batch_prompts=3", "micro_batch_prompts 3 must divide mini_batch_prompts 8"),
+        ("rollout.slots=0", "override rollout.slots=0: must be greater than or equal to 1"),
+        (
+            "rollout.slots=12",
+            "rollout.slots=12 does not divide over mesh data*fsdp=8; use a multiple of 8",
+        ),
+        (
+            "mesh.data=3",
+            "mesh: data=3, fsdp=1, tensor=1 does not cover 8 devices; the sizes must multiply to 8",
+        ),
+        (
+            "checkpoint.best_metric=eval/exact_match",
+            "checkpoint.every_steps 2 must be a multiple of evaluation.every_steps 3",
+        ),
+    ],
+)
+def test_settings(override, said, refused, tmp_path):
+    assert said in refused(override)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_config_file(refused, tmp_path):
+    assert refused(config=tmp_path / "none.yaml") == f"{tmp_path}/none.yaml: no such config file"
+
+
+# --- model, tokenizer, data -----------------------------------------------------------------------
+
+
+def test_no_model(refused, tmp_path):
+    line = refused(f"model.path={tmp_path}/none")
+    assert line == f"{tmp_path}/none/config.json: no such file; give a Hugging Face model directory"
+
+
+def test_half_a_model(refused, folder):
+    weights = folder / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    line = refused(config=folder / "tiny.yaml")
+    assert line.startswith(f"{weights}: cannot be read as safetensors: ")
+    # The run has not begun, so the directory is free for a run with the model mended.
+    assert not (folder / "run").exists()
+
+
+def test_no_tokenizer(refused, tmp_path):
+    line = refused(f"data.tokenizer={tmp_path}/none")
+    assert line.startswith(f"{tmp_path}/none: no such tokenizer directory; set data.tokenizer")
+
+
+def test_tokenizer_without_the_think_tokens(refused):
+    line = refused("data.think_start=<think>")
+    assert "data.think_start='<think>' is not a special token of this tokenizer; set" in line
+
+
+def test_tokenizer_of_another_model(refused, tmp_path):
+    write_model(tmp_path / "small", vocab_size=20)
+    line = refused(f"model.path={tmp_path}/small")
+    assert "has 25 tokens, the model's vocab_size is 20; use the tokenizer of the model" in line
+
+
+def data_file(path: Path, *lines: str) -> tuple[str, ...]:
+    path.write_text("\n".join(lines) + "\n")
+    return (
+        "data.source=jsonl",
+        f"data.path={path}",
+        "data.eval_rows=1",
+        "data.max_bad_share=0.1",
+    )
+
+
+GOOD = [json.dumps({"question": f"{i % 10}+{i // 10}", "answer": "=3"}) for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ("{", "2 of 18 rows are unusable (2 bad JSON), more than data.max_bad_share=0.1; first"),
+        (
+            '{"question": "1"}',
+            "first line 3: field 'answer' is missing (it has 'question'); add it",
+        ),
+        ('{"question": "1", "answer": " "}', "first line 3: 'answer' is ' '; fill it in or drop"),
+        ('{"question": "1", "answer": 3}', "first line 3: 'answer' is 3; write it as a string"),
+        (
+            '{"question": "1", "answer": "=12345"}',
+            "first line 3: the answer '=12345' has 7 tokens, more than data.max_answer_tokens=4; "
+            "raise it or shorten the row",
+        ),
+    ],
+)
+def test_rows(bad, said, refused, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    line = refused(*data_file(path, *GOOD[:2], bad, bad, *GOOD[2:]))
+    assert line.startswith(f"{path}: 2 of 18 rows are unusable")
+    assert said in line
+
+
+def test_no_data(refused, tmp_path):
+    line = refused("data.source=jsonl", f"data.path={tmp_path}/none.jsonl")
+    assert line == (
+        f"{tmp_path}/none.jsonl: No such file or directory; set data.path or data.eval_path to a "
+        "file"
+    )
+
+
+def test_too_little_data(refused, tmp_path):
+    line = refused(*data_file(tmp_path / "rows.jsonl", *GOOD[:5]))
+    assert "a batch of 8 prompts needs as many training rows, and the data has 4" in line
+
+
+# --- the run directory ----------------------------------------------------------------------------
+
+
+def test_a_file_in_its_place(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        line = refused(f"run_dir={tmp_path}/{name}")
+        assert line.startswith(f"run_dir {tmp_path}/{name}: ")
+        assert line.endswith("; choose a directory that you may write to")
+
+
+def test_other_files_in_it(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert "holds notes.txt but no config.yaml, so it is no run" in refused()
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
+
+
+def test_a_read_only_file_system(tiny_config):
+    line = run_in_namespace(tiny_config, "mount -t tmpfs -o ro none {run}")
+    assert line.endswith("Read-only file system; choose a directory that you may write to")
+
+
+def run_in_namespace(config: Path, mount: str) -> str:
+    """Train with a file system mounted over run_dir; the error's line."""
+    run = config.parent / "mounted"
+    run.mkdir(exist_ok=True)
+    train = f"{sys.executable} -m nrt_jax train {config} run_dir={run} method=sft mesh.data=1"
+    unshare = ["unshare", "--mount", "--map-root-user", "sh", "-c"]
+    if subprocess.run([*unshare, mount.format(run=run)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    environment = {"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin:/sbin"}
+    result = subprocess.run(
+        [*unshare, f"{mount.format(run=run)} && exec {train}"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=environment,
+    )
+    assert result.returncode in (1, 2), result
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+# --- a run that is there --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copied(reference, tmp_path) -> TinyRun:
+    """A complete sft run, to be broken."""
+    whole = reference(*SFT)
+    shutil.copytree(whole.directory, tmp_path / "run")
+    return TinyRun(whole.config, tmp_path / "run", SFT)
+
+
+def truncate_arrays(step: Path) -> None:
+    path = max((p for p in step.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def test_a_changed_setting(copied):
+    outcome = copied.train("optimizer.learning_rate=0.5")
+    assert outcome.status == 2
+    assert outcome.error == (
+        f"{copied.directory}/config.yaml: optimizer.learning_rate is 0.01 in this run and 0.5 now; "
+        "set it back to continue the run, or choose another run_dir"
+    )
+
+
+def test_an_unreadable_checkpoint(copied, reference):
+    truncate_arrays(copied.checkpoints / "8")
+    outcome = copied.trained()
+    warning, info = outcome.err.splitlines()
+    assert warning.startswith("nrt-jax: WARNING: checkpoint 8 cannot be read, using 6: ")
+    assert info == f"nrt-jax: INFO: continuing {copied.directory} from step 6"
+    assert_same(copied, reference(*SFT))
+
+
+def test_no_readable_checkpoint(copied):
+    for step in (6, 8):
+        truncate_arrays(copied.checkpoints / str(step))
+    outcome = copied.train()
+    assert outcome.status == 2
+    assert "none of the checkpoints [6, 8] can be read" in outcome.error
+    assert copied.steps == [6, 8]
+    assert len(copied.metrics()) == 12
+
+
+def test_a_model_of_another_shape(folder):
+    run = TinyRun(folder / "tiny.yaml", folder / "run", (*SFT, "train.steps=2"))
+    run.trained()
+    shutil.rmtree(folder / "model")
+    write_model(folder / "model", intermediate_size=64)
+    outcome = run.train()
+    assert outcome.status == 2
+    assert outcome.error == (
+        f"{run.checkpoints}/2: params.layers.mlp.down: has shape (2, 48, 32) in the checkpoint, "
+        "has shape (2, 64, 32) in this model and optimizer; continue with those of that run, or "
+        "choose another run_dir"
+    )
+    assert run.steps == [2]
+
+
+def test_a_best_metric_that_is_never_measured(new_run):
+    run = new_run(*SFT)
+    outcome = run.train("checkpoint.best_metric=loss/totl")
+    assert outcome.status == 2
+    assert outcome.error.startswith(
+        "checkpoint.best_metric='loss/totl' is no metric of this run; use one of loss/"
+    )
+    # The mistake is mended in the same directory.
+    run.trained("checkpoint.best_metric=loss/total", "checkpoint.best_mode=min")
+
+
+def test_gradients_that_are_not_finite(new_run):
+    run = new_run(*SFT, "optimizer.learning_rate=1e30", "optimizer.clip_norm=null")
+    overrides = ("optimizer.schedule=constant", "optimizer.warmup_ratio=0", "train.steps=30")
+    outcome = run.train(*overrides, "evaluation.examples=0")
+    assert outcome.status == 1
+    assert "10 gradients in a row were not finite, so no update was made; lower" in outcome.error
+    skipped = [row["update/skipped"] for row in run.metrics()]
+    assert skipped[-1] == skipped[-2] + 2
+    assert run.metrics()[-1]["update/skipped_in_row"] == 10
+    last = run.arrays(max(run.steps))
+    assert all(abs(array).max() < float("inf") for array in last.values())
+
+
+# --- full disks -----------------------------------------------------------------------------------
+
+
+def limited(run: TinyRun, size: int):
+    """Train with files of at most `size` bytes: the system then refuses to write, as when full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        process = run.start()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return process.end()
+
+
+def test_no_room_for_metrics(new_run, reference):
+    whole = reference(*SFT)
+    size = (whole.directory / "metrics.jsonl").stat().st_size
+    run = new_run(*SFT, "logging.tensorboard=false")
+    outcome = limited(run, max(size * 2 // 3, 3000))
+    assert outcome.status == 1
+    assert outcome.error
+
+
+def test_no_room_for_a_checkpoint(new_run, reference):
+    whole = reference(*SFT)
+    run = new_run(*SFT)
+    assert run.kill_at(lambda: run.saved(4))
+    kept = run.steps
+    largest = max(p.stat().st_size for p in run.checkpoints.rglob("*") if p.is_file())
+    outcome = limited(run, largest - 1000)
+    assert outcome.status == 1
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith(f"nrt-jax: error: {run.checkpoints}: a checkpoint could not be written")
+    assert set(run.steps) >= set(kept)
+    run.trained()
+    assert_same(run, whole)
