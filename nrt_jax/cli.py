@@ -126,14 +126,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _temperature(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is no temperature; give 0 or more")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = int(text) if text.isdecimal() else -1
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is no seed; give 0 to {2**31 - 1}")
     return value

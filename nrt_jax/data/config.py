@@ -69,7 +69,7 @@ class DataConfig(Section):
     """Special token that closes the reasoning trace."""
     max_prompt_tokens: int = Field(default=4096, ge=1)
     """Rows with a longer prompt (beginning-of-sequence token included) are bad rows."""
-    max_answer_tokens: int = Field(default=4096, ge=2)
+    max_answer_tokens: int = Field(default=4093, ge=2)
     """Rows with a longer answer (end-of-sequence token included) are bad rows."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Bad rows are counted and skipped up to this share of a file; beyond it the run stops."""

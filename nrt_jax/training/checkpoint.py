@@ -42,10 +42,6 @@ def _damage() -> Iterator[None]:
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    # These stay: the other reads that are under way when one fails end at any time later.
-    sys.unraisablehook = _ignore_abandoned_reads
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     try:
         yield
     except Exception as error:
@@ -54,8 +50,17 @@ def _damage() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _ignore_abandoned_reads(unraisable: Any) -> None:
-    """Show what Python cannot raise, unless it comes from a read whose checkpoint was given up."""
+def _silence_abandoned_io() -> None:
+    """When one array cannot be read or written, the others under way have nobody to fail to.
+
+    They end at any time later, in threads, and each would print a traceback of its own.
+    """
+    sys.unraisablehook = _show_unless_abandoned
+    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+def _show_unless_abandoned(unraisable: Any) -> None:
     reader = "_read_array_index_and_device_put" in repr(unraisable.object)
     if not reader and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
@@ -91,6 +96,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, writable: bool):
+        _silence_abandoned_io()
         self._best_metric = config.best_metric
         self._scores: Scores = {}
         options = ocp.CheckpointManagerOptions(

@@ -159,9 +159,16 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _sampling_matches_scoring(self) -> "RunConfig":
+    def _rollouts_fit_the_loss(self) -> "RunConfig":
         if self.method == "sft":
             return self
+        room = self.rollout.max_response_tokens - self.data.max_answer_tokens
+        if room < 3:
+            raise ValueError(
+                f"rollout.max_response_tokens {self.rollout.max_response_tokens} holds no trace "
+                f"beside an answer of data.max_answer_tokens {self.data.max_answer_tokens}; "
+                "raise the first, or lower the second, until they differ by 3"
+            )
         if self.rollout.top_p < 1 and self.objective.old_log_probs == "sampler":
             raise ValueError(
                 f"rollout.top_p {self.rollout.top_p} with objective.old_log_probs sampler: the "

@@ -69,7 +69,7 @@ def _trace_limit(run: Run, example: TokenizedExample) -> int:
     """Tokens that z may have so that t_start, z, t_end and y* fit the response."""
     rollout = run.config.rollout
     room = rollout.max_response_tokens - len(example.answer_tokens) - 2
-    return min(rollout.max_trace_tokens, max(room, 1))
+    return min(rollout.max_trace_tokens, room)
 
 
 @dataclass(frozen=True)

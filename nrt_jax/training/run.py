@@ -104,10 +104,10 @@ class Run:
             self._save()
 
     def _check_finite(self, metrics: dict[str, float]) -> None:
-        limit = self.config.train.max_skipped_updates
-        if metrics["update/skipped_in_row"] >= limit:
+        in_row = int(metrics["update/skipped_in_row"])
+        if in_row >= self.config.train.max_skipped_updates:
             raise RunFailed(
-                f"step {self.step}: {limit} gradients in a row were not finite, so no update was "
+                f"step {self.step}: {in_row} gradients in a row were not finite, so no update was "
                 "made; lower optimizer.learning_rate, or look for the cause in metrics.jsonl"
             )
 

@@ -2,7 +2,6 @@
 
 import signal
 from types import FrameType, TracebackType
-from typing import Self
 
 
 class StopRequest:
@@ -16,7 +15,7 @@ class StopRequest:
         self.requested = False
         self._waits = False
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._before = signal.signal(signal.SIGTERM, self._handle)
         return self
 

@@ -219,7 +219,8 @@ class TinyRun:
 
     @property
     def steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.checkpoints.glob("[0-9]*"))
+        found = self.checkpoints.iterdir() if self.checkpoints.exists() else ()
+        return sorted(int(path.name) for path in found if path.name.isdigit())
 
     def lines(self, name: str) -> list[dict]:
         path = self.directory / name

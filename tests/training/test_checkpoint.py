@@ -17,8 +17,10 @@ from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.config import CheckpointConfig
 from nrt_jax.training.fingerprint import fingerprints
 from nrt_jax.training.state import TrainState
+from tests.training.runs import assert_same
 
 LAST = 3
+SFT = ("method=sft",)
 
 
 def state(step: int, width: int = 64, optimizer: optax.GradientTransformation | None = None):
@@ -216,6 +218,40 @@ def test_other_model(saved, target, message):
     with pytest.raises(InputError, match=message) as error:
         restore(saved, target)
     assert "\n" not in str(error.value)
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_the_one_before_the_damaged(new_run, reference):
+    run = new_run(*SFT)
+    assert run.kill_at(lambda: run.saved(6))
+    truncate(largest_file(run.checkpoints / "6"))
+    outcome = run.trained()
+    lines = outcome.err.splitlines()
+    assert any("WARNING: checkpoint 6 cannot be read, using 4: " in line for line in lines)
+    assert any(line.endswith(f"continuing {run.directory} from step 4") for line in lines)
+    assert "Traceback" not in outcome.err
+    assert_same(run, reference(*SFT))
+
+
+def test_a_run_without_a_readable_checkpoint_deletes_nothing(new_run):
+    run = new_run(*SFT)
+    run.trained()
+    for step in run.steps:
+        truncate(largest_file(run.checkpoints / str(step)))
+    before = contents(run.directory)
+    outcome = run.train()
+    assert outcome.status == 2
+    assert outcome.error.startswith(
+        f"{run.checkpoints}: none of the checkpoints [6, 8] can be read (8: "
+    )
+    assert outcome.error.endswith("; restore one from a copy, or choose another run_dir")
+    assert contents(run.directory) == before
+
+
+def contents(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
 # --- writing --------------------------------------------------------------------------------------
