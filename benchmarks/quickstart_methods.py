@@ -18,7 +18,7 @@ METHODS = ("sft", "jlb", "verifree", "rlpr", "nrt_gm", "nrt_ws_inv_p", "nrt_ws_n
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="All methods on the quickstart's task.")
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 to SEEDS - 1")
     parser.add_argument("--out", type=Path, default=Path("runs/methods"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)

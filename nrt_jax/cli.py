@@ -49,8 +49,12 @@ def main(argv: list[str] | None = None) -> int:
 def _configure_logging() -> None:
     logging.basicConfig(format="nrt-jax: %(levelname)s: %(message)s", level=logging.WARNING)
     logging.getLogger("nrt_jax").setLevel(logging.INFO)
-    # Whatever Orbax logs with a traceback it also raises, and is then said in one line.
-    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+    logging.getLogger("absl").addFilter(_is_not_raised)
+
+
+def _is_not_raised(record: logging.LogRecord) -> bool:
+    """Whatever Orbax logs with a traceback it also raises, and is then said in one line."""
+    return not record.exc_info
 
 
 def _fail(message: object, status: int) -> int:

@@ -1,217 +1,252 @@
-"""The command line: help at once, configs that print and compose, the presets that ship."""
+"""The command line: help without jax, one line for an error, configs shown and merged."""
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import nrt_jax
-from nrt_jax.cli import main
-from nrt_jax.config import dump_config, load_config
+from nrt_jax import cli
+from nrt_jax.config import load_config
+from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.training.config import RunConfig
-from tests.conftest import REPOSITORY
+from nrt_jax.training.stop import StopRequest
 
-CONFIGS = REPOSITORY / "configs"
-QUICKSTART = CONFIGS / "quickstart" / "nrt.yaml"
-GSM8K = CONFIGS / "examples" / "gsm8k_tiny.yaml"
-OVERRIDES = {QUICKSTART: [], GSM8K: ["data.path=train.jsonl", "data.tokenizer=mistral_v3"]}
-PRESETS = sorted([*(CONFIGS / "methods").glob("*.yaml"), *(CONFIGS / "recipes").glob("*.yaml")])
-VERBS = (["train"], ["generate"], ["export"], ["report"], ["config", "show"], ["config", "schema"])
+REPOSITORY = Path(__file__).resolve().parent.parent
+VERBS = ("train", "generate", "export", "report", "config", "config show", "config schema")
 
 
-def values(config: RunConfig, expected: dict) -> dict:
-    """The values of the dotted keys in `expected`."""
-    shown = {}
-    for key in expected:
-        value = config
-        for name in key.split("."):
-            value = getattr(value, name)
-        shown[key] = value
-    return shown
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=REPOSITORY
+    )
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """A config whose model and data are not there."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {path: no/model}\n"
+        "data: {source: jsonl, path: no/rows.jsonl, tokenizer: no/tokenizer}\n"
+        "optimizer: {learning_rate: 3e-4}\n"
+    )
+    return path
+
+
+def fails(capsys, *words: str) -> str:
+    """The one line of an error that ends with status 2."""
+    try:
+        status = cli.main(list(words))
+    except SystemExit as stop:
+        status = stop.code
+    captured = capsys.readouterr()
+    assert (status, captured.out) == (2, "")
+    (line,) = captured.err.splitlines()
+    assert line.startswith("nrt-jax: error: ")
+    return line.removeprefix("nrt-jax: error: ")
 
 
 # --- help -----------------------------------------------------------------------------------------
 
-ASK_FOR_HELP = """
-import contextlib, io, json, sys
+SAYS_WITHOUT_JAX = """
+import contextlib, io, sys
 from nrt_jax.cli import main
-ended = []
-for words in json.loads(sys.argv[1]):
+for words in [["--help"], ["--version"], *([*v.split(), "--help"] for v in sys.argv[1:])]:
     out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        try:
-            main(words)
-        except SystemExit as end:
-            ended.append([end.code, out.getvalue()])
-heavy = {"jax", "flax", "orbax", "pydantic", "numpy", "matplotlib"} & sys.modules.keys()
-print(json.dumps([ended, sorted(heavy)]))
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main(words)
+    print(len(out.getvalue()) > 10, *words)
+print(sorted({m.split(".")[0] for m in sys.modules} & {"jax", "numpy", "pydantic", "yaml"}))
 """
 
 
-def test_help_and_version_wait_for_no_library():
-    words = [["--help"], ["--version"], *([*verb, "--help"] for verb in VERBS)]
-    command = [sys.executable, "-c", ASK_FOR_HELP, json.dumps(words)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    ended, heavy = json.loads(done.stdout)
-    assert heavy == []
-    assert [status for status, _ in ended] == [0] * len(words)
-    assert ended[1][1] == f"nrt-jax {nrt_jax.__version__}\n"
-    assert all(verb[0] in ended[0][1] for verb in VERBS)
-    for verb, (_, said) in zip(VERBS, ended[2:], strict=True):
-        assert said.startswith(f"usage: nrt-jax {' '.join(verb)} ")
+def test_help_and_version_import_no_jax():
+    lines = run_python(SAYS_WITHOUT_JAX, *VERBS).stdout.splitlines()
+    assert lines[-1] == "[]"
+    assert len(lines) == len(VERBS) + 3
+    assert all(line.startswith("True ") for line in lines[:-1])
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"nrt-jax {nrt_jax.__version__}\n"
+
+
+def test_runs_as_a_module_and_as_a_script():
+    script = Path(sys.executable).with_name("nrt-jax")
+    for command in ([sys.executable, "-m", "nrt_jax"], [str(script)]):
+        if not Path(command[0]).exists():
+            pytest.skip(f"{command[0]} is not installed")
+        result = subprocess.run([*command, "--version"], capture_output=True, text=True)
+        assert result.stdout == f"nrt-jax {nrt_jax.__version__}\n"
+
+
+# --- words ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "required: VERB; see nrt-jax --help"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["train"], "required: CONFIG; see nrt-jax train --help"),
-        (["generate", "run"], "required: --prompt; see nrt-jax generate --help"),
-        (["generate", "run", "--prompt", "1", "--temperature", "-1"], "-1 is no temperature"),
-        (["generate", "run", "--prompt", "1", "--temperature", "hot"], "hot is no temperature"),
-        (["generate", "run", "--prompt", "1", "--seed", "-1"], "-1 is no seed; give 0 to"),
-        (["generate", "run", "--prompt", "1", "--seed", "x"], "x is no seed; give 0 to"),
-        (["export", "run", "out", "--dtype", "int4"], "invalid choice: 'int4'"),
+        ((), "the following arguments are required: VERB; see nrt-jax --help"),
+        (("trian", "x"), "argument VERB: invalid choice: 'trian'"),
+        (("train",), "the following arguments are required: CONFIG; see nrt-jax train --help"),
+        (("train", "train.steps=1"), "train.steps=1: no config file; name one before"),
+        (("train", "--steps", "3"), "unrecognized arguments: --steps"),
+        (("train", "none.yaml"), "none.yaml: no such config file"),
+        (("config", "show", "none.yaml"), "none.yaml: no such config file"),
+        (("generate", "run"), "the following arguments are required: --prompt"),
+        (("generate", "run", "--prompt", "1", "--temperature", "-1"), "-1 is no temperature"),
+        (("generate", "run", "--prompt", "1", "--temperature", "nan"), "nan is no temperature"),
+        (("generate", "run", "--prompt", "1", "--temperature", "x"), "argument --temperature"),
+        (("generate", "run", "--prompt", "1", "--seed", "-1"), "-1 is no seed"),
+        (("export", "run", "out", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+        (("report", "runs"), "the following arguments are required: --out"),
     ],
 )
-def test_wrong_words(words, said, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(words)
-    assert end.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("nrt-jax: error: ")
-    assert said in line
-
-
-# --- config ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", [QUICKSTART, GSM8K], ids=lambda path: path.stem)
-def test_config_show_reads_back_equal(path, capsys, tmp_path):
-    assert main(["config", "show", str(path), *OVERRIDES[path], "seed=7", "run_dir=here"]) == 0
-    again = tmp_path / "again.yaml"
-    again.write_text(capsys.readouterr().out, "utf-8")
-    config = load_config(RunConfig, [again], [])
-    assert config == load_config(RunConfig, [path], [*OVERRIDES[path], "seed=7", "run_dir=here"])
-    assert (config.seed, config.run_dir) == (7, Path("here"))
-    assert dump_config(config) == again.read_text("utf-8")
-
-
-def test_a_file_may_have_an_equals_sign_in_its_name(capsys, tmp_path):
-    path = tmp_path / "rate=1.yaml"
-    path.write_text(f"extends: {QUICKSTART}\nseed: 5\n")
-    assert main(["config", "show", str(path), "seed=6"]) == 0
-    assert "seed: 6\n" in capsys.readouterr().out
-
-
-def test_config_schema_is_json_that_describes_every_key(capsys):
-    assert main(["config", "schema"]) == 0
-    schema = json.loads(capsys.readouterr().out)
-    assert schema["properties"].keys() == {*RunConfig.model_fields, "extends"}
-    sections = [schema, *(s for s in schema["$defs"].values() if "properties" in s)]
-    undescribed = [
-        name
-        for section in sections
-        for name, field in section["properties"].items()
-        if "description" not in field
-    ]
-    assert undescribed == []
+def test_words(words, said, capsys):
+    assert said in fails(capsys, *words)
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("objective.shceme=gm", "objective.shceme=gm: unknown key; did you mean 'scheme'?"),
-        ("objectiv.scheme=gm", "did you mean 'objective'?"),
-        ("objective.scheme=median", "median"),
+        ("train.stepps=3", "override train.stepps=3: unknown key; did you mean 'steps'?"),
+        ("trian.steps=3", "override trian: unknown key; did you mean 'train'?"),
+        ("train.steps=many", "override train.steps=many: must be a valid integer"),
+        ("train.steps=", "override train.steps=null: must be a valid integer"),
+        ("optimizer.learning_rate=-1", "override optimizer.learning_rate=-1: must be greater"),
     ],
 )
-def test_an_unknown_key(override, said, capsys):
-    assert main(["config", "show", str(QUICKSTART), override]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("nrt-jax: error: override objectiv")
-    assert said in line
+def test_overrides(override, said, config, capsys):
+    assert fails(capsys, "config", "show", str(config), override).startswith(said)
 
 
-# --- presets --------------------------------------------------------------------------------------
+# --- config ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", [QUICKSTART, GSM8K], ids=lambda path: path.stem)
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_presets_compose(path, preset):
-    overrides = OVERRIDES[path]
-    before = load_config(RunConfig, [path], overrides)
-    after = load_config(RunConfig, [path, preset], overrides)
-    assert after.run_dir == before.run_dir
-    assert after.model == before.model
-    assert after.data.source == before.data.source
+def test_shows_a_config_that_reads_back(config, tmp_path, capsys):
+    words = [str(config), "train.steps=7", "checkpoint.best_metric=loss/total"]
+    assert cli.main(["config", "show", *words]) == 0
+    shown = tmp_path / "elsewhere" / "shown.yaml"
+    shown.parent.mkdir()
+    shown.write_text(capsys.readouterr().out)
+    read = load_config(RunConfig, [shown])
+    assert read == load_config(RunConfig, [config], words[1:])
+    assert (read.train.steps, read.optimizer.learning_rate) == (7, 3e-4)
+    assert read.data.tokenizer == tmp_path / "no" / "tokenizer"
 
 
-SCHEMES = {
-    "jlb": "logp",
-    "verifree": "p",
-    "rlpr": "am",
-    "nrt_gm": "gm",
-    "nrt_ws_inv_p": "ws_inv_p",
-    "nrt_ws_neg_log_p": "ws_neg_log_p",
-}
+def test_presets_merge_from_left_to_right(config, tmp_path, capsys):
+    preset = tmp_path / "lr=1.yaml"
+    preset.write_text("optimizer: {learning_rate: 1.0}\ntrain: {steps: 5}\n")
+    words = [str(config), "train.steps=6", str(preset)]
+    assert cli.main(["config", "show", *words]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["optimizer"]["learning_rate"] == 1.0
+    # Overrides come last, wherever they stand; the preset's name is a file in spite of its sign.
+    assert shown["train"]["steps"] == 6
 
 
-def test_every_method_has_a_preset_and_changes_nothing_else():
-    """A comparison of methods compares the trace reward alone."""
-    methods = {path.stem: path for path in PRESETS if path.parent.name == "methods"}
-    assert methods.keys() == SCHEMES.keys() | {"sft"}
-    base = load_config(RunConfig, [QUICKSTART], [])
-    for name, scheme in SCHEMES.items():
-        config = load_config(RunConfig, [QUICKSTART, methods[name]], [])
-        wanted = base.objective.model_copy(update={"scheme": scheme})
-        assert config == base.model_copy(update={"objective": wanted}), name
-    config = load_config(RunConfig, [QUICKSTART, methods["sft"]], [])
-    assert config == base.model_copy(update={"method": "sft"})
+@pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs").glob("*/*.yaml")), ids=str)
+def test_every_config_of_the_project_is_shown(preset, config, capsys):
+    whole = "model" in yaml.safe_load(preset.read_text()) or preset.parent.name == "quickstart"
+    files = [str(preset)] if whole and preset.name != "task.yaml" else [str(config), str(preset)]
+    # What a config leaves to the command line.
+    status = cli.main(["config", "show", *files, "data.tokenizer=no", "data.path=no"])
+    captured = capsys.readouterr()
+    assert status == 0, captured.err
+    assert yaml.safe_load(captured.out)["method"] in ("nrt", "sft")
 
 
-PAPER = {
-    "optimizer.learning_rate": 1e-5,
-    "optimizer.schedule": "constant",
-    "optimizer.weight_decay": 0.01,
-    "train.batch_prompts": 256,
-    "train.mini_batch_prompts": 64,
-    "rollout.traces_per_prompt": 8,
-    "rollout.max_trace_tokens": 2048,
-    "rollout.max_response_tokens": 4096,
-    "rollout.temperature": 1.0,
-    "rollout.top_p": 1.0,
-    "data.max_prompt_tokens": 4096,
-    "objective.clip_low": 0.2,
-    "objective.clip_high": 0.28,
-    "objective.kl_coefficient": 0.0,
-    "objective.entropy_coefficient": 0.0,
-    "objective.format_coefficient": 0.3,
-}
-"""Table 6 of the paper."""
-
-RELEASE = {
-    "objective.token_signal": "fixed",
-    "objective.policy_loss": "cispo",
-    "objective.reward_policy": "sampling",
-    "objective.estimator": "grpo_unclipped",
-    "objective.trace_covers": "z_and_end",
-    "objective.format_where": "not_emitted",
-    "optimizer.clip_norm": 1.0,
-    "rollout.traces_per_prompt": 8,
-}
+def test_schema(capsys):
+    assert cli.main(["config", "schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    assert set(RunConfig.model_fields) < set(schema["properties"])
 
 
-@pytest.mark.parametrize(("recipe", "expected"), [("paper", PAPER), ("release", RELEASE)])
-def test_recipe_values(recipe, expected):
-    preset = CONFIGS / "recipes" / f"{recipe}.yaml"
-    config = load_config(RunConfig, [GSM8K, preset], OVERRIDES[GSM8K])
-    assert values(config, expected) == expected
+# --- how errors end -------------------------------------------------------------------------------
 
 
-def test_paper_is_one_epoch():
-    config = load_config(RunConfig, [GSM8K, CONFIGS / "recipes" / "paper.yaml"], OVERRIDES[GSM8K])
-    assert config.train.steps * config.train.batch_prompts == 204_800
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (InputError("field: value:\n remedy"), 2, "field: value: remedy"),
+        (RunFailed("it failed"), 1, "it failed"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl"),
+            1,
+            "run/metrics.jsonl: No space left on device; make room or allow access there, then run "
+            "the same command again: a run continues from its newest checkpoint",
+        ),
+        (KeyboardInterrupt(), 130, "interrupted; the same command continues a run"),
+    ],
+)
+def test_errors_end_in_one_line(error, status, said, config, monkeypatch, capsys):
+    def verb(_):
+        raise error
+
+    monkeypatch.setattr(cli, "_config_show", verb)
+    assert cli.main(["config", "show", str(config)]) == status
+    assert capsys.readouterr().err == f"nrt-jax: error: {said}\n"
+
+
+def test_mistakes_of_ours_keep_their_traceback(config, monkeypatch):
+    def verb(_):
+        raise AssertionError("ours")
+
+    monkeypatch.setattr(cli, "_config_show", verb)
+    with pytest.raises(AssertionError, match="ours"):
+        cli.main(["config", "show", str(config)])
+
+
+def test_nobody_reads_the_output(config):
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run(
+        [sys.executable, "-m", "nrt_jax", "config", "show", str(config)],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    )
+    os.close(writer)
+    assert result.returncode == 1
+    assert result.stderr == "nrt-jax: error: standard output was closed before the end\n"
+
+
+# --- SIGTERM --------------------------------------------------------------------------------------
+
+
+def test_sigterm_ends_at_once_while_there_is_nothing_to_save():
+    with pytest.raises(SystemExit) as stop, StopRequest():
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 0
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_sigterm_waits_for_the_step():
+    with StopRequest() as stop:
+        stop.wait_for_the_step()
+        assert not stop.requested
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.requested
+    # What remains to be done is done: another signal does not cut it off.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_without_sigterm_the_handler_is_given_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with StopRequest():
+        pass
+    assert signal.getsignal(signal.SIGTERM) == before

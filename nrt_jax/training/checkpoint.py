@@ -256,4 +256,5 @@ def _said(shape: tuple[int, ...] | None) -> str:
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."
+    # What went wrong is said first or, after the names of nested files, last.
+    return text if len(text) <= 200 else f"{text[:98]} ... {text[-97:]}"

@@ -23,7 +23,10 @@ def reference(tmp_path_factory, tiny_config) -> Callable[..., TinyRun]:
     @cache
     def train(*overrides: str) -> TinyRun:
         run = TinyRun(tiny_config, tmp_path_factory.mktemp("reference") / "run", overrides)
-        run.trained()
+        outcome = run.trained()
+        # Nothing but its own lines, on the stream that they belong to.
+        assert outcome.err == ""
+        assert all(line.startswith("step ") for line in outcome.out.splitlines())
         return run
 
     return train

@@ -344,7 +344,7 @@ def test_no_room_for_a_checkpoint(new_run, reference):
     whole = reference(*SFT)
     run = new_run(*SFT)
     assert run.kill_at(lambda: run.saved(4))
-    kept = run.steps
+    kept = run.steps[-2:]  # the kill may have come before an older one was removed
     largest = max(p.stat().st_size for p in run.checkpoints.rglob("*") if p.is_file())
     outcome = limited(run, largest // 2)
     assert outcome.status == 1

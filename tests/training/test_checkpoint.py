@@ -1,6 +1,5 @@
 """Checkpoints: what is kept, what damage does, and what is refused."""
 
-import errno
 import logging
 import shutil
 from pathlib import Path
@@ -17,10 +16,8 @@ from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.config import CheckpointConfig
 from nrt_jax.training.fingerprint import fingerprints
 from nrt_jax.training.state import TrainState
-from tests.training.runs import assert_same
 
 LAST = 3
-SFT = ("method=sft",)
 
 
 def state(step: int, width: int = 64, optimizer: optax.GradientTransformation | None = None):
@@ -220,40 +217,6 @@ def test_other_model(saved, target, message):
     assert "\n" not in str(error.value)
 
 
-# --- a run ----------------------------------------------------------------------------------------
-
-
-def test_a_run_goes_on_from_the_one_before_the_damaged(new_run, reference):
-    run = new_run(*SFT)
-    assert run.kill_at(lambda: run.saved(6))
-    truncate(largest_file(run.checkpoints / "6"))
-    outcome = run.trained()
-    lines = outcome.err.splitlines()
-    assert any("WARNING: checkpoint 6 cannot be read, using 4: " in line for line in lines)
-    assert any(line.endswith(f"continuing {run.directory} from step 4") for line in lines)
-    assert "Traceback" not in outcome.err
-    assert_same(run, reference(*SFT))
-
-
-def test_a_run_without_a_readable_checkpoint_deletes_nothing(new_run):
-    run = new_run(*SFT)
-    run.trained()
-    for step in run.steps:
-        truncate(largest_file(run.checkpoints / str(step)))
-    before = contents(run.directory)
-    outcome = run.train()
-    assert outcome.status == 2
-    assert outcome.error.startswith(
-        f"{run.checkpoints}: none of the checkpoints [6, 8] can be read (8: "
-    )
-    assert outcome.error.endswith("; restore one from a copy, or choose another run_dir")
-    assert contents(run.directory) == before
-
-
-def contents(directory: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
-
-
 # --- writing --------------------------------------------------------------------------------------
 
 
@@ -272,10 +235,11 @@ def test_a_failed_save_harms_no_older_one(saved, monkeypatch):
     checkpoints = Checkpoints(saved, config, writable=True)
 
     async def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        # TensorStore names the file at each of its layers before it says why.
+        raise ValueError(f"Error writing {'layer of ' * 50}: No space left on device")
 
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", full)
-    with pytest.raises(RunFailed, match=r"could not be written .*No space left on device") as e:
+    with pytest.raises(RunFailed, match=r"be written \(Error .* on device\); those") as e:
         checkpoints.save(4, state(4), {"step": 4}, {})
     checkpoints.close()
     assert str(saved) in str(e.value)

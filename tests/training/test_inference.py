@@ -1,154 +1,218 @@
-"""A trained run put to use: prompts answered, and models that others load."""
+"""A trained run put to use: `generate` and `export`, through the command line."""
 
-import re
+import shutil
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from flax import nnx
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nrt_jax.cli import main
+from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
+from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.models import huggingface
-from nrt_jax.models.decoder import Decoder
+from nrt_jax.training.inference import load_trained
+from nrt_jax.training.run_dir import load_run
 from tests.training.runs import TinyRun
 
-NRT, SFT = ("method=nrt",), ("method=sft",)
-ANSWERED = re.compile(
-    r"prompt  (?P<prompt>.*)\n"
-    r"trace   (?P<trace>.*)   \[(?P<tokens>\d+) tokens, ended by (?P<end>.*)\]\n"
-    r"answer  (?P<answer>.*)\n"
-)
+PROMPT = "1+2+3"
 
 
 @pytest.fixture(scope="module")
 def run(reference) -> TinyRun:
-    return reference(*NRT)
+    return reference("method=nrt")
+
+
+@pytest.fixture
+def words(capsys):
+    """Run a verb in this process; its status and what it printed, out and err."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        status = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call
 
 
 def weights(run: TinyRun, step: int) -> dict[str, np.ndarray]:
-    """The weights of a checkpoint as Orbax stores them, by path."""
-    arrays = run.arrays(step)
-    return {
-        name.removeprefix("['params']"): array
-        for name, array in arrays.items()
-        if name.startswith("['params']")
-    }
-
-
-def exported(out: Path) -> dict[str, np.ndarray]:
-    params = huggingface.read_weights(out, huggingface.read_architecture(out))
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+    return {k: v for k, v in run.arrays(step).items() if k.startswith("['params']")}
 
 
 # --- generate -------------------------------------------------------------------------------------
 
 
-def generate(path: Path, capsys, *words: str) -> list[re.Match[str]]:
-    assert main(["generate", str(path), *words]) == 0
-    said = capsys.readouterr().out
-    found = list(ANSWERED.finditer(said))
-    assert "".join(match[0] for match in found) == said
-    return found
+def test_prints_trace_and_answer(run, words):
+    status, out, err = words("generate", run.directory, "--prompt", PROMPT, "--prompt", "4+4+0")
+    assert (status, err) == (0, "")
+    prompt, trace, answer, second, *_ = out.splitlines()
+    assert prompt == f"prompt  {PROMPT}"
+    assert trace.startswith("trace   ")
+    assert " tokens, ended by " in trace
+    assert answer.startswith("answer  ")
+    assert second == "prompt  4+4+0"
 
 
-def test_prints_trace_and_answer_of_every_prompt(run, capsys):
-    first, second = generate(run.directory, capsys, "--prompt", "1+2+3", "--prompt", "4+0+1")
-    assert (first["prompt"], second["prompt"]) == ("1+2+3", "4+0+1")
-    for answered in (first, second):
-        assert 0 <= int(answered["tokens"]) <= 4
-        assert answered["end"]
+def test_generates_alike_from_the_newest_checkpoint_and_by_its_step(run, words):
+    arguments = ("--prompt", PROMPT, "--temperature", 1, "--seed", 3)
+    newest = words("generate", run.directory, *arguments)
+    assert newest == words("generate", run.checkpoints / "8", *arguments)
+    drawn = {words("generate", run.directory, *arguments[:-1], seed) for seed in range(3)}
+    assert len(drawn) > 1
 
 
-def test_a_run_stands_for_its_newest_checkpoint(run, capsys):
-    words = ("--prompt", "1+2+3", "--temperature", "1", "--seed", "3")
-    of_run, of_step = (
-        [match[0] for match in generate(path, capsys, *words)]
-        for path in (run.directory, run.checkpoints / "8")
-    )
-    assert of_run == of_step
+def test_loads_the_checkpoint_that_is_named(run):
+    for step in run.steps:
+        loaded = load_trained(run.checkpoints / str(step)).params
+        theirs = {
+            jax.tree_util.keystr(path): leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path({"params": loaded})
+        }
+        for name, array in weights(run, step).items():
+            assert np.asarray(theirs[name]).tobytes() == array.tobytes(), (step, name)
 
 
-def test_the_answer_is_that_of_the_evaluation(run, capsys):
-    """The last evaluation wrote what greedy traces give for the last weights."""
-    sample = [row for row in run.lines("samples.jsonl") if row["step"] == 8][0]
-    (answered,) = generate(run.directory, capsys, "--prompt", sample["question"])
-    assert answered["trace"] == sample["trace"]
-    assert answered["answer"] == sample["answer"]
+def test_a_run_is_only_read(run):
+    before = {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")}
+    load_trained(run.directory)
+    assert {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")} == before
 
 
-def test_a_seed_decides_the_samples(run, capsys):
-    def sampled(seed: int) -> list[str]:
-        words = [word for digit in "01234" for word in ("--prompt", f"1+2+{digit}")]
-        words += ["--temperature", "5", "--seed", str(seed)]
-        return [match["trace"] for match in generate(run.directory, capsys, *words)]
+def test_the_newest_is_damaged(run, tmp_path, words):
+    copy = tmp_path / "run"
+    shutil.copytree(run.directory, copy)
+    shutil.rmtree(copy / "checkpoints" / "8" / "state")
+    expected = words("generate", run.checkpoints / "6", "--prompt", PROMPT)
+    assert words("generate", copy, "--prompt", PROMPT) == expected
+    status, _, err = words("generate", copy / "checkpoints" / "8", "--prompt", PROMPT)
+    assert status == 2
+    assert err.startswith(f"nrt-jax: error: {copy}/checkpoints/8: cannot be read (")
+    assert err.count("\n") == 1
+    assert (copy / "checkpoints" / "8").exists()
 
-    assert sampled(1) == sampled(1)
-    assert sampled(1) != sampled(2)
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        (
+            "1+x+3y",
+            "the prompt '1+x+3y' has characters that the tokenizer cannot spell ('xy'); use",
+        ),
+        (
+            "1+2+3+4+5+6+7",
+            "has 14 tokens, more than data.max_prompt_tokens=12; raise it or shorten",
+        ),
+        ("", "'question' is ''; fill it in or drop the row"),
+    ],
+)
+def test_prompts(prompt, said, run, words):
+    status, out, err = words("generate", run.directory, "--prompt", prompt)
+    assert (status, out) == (2, "")
+    assert err.startswith("nrt-jax: error: --prompt: ")
+    assert said in err
+    assert err.count("\n") == 1
 
 
-def test_sft_answers_without_a_trace(reference, capsys):
-    assert main(["generate", str(reference(*SFT).directory), "--prompt", "1+2+3"]) == 0
-    assert re.fullmatch(r"prompt  1\+2\+3\nanswer  .*\n", capsys.readouterr().out)
+def test_a_prompt_is_tokenised_like_a_row(run):
+    config = load_run(run.directory).data
+    tokenizer = Tokenizer.load(config.tokenizer)
+    for example in load_dataset(config, tokenizer).eval:
+        prompt = tokenize_prompt(example.example.question, config, tokenizer)
+        assert prompt.dtype == example.prompt_tokens.dtype
+        assert prompt.tolist() == example.prompt_tokens.tolist()
+
+
+@pytest.mark.parametrize("verb", ["generate", "export"])
+def test_no_run(verb, run, tmp_path, words):
+    more = ("--prompt", "1") if verb == "generate" else (tmp_path / "out",)
+    missing = tmp_path / "none"
+    empty = tmp_path / "empty"
+    shutil.copytree(run.directory, empty, ignore=shutil.ignore_patterns("checkpoints"))
+    for path, said in (
+        (missing, f"{missing}: no config.yaml in it; name the directory of a run"),
+        (empty, f"{empty}: has no checkpoint yet; train it first"),
+        (
+            run.checkpoints / "7",
+            f"{run.checkpoints}/7: no such checkpoint; there are {run.steps}",
+        ),
+    ):
+        assert words(verb, path, *more) == (2, "", f"nrt-jax: error: {said}\n")
+    assert not (empty / "checkpoints").exists()
+    assert not (tmp_path / "out").exists()
 
 
 # --- export ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [6, 8])
-def test_export_reloads_bit_for_bit(run, step, tmp_path, capsys):
+def exported(directory: Path) -> dict:
+    return huggingface.read_weights(directory, huggingface.read_architecture(directory))
+
+
+def test_exports_what_was_trained(run, tmp_path, words):
     out = tmp_path / "model"
-    assert main(["export", str(run.checkpoints / str(step)), str(out)]) == 0
-    assert capsys.readouterr().out == f"wrote {out}\n"
-    read, saved = exported(out), weights(run, step)
-    assert read.keys() == saved.keys()
-    for name, array in saved.items():
-        assert read[name].dtype == array.dtype == np.float32
-        assert read[name].tobytes() == array.tobytes(), name
+    assert words("export", run.directory, out) == (0, f"wrote {out}\n", "")
+    loaded = load_trained(run.directory)
+    assert huggingface.read_architecture(out) == loaded.model.architecture
+    for mine, theirs in zip(
+        jax.tree.leaves(loaded.params), jax.tree.leaves(exported(out)), strict=True
+    ):
+        assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()
+    Tokenizer.load(out)
 
 
-def test_export_in_bfloat16_rounds(run, tmp_path):
+def test_exports_bfloat16(run, tmp_path, words):
+    status, *_ = words("export", run.directory, tmp_path / "model", "--dtype", "bfloat16")
+    assert status == 0
+    params = load_trained(run.directory).params
+    rounded = np.asarray(params["embedding"].astype("bfloat16").astype("float32"))
+    assert np.array_equal(np.asarray(exported(tmp_path / "model")["embedding"]), rounded)
+
+
+def test_exports_a_model_that_trains_on(run, tmp_path, words):
+    words("export", run.directory, tmp_path / "model")
+    model = f"model.path={tmp_path / 'model'}"
+    again = TinyRun(run.config, tmp_path / "run", (model, "train.steps=1", "method=sft"))
+    again.trained(f"data.tokenizer={tmp_path / 'model'}")
+
+
+def test_copies_rows(run, tmp_path, words):
     out = tmp_path / "model"
-    assert main(["export", str(run.directory), str(out), "--dtype", "bfloat16"]) == 0
-    for name, array in weights(run, 8).items():
-        rounded = np.asarray(jnp.asarray(array).astype(jnp.bfloat16).astype(jnp.float32))
-        np.testing.assert_array_equal(exported(out)[name].astype(np.float32), rounded)
+    pairs = (r"<|think_start|>=\n", "<|think_end|>==")
+    arguments = [word for pair in pairs for word in ("--copy-row", pair)]
+    assert words("export", run.directory, out, *arguments)[0] == 0
+    tokenizer = Tokenizer.load(out)
+    params, before = exported(out), load_trained(run.directory).params
+    for target, source in ((tokenizer.think_start_id, "\n"), (tokenizer.think_end_id, "=")):
+        (source_id,) = tokenizer.encode(source)
+        row = np.asarray(before["embedding"][source_id])
+        assert np.array_equal(params["embedding"][target], row)
+        assert not np.array_equal(before["embedding"][target], row)
+        column = np.asarray(before["head"][:, source_id])
+        assert np.array_equal(params["head"][:, target], column)
 
 
-def test_copy_row(run, tmp_path):
-    out = tmp_path / "model"
-    pairs = [r"<|think_start|>=\n", "<|think_end|>=<|eos|>"]
-    words = [word for pair in pairs for word in ("--copy-row", pair)]
-    assert main(["export", str(run.directory), str(out), *words]) == 0
-    tokenizer = AutoTokenizer.from_pretrained(out)
-    start, end, eos = tokenizer.convert_tokens_to_ids(
-        ["<|think_start|>", "<|think_end|>", "<|eos|>"]
+@pytest.mark.parametrize(
+    ("pair", "said"),
+    [
+        ("<|think_start|>", "--copy-row <|think_start|>: must look like TOKEN=FROM"),
+        ("<|think|>=1", "--copy-row <|think|>=1: '<|think|>' is no token of "),
+        ("<|think_end|>=12", "--copy-row <|think_end|>=12: '12' is no token of "),
+        ("<|think_end|>=é", "--copy-row <|think_end|>=é: 'é' is no token of "),
+    ],
+)
+def test_rows_that_do_not_exist(pair, said, run, tmp_path, words):
+    status, _, err = words("export", run.directory, tmp_path / "out", "--copy-row", pair)
+    assert status == 2
+    assert err.startswith(f"nrt-jax: error: {said}")
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_use(run, tmp_path, words):
+    (tmp_path / "notes.txt").write_text("mine")
+    status, _, err = words("export", run.directory, tmp_path)
+    assert (status, err) == (
+        2,
+        f"nrt-jax: error: {tmp_path}: exists and is not empty; give a new folder\n",
     )
-    (newline,) = tokenizer.encode("\n", add_special_tokens=False)
-    expected = weights(run, 8)
-    embedding_VD, head_DV = expected["['embedding']"].copy(), expected["['head']"].copy()
-    embedding_VD[[start, end]] = embedding_VD[[newline, eos]]
-    head_DV[:, [start, end]] = head_DV[:, [newline, eos]]
-    read = exported(out)
-    np.testing.assert_array_equal(read["['embedding']"], embedding_VD)
-    np.testing.assert_array_equal(read["['head']"], head_DV)
-    others = expected.keys() - {"['embedding']", "['head']"}
-    assert all(np.array_equal(read[name], expected[name]) for name in others)
-
-
-def test_transformers_computes_the_same(run, tmp_path):
-    out = tmp_path / "model"
-    assert main(["export", str(run.directory), str(out)]) == 0
-    tokens = AutoTokenizer.from_pretrained(out).encode("1+2+3\n=4")
-    tokens_BT = np.array([tokens, tokens[::-1]])
-    with torch.no_grad():
-        theirs_BTV = AutoModelForCausalLM.from_pretrained(out)(torch.tensor(tokens_BT)).logits
-    architecture = huggingface.read_architecture(out)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0))))
-    params = huggingface.read_weights(out, architecture)
-    ours_BTV = nnx.merge(graph, nnx.State(params))(jnp.asarray(tokens_BT))
-    np.testing.assert_allclose(ours_BTV, theirs_BTV.numpy(), rtol=0, atol=1e-4)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
