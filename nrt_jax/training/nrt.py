@@ -22,8 +22,8 @@ from nrt_jax.training.step import make_update
 
 def train_nrt(run: Run) -> None:
     """Take examples, sample K traces each, build the batch, update; the frame logs and saves."""
-    config, tokenizer = run.config, run.tokenizer
-    engine = trace_engine(config, run.model, tokenizer)
+    tokenizer = run.tokenizer
+    engine = _rollout_engine(run)
     step_functions = make_step_functions(run)
     for step in run.steps():
         with run.timer("data"):
@@ -37,6 +37,13 @@ def train_nrt(run: Run) -> None:
             run.state, updates = step_functions.run_mini_batches(run, batch)
             metrics = _step_metrics(updates)
         run.finish_step(metrics | _trace_metrics(run, groups))
+
+
+def _rollout_engine(run: Run) -> DecoderEngine:
+    """The engine that evaluation samples traces with, so that its programs are compiled once."""
+    if run.answerer is not None and run.answerer.trace_engine is not None:
+        return run.answerer.trace_engine
+    return trace_engine(run.config, run.model, run.tokenizer)
 
 
 def sample_groups(

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -170,7 +171,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     # The first update consumes the weights above, so the reference is a copy of its own.
     reference = None
     if config.method == "nrt" and config.objective.kl_coefficient:
-        reference = init_params(config.model, architecture, mesh, config.seed)
+        reference = jax.tree.map(jnp.copy, params)
     with ExitStack() as opened:
         opened.enter_context(run_dir.locked(config.run_dir))
         run_dir.prepare(config)
