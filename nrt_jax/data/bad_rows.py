@@ -28,14 +28,13 @@ class BadRows:
     def __init__(self, name: str):
         self.name = name
         self.counts: Counter[str] = Counter()
-        self._first: tuple[int, str, BadRow] | None = None
+        self._first: tuple[str, BadRow] | None = None
 
-    def add(self, number: int, place: str, bad: BadRow) -> None:
-        """Count row `number`; `place` ("line 3") is how a message names it."""
+    def add(self, place: str, bad: BadRow) -> None:
+        """Count the next bad row; `place` ("line 3") is how a message names it."""
         self.counts[bad.reason] += 1
-        # Length is judged after whole slices were rendered, so rows do not arrive in order.
-        if self._first is None or number < self._first[0]:
-            self._first = (number, place, bad)
+        if self._first is None:
+            self._first = (place, bad)
 
     def check(self, good_rows: int, max_bad_share: float) -> None:
         """Raise InputError when too many rows were bad, or none was good."""
@@ -46,7 +45,7 @@ class BadRows:
         if self._first is None or (good_rows and bad_rows <= max_bad_share * total):
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-        _, place, bad = self._first
+        place, bad = self._first
         limit = f"more than data.max_bad_share={max_bad_share:g}" if good_rows else "none is left"
         raise InputError(
             f"{self.name}: {bad_rows} of {total} rows are unusable ({reasons}), {limit}; "

@@ -1,68 +1,111 @@
-"""From a row's fields to the prompt x and the reference answer y*, as text."""
+"""From a row's fields to the prompt x, as texts and control tokens, and the reference answer y*."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import jinja2
 
 from nrt_jax.data.bad_rows import BadRow, shorten
 from nrt_jax.data.config import DataConfig
+from nrt_jax.data.control_split import ControlSplit, Text, unmark
+from nrt_jax.data.template_source import compile_template, template_text
+from nrt_jax.data.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant")
+
+Messages = list[dict[str, str]]
 
 
 class Rendered(NamedTuple):
     """One row as text."""
 
-    prompt: tuple[str, ...]
-    """x in pieces; the end-of-sequence token, which no text can hold, goes between each two."""
+    prompt: tuple[int | Text, ...]
+    """x: texts, and ids of control tokens where these stand."""
+    question: str
+    """x as one text, without the beginning-of-sequence token in front."""
     answer: str
     """y*, without the end-of-sequence token."""
 
 
-def render(fields: dict, config: DataConfig) -> Rendered:
-    """Apply the prompt template to a row; BadRow when it lacks what the template needs.
+class PromptTemplate:
+    """The template of one config, for one tokenizer.
 
-    plain: x is the question as it is.
-    tulu: `<|user|>\\n{question}\\n<|assistant|>\\n`; a row with messages has all turns before the
-    last assistant turn in x, and that turn as y*.
+    plain: x is the question as it is. Else x is what the chat template makes of all turns before
+    the last assistant turn, with the header of the turn to come; that turn is y*. A row without
+    messages is a conversation of its question.
+
+    Raises InputError when the config's template cannot be read.
     """
-    if config.template == "tulu" and config.messages_field in fields:
-        return _render_messages(fields[config.messages_field], config.messages_field)
-    question = _text(fields, config.question_field)
-    answer = _text(fields, config.answer_field)
-    if config.template == "tulu":
-        return Rendered((f"<|user|>\n{question}\n<|assistant|>\n",), answer)
-    return Rendered((question,), answer)
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+        self._config = config
+        self._roles = tokenizer.roles
+        self._bos_id = tokenizer.bos_id
+        self._bos = "" if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
+        source = template_text(config, tokenizer.directory)
+        self._template = None if source is None else compile_template(*source)
+        self._controls = ControlSplit(tokenizer)
+
+    def render(self, fields: dict) -> Rendered:
+        """Apply the template to a row; BadRow when it lacks what the template needs."""
+        config = self._config
+        if self._template is not None and config.messages_field in fields:
+            messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
+            return self._render_chat(self._template, messages, answer)
+        question = _text(fields, config.question_field)
+        answer = _text(fields, config.answer_field)
+        if self._template is not None:
+            messages = [{"role": "user", "content": question}]
+            return self._render_chat(self._template, messages, answer)
+        bos = () if self._bos_id is None or not config.add_bos else (self._bos_id,)
+        return Rendered((*bos, Text(question, starts=True)), question, answer)
+
+    def _render_chat(self, template: jinja2.Template, messages: Messages, answer: str) -> Rendered:
+        marked = [turn | {"content": self._controls.mark(turn["content"])} for turn in messages]
+        body = render_template(template, marked, self._roles).removeprefix(self._bos)
+        pieces = self._controls.split(self._bos + body if self._config.add_bos else body)
+        return Rendered(pieces, unmark(body), answer)
 
 
-def _render_messages(messages: object, field: str) -> Rendered:
+def render_template(template: jinja2.Template, messages: Messages, roles: dict[str, str]) -> str:
+    """What the template makes of `messages` and the header of the next turn.
+
+    Raises BadRow with the template's own words when it refuses them.
+    """
+    names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+    try:
+        return template.render(messages=messages, **names, **roles)
+    except Exception as error:  # a template is a program, and can fail in any way that one can
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BadRow(
+            "refused by the template", f"the chat template refuses the row: {reason}"
+        ) from error
+
+
+def _read_messages(messages: object, field: str) -> tuple[Messages, str]:
+    """The turns before the last assistant turn, and what that turn says."""
     if not isinstance(messages, list):
         raise BadRow(
             "messages not a list", f"'{field}' is {shorten(messages)}; give a list of turns"
         )
     turns = [_turn(message, f"{field}[{i}]") for i, message in enumerate(messages)]
-    answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
     if not answers or answers[-1] == 0:
         raise BadRow(
             "no answered turn",
             f"'{field}' has no assistant turn after another turn; give at least user, assistant",
         )
-    pieces = [""]
-    for role, content in turns[: answers[-1]]:
-        pieces[-1] += f"<|{role}|>\n{content}"
-        if role == "assistant":
-            pieces.append("")
-        pieces[-1] += "\n"
-    pieces[-1] += "<|assistant|>\n"
-    return Rendered(tuple(pieces), turns[answers[-1]][1])
+    return turns[: answers[-1]], turns[answers[-1]]["content"]
 
 
-def _turn(message: object, name: str) -> tuple[str, str]:
+def _turn(message: object, name: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise BadRow("bad turn", f"'{name}' is {shorten(message)}; give {{role, content}}")
     role = message.get("role")
     if role not in ROLES:
         raise BadRow("bad role", f"'{name}.role' is {shorten(role)}; use {', '.join(ROLES)}")
     # An empty system turn is common, and says nothing wrong.
-    return role, _text(message, "content", f"{name}.content", may_be_empty=role == "system")
+    content = _text(message, "content", f"{name}.content", may_be_empty=role == "system")
+    return {"role": role, "content": content}
 
 
 def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool = False) -> str:

@@ -56,17 +56,22 @@ class DataConfig(Section):
     answer_field: str = "answer"
     """Field of a row that holds the reference answer."""
     messages_field: str = "messages"
-    """Field that holds a list of {role, content} turns; read by the tulu template."""
-    template: Literal["plain", "tulu"] = "plain"
-    """plain: the prompt is the question as it is; tulu: the chat format of tulu-3."""
+    """Field that holds a list of {role, content} turns; read where a chat template is used."""
+    template: Literal["plain", "tulu", "tokenizer"] = "plain"
+    """plain: the prompt is the question as it is; tulu: the chat format of tulu-3; tokenizer: the
+    chat template of the tokenizer's directory."""
+    template_file: ConfigPath | None = None
+    """Jinja file with a chat template of your own, which is used in place of the template's."""
     add_bos: bool = True
-    """Start prompts with the beginning-of-sequence token, where the tokenizer has one."""
-    tokenizer: ConfigPath
-    """Directory with tokenizer.json and tokenizer_config.json."""
+    """Start prompts with the beginning-of-sequence token, where the tokenizer has one; a chat
+    template that writes it itself does not make it two, and false takes it away."""
+    tokenizer: ConfigPath | None = None
+    """Directory with tokenizer.json and tokenizer_config.json; null for the model's own."""
     think_start: str = "<|think_start|>"
-    """Special token that opens the reasoning trace."""
+    """Special token that opens the reasoning trace; where the tokenizer has none of the name, one
+    of its reserved tokens takes it, or else a token is added."""
     think_end: str = "<|think_end|>"
-    """Special token that closes the reasoning trace."""
+    """Special token that closes the reasoning trace; found or made like think_start."""
     max_prompt_tokens: int = Field(default=4096, ge=1)
     """Rows with a longer prompt (beginning-of-sequence token included) are bad rows."""
     max_answer_tokens: int = Field(default=4093, ge=2)
@@ -84,6 +89,11 @@ class DataConfig(Section):
     def _source_has_what_it_needs(self) -> "DataConfig":
         if self.source in ("jsonl", "parquet") and self.path is None:
             raise ValueError(f"source '{self.source}' needs a file; set data.path")
+        if self.template_file is not None and self.template == "plain":
+            raise ValueError(
+                f"template_file={self.template_file} is a chat template and template 'plain' has "
+                "none; set data.template=tokenizer"
+            )
         if self.source == "chain_documents" and self.chain.totals_rows and self.shuffle:
             raise ValueError(
                 f"chain.totals_rows={self.chain.totals_rows} is a curriculum and needs the "

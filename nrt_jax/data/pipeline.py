@@ -1,19 +1,19 @@
 """Rows → tokenised examples → endless shuffled batches that resume exactly."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 
 import grain
 import numpy as np
 
 from nrt_jax.data import chain_addition
-from nrt_jax.data.bad_rows import BadRow, BadRows, shorten
-from nrt_jax.data.chat_template import Rendered, render
+from nrt_jax.data.bad_rows import BadRow, BadRows
 from nrt_jax.data.config import DataConfig
-from nrt_jax.data.sources import Row, read_rows
+from nrt_jax.data.row_tokens import RowTokenizer
+from nrt_jax.data.sources import read_rows
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.records import Example, TokenizedExample
@@ -35,16 +35,17 @@ class Dataset:
 def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     """Read, check and tokenise the config's data; generated rows are made when asked for.
 
-    Raises InputError for files that cannot be read and for too many bad rows.
+    Raises InputError for files and templates that cannot be read and for too many bad rows.
     """
+    rows = RowTokenizer(config, tokenizer)
     if config.source in ("chain_addition", "chain_documents"):
-        return _generated(config, tokenizer)
+        return _generated(config, rows)
     assert config.path is not None, "DataConfig requires a path for file sources"
-    train, bad_rows = _read_file(config.path, config, tokenizer)
+    train, bad_rows = _read_file(config.path, config, rows)
     if config.eval_path is None:
         evaluation = _hold_out(train, config)
     else:
-        evaluation, eval_bad_rows = _read_file(config.eval_path, config, tokenizer)
+        evaluation, eval_bad_rows = _read_file(config.eval_path, config, rows)
         bad_rows += eval_bad_rows
         order = np.random.default_rng(config.seed).permutation(len(evaluation))
         evaluation = [evaluation[i] for i in order[: config.eval_rows]]
@@ -62,27 +63,34 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     return Dataset(kept, evaluation, dict(bad_rows))
 
 
+def first_rows(
+    config: DataConfig, tokenizer: Tokenizer, count: int
+) -> Iterator[tuple[str, TokenizedExample | BadRow]]:
+    """The first rows of the source with their places, read no further than these.
+
+    They are in the order of the source, and some of a file may be held out of training.
+    """
+    rows = RowTokenizer(config, tokenizer)
+    if config.source in ("chain_addition", "chain_documents"):
+        for index in range(min(count, config.chain.rows)):
+            example = _generate(config, index)
+            yield f"row {index}", rows.of_example(example)
+        return
+    assert config.path is not None, "DataConfig requires a path for file sources"
+    for row, tokenized in rows.of_rows(islice(read_rows(config.source, config.path), count)):
+        yield row.place, tokenized
+
+
 def tokenize_prompt(question: str, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
     """Ids of the prompt x that a row with this question has, int32; its row needs no answer.
 
     Raises InputError for a question that would make the row a bad one, and for one with characters
     that the tokenizer cannot spell.
     """
-    fields = {config.question_field: question, config.answer_field: "any"}
     try:
-        texts = render(fields, config).prompt
-        ids = tokenizer.encode_batch(texts)
-        _check_controls(texts, ids, tokenizer)
-        prompt = _join_prompt(texts, ids, config, tokenizer)
+        return RowTokenizer(config, tokenizer).of_question(question)
     except BadRow as bad:
         raise InputError(bad.detail) from bad
-    if tokenizer.unk_id is not None and tokenizer.unk_id in prompt:
-        unknown = [c for c in dict.fromkeys(question) if tokenizer.unk_id in tokenizer.encode(c)]
-        raise InputError(
-            f"the prompt {shorten(question)} has characters that the tokenizer cannot spell "
-            f"({shorten(''.join(unknown))}); use those of its vocabulary"
-        )
-    return np.array(prompt, np.int32)
 
 
 class BatchIterator:
@@ -144,13 +152,17 @@ class BatchIterator:
 
 
 def _read_file(
-    path: Path, config: DataConfig, tokenizer: Tokenizer
+    path: Path, config: DataConfig, rows: RowTokenizer
 ) -> tuple[list[TokenizedExample], Counter[str]]:
     bad_rows = BadRows(str(path))
     examples: list[TokenizedExample] = []
-    rows = read_rows(config.source, path)
-    while rows_of_slice := list(islice(rows, ROWS_PER_SLICE)):
-        examples += _tokenize_rows(rows_of_slice, bad_rows, config, tokenizer)
+    unread = read_rows(config.source, path)
+    while rows_of_slice := list(islice(unread, ROWS_PER_SLICE)):
+        for row, tokenized in rows.of_rows(rows_of_slice):
+            if isinstance(tokenized, BadRow):
+                bad_rows.add(row.place, tokenized)
+            else:
+                examples.append(tokenized)
     bad_rows.check(len(examples), config.max_bad_share)
     return examples, bad_rows.counts
 
@@ -169,38 +181,15 @@ def _hold_out(examples: list[TokenizedExample], config: DataConfig) -> list[Toke
     return list(by_question.values())[: config.eval_rows]
 
 
-def _tokenize_rows(
-    rows: Iterable[Row], bad_rows: BadRows, config: DataConfig, tokenizer: Tokenizer
-) -> Iterator[TokenizedExample]:
-    rendered: list[tuple[Row, Rendered]] = []
-    for row in rows:
-        try:
-            if isinstance(row.fields, BadRow):
-                raise row.fields
-            rendered.append((row, render(row.fields, config)))
-        except BadRow as bad:
-            bad_rows.add(row.number, row.place, bad)
-    texts = chain.from_iterable((*text.prompt, text.answer) for _, text in rendered)
-    encoded = iter(tokenizer.encode_batch(list(texts)))
-    for row, text in rendered:
-        ids = list(islice(encoded, len(text.prompt) + 1))
-        try:
-            yield _to_example(row.number, text, ids, config, tokenizer)
-        except BadRow as bad:
-            bad_rows.add(row.number, row.place, bad)
-
-
 # --- generators ----------------------------------------------------------------------------------
 
 
 class _GeneratedExamples(Sequence):
     """The training rows of a built-in task, by index."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+    def __init__(self, config: DataConfig, rows: RowTokenizer):
         self._config = config
-        self._tokenizer = tokenizer
-        documents = config.source == "chain_documents"
-        self._generate = chain_addition.document if documents else chain_addition.addition
+        self._rows = rows
 
     def __len__(self) -> int:
         return self._config.chain.rows
@@ -208,86 +197,27 @@ class _GeneratedExamples(Sequence):
     def __getitem__(self, index: int) -> TokenizedExample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        example = self._generate(self._config.chain, self._config.seed, int(index))
-        return _tokenize_generated(example, self._config, self._tokenizer)
+        return _tokenize_generated(_generate(self._config, int(index)), self._config, self._rows)
 
 
-def _generated(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+def _generate(config: DataConfig, index: int) -> Example:
     documents = config.source == "chain_documents"
+    make = chain_addition.document if documents else chain_addition.addition
+    return make(config.chain, config.seed, index)
+
+
+def _generated(config: DataConfig, rows: RowTokenizer) -> Dataset:
     held_out = chain_addition.evaluation_examples(
-        config.chain, config.eval_rows, documents=documents
+        config.chain, config.eval_rows, documents=config.source == "chain_documents"
     )
-    evaluation = [_tokenize_generated(example, config, tokenizer) for example in held_out]
-    return Dataset(_GeneratedExamples(config, tokenizer), evaluation, {})
+    evaluation = [_tokenize_generated(example, config, rows) for example in held_out]
+    return Dataset(_GeneratedExamples(config, rows), evaluation, {})
 
 
 def _tokenize_generated(
-    example: Example, config: DataConfig, tokenizer: Tokenizer
+    example: Example, config: DataConfig, rows: RowTokenizer
 ) -> TokenizedExample:
-    fields = {config.question_field: example.question, config.answer_field: example.answer}
-    text = render(fields, config)
-    ids = tokenizer.encode_batch([*text.prompt, text.answer])
-    try:
-        return _to_example(example.index, text, ids, config, tokenizer)
-    except BadRow as bad:
-        raise InputError(f"data.source={config.source}: {bad.detail}") from bad
-
-
-# --- ids -----------------------------------------------------------------------------------------
-
-
-def _to_example(
-    index: int, text: Rendered, ids: list[list[int]], config: DataConfig, tokenizer: Tokenizer
-) -> TokenizedExample:
-    """Join the ids of a row's texts with its control tokens; BadRow when they break a rule."""
-    *pieces, answer = ids
-    answer = [*answer, tokenizer.eos_id]
-    _check_controls((*text.prompt, text.answer), ids, tokenizer)
-    _check_spelling(text.answer, ids[-1], tokenizer)
-    prompt = _join_prompt(text.prompt, pieces, config, tokenizer)
-    _check_length("answer", len(answer), config.max_answer_tokens, text.answer)
-    question = tokenizer.token(tokenizer.eos_id).join(text.prompt)
-    return TokenizedExample(
-        example=Example(index, question, text.answer),
-        prompt_tokens=np.array(prompt, np.int32),
-        answer_tokens=np.array(answer, np.int32),
-    )
-
-
-def _join_prompt(
-    texts: Sequence[str], pieces: list[list[int]], config: DataConfig, tokenizer: Tokenizer
-) -> list[int]:
-    bos = tokenizer.bos_id if config.add_bos else None
-    prompt = [] if bos is None else [bos]
-    for i, piece in enumerate(pieces):
-        prompt += [tokenizer.eos_id, *piece] if i else piece
-    _check_length("prompt", len(prompt), config.max_prompt_tokens, "".join(texts))
-    return prompt
-
-
-def _check_controls(texts: Sequence[str], ids: list[list[int]], tokenizer: Tokenizer) -> None:
-    for content, content_ids in zip(texts, ids, strict=True):
-        control = tokenizer.control_in(content_ids)
-        if control is not None:
-            raise BadRow(
-                "spells a control token", f"{shorten(content)} spells {control}; reword the text"
-            )
-
-
-def _check_spelling(answer: str, ids: list[int], tokenizer: Tokenizer) -> None:
-    """The model cannot learn to write what its vocabulary cannot spell."""
-    if tokenizer.unk_id is not None and tokenizer.unk_id in ids:
-        raise BadRow(
-            "answer not in the vocabulary",
-            f"the answer {shorten(answer)} has characters that the tokenizer cannot spell; "
-            "use another tokenizer or drop the row",
-        )
-
-
-def _check_length(what: str, length: int, limit: int, text: str) -> None:
-    if length > limit:
-        raise BadRow(
-            f"{what} too long",
-            f"the {what} {shorten(text)} has {length} tokens, more than "
-            f"data.max_{what}_tokens={limit}; raise it or shorten the row",
-        )
+    tokenized = rows.of_example(example)
+    if isinstance(tokenized, BadRow):
+        raise InputError(f"data.source={config.source}: {tokenized.detail}") from tokenized
+    return tokenized

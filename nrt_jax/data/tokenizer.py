@@ -1,21 +1,26 @@
 """A Hugging Face tokenizer directory, read without transformers."""
 
 import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tokenizers
 
+from nrt_jax.data.think_tokens import ThinkTokens, edit_tokenizer_json, find_think_tokens
+from nrt_jax.data.tokenizer_check import check_tokenizer
+from nrt_jax.data.tokenizer_export import write_tokenizer
+from nrt_jax.data.tokenizer_files import (
+    SETTINGS_FILE,
+    TOKENIZER_FILE,
+    build_backend,
+    read_settings,
+    read_tokenizer_json,
+    role_names,
+)
 from nrt_jax.errors import InputError
-
-TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
-DIRECTORY_NEEDS = f"a tokenizer directory holds {TOKENIZER_FILE} and {SETTINGS_FILE}"
-ROLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-OPTIONAL_FILES = ("special_tokens_map.json", "chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -24,6 +29,11 @@ class Tokenizer:
 
     directory: Path
     backend: tokenizers.Tokenizer = field(repr=False)
+    inner: tokenizers.Tokenizer = field(repr=False)
+    """Encodes text that follows a control token: without the space that some tokenizers put in
+    front of a sequence. The backend itself where it puts none, or one in front of every text."""
+    roles: dict[str, str]
+    """Names of the tokens with a role, such as bos_token, as the directory's settings have them."""
     bos_id: int | None
     """Beginning of sequence; None when the tokenizer has none."""
     unk_id: int | None
@@ -31,8 +41,14 @@ class Tokenizer:
     eos_id: int
     think_start_id: int
     think_end_id: int
+    new_ids: tuple[int, ...]
+    """Think ids that no checkpoint has learned: their rows in one mean nothing yet."""
     special_ids: frozenset[int]
     """Every special token, the think tokens and the one for unknown text included."""
+    control_tokens: dict[int, tokenizers.AddedToken] = field(repr=False)
+    """The special tokens with their descriptions."""
+    think: ThinkTokens = field(repr=False)
+    """Where the names of the think tokens went."""
     vocab_size: int
     """The highest id + 1: the fewest rows that an embedding must have."""
 
@@ -43,34 +59,58 @@ class Tokenizer:
         think_start: str = "<|think_start|>",
         think_end: str = "<|think_end|>",
     ) -> "Tokenizer":
-        """Read `directory`; InputError when a file or a named special token is missing."""
-        names = _token_names(directory)
-        backend = _read_backend(directory)
+        """Read `directory`, and find or make the think tokens.
+
+        A think name is that of an added token, or else becomes that of the next reserved token, or
+        else of a token after the last id. Raises InputError when a file or the token that ends a
+        sequence is missing, when a think name is something else's, and for tokenizers that fail
+        `check_tokenizer`.
+        """
+        roles = role_names(read_settings(directory))
+        text = read_tokenizer_json(directory)
+        backend = build_backend(text, directory)
         bos_id, eos_id, unk_id = (
             None if name is None else backend.token_to_id(name)
-            for name in map(names.get, ("bos_token", "eos_token", "unk_token"))
+            for name in map(roles.get, ("bos_token", "eos_token", "unk_token"))
         )
         if eos_id is None:
             raise InputError(
-                f"{directory / SETTINGS_FILE}: eos_token is {names['eos_token']!r}; "
+                f"{directory / SETTINGS_FILE}: eos_token is {roles.get('eos_token')!r}; "
                 "name the token that ends a sequence, one that tokenizer.json has"
             )
-        think_ids = _find_think_tokens(directory, (think_start, think_end), backend, names)
-        controls = [bos_id, eos_id, *think_ids]
+        think = find_think_tokens(directory, (think_start, think_end), backend, roles)
+        if think.new_ids:
+            backend = _with_think_tokens(text, think, directory)
+        check_tokenizer(directory, backend, unk_id)
+        think_ids = tuple(think.ids.values())
+        controls = [i for i in (bos_id, eos_id, *think_ids) if i is not None]
+        flags = backend.get_added_tokens_decoder()
         # Some tokenizers list their think tokens as plain added ones, which text could spell out.
-        backend.add_special_tokens([_as_special(backend, i) for i in controls if i is not None])
-        # From here on a special token's name inside a text is ordinary characters.
-        backend.encode_special_tokens = True
+        backend.add_special_tokens([_as_special(backend, i) for i in controls])
+        inner = _without_first_space(backend, directory)
+        for each in (backend, inner):
+            # From here on a special token's name inside a text is ordinary characters.
+            each.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
         return cls(
             directory=directory,
             backend=backend,
+            inner=inner,
+            roles=roles,
             bos_id=bos_id,
             unk_id=None if unk_id in controls else unk_id,
             eos_id=eos_id,
             think_start_id=think_ids[0],
             think_end_id=think_ids[1],
+            new_ids=think.new_ids,
             special_ids=frozenset(i for i, token in added.items() if token.special),
+            # What a chat template writes is read by the flags that the file has.
+            control_tokens={
+                i: token if i in think_ids else flags.get(i, token)
+                for i, token in added.items()
+                if token.special
+            },
+            think=think,
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         )
 
@@ -95,9 +135,13 @@ class Tokenizer:
         found = next(controls, None)
         return None if found is None else self.token(found)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text as from `encode`, on all cores; the caller asks `control_in`."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+    def encode_batch(self, texts: Iterable[str], *, starts: bool = True) -> list[list[int]]:
+        """Ids of each text as from `encode`, on all cores; the caller asks `control_in`.
+
+        `starts` false is for texts that follow a control token.
+        """
+        backend = self.backend if starts else self.inner
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[SupportsIndex] | np.ndarray, skip_special: bool = False) -> str:
@@ -110,80 +154,47 @@ class Tokenizer:
         assert name is not None, f"no token has the id {token_id}"
         return name
 
-    def copy_to(self, directory: Path) -> None:
-        """Copy the tokenizer's files, unchanged, into `directory`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in (TOKENIZER_FILE, SETTINGS_FILE, *OPTIONAL_FILES):
-            if (self.directory / name).is_file():
-                # Not `copy`: a read-only source must not make a read-only copy.
-                shutil.copyfile(self.directory / name, directory / name)
+    def find(self, text: str) -> int | None:
+        """The id of the vocabulary entry of exactly this name, added or ordinary."""
+        return self.backend.token_to_id(text)
+
+    def copy_to(self, directory: Path, chat_template: str | None = None) -> None:
+        """Write the tokenizer's files into `directory`, the think tokens in them.
+
+        With a chat template, a Jinja text, the copy has this one and no other.
+        """
+        write_tokenizer(self.directory, directory, self.think, chat_template)
 
 
-def _token_names(directory: Path) -> dict[str, str | None]:
-    """What the directory's settings call the tokens of each role."""
-    if not directory.is_dir():
-        raise InputError(
-            f"{directory}: no such tokenizer directory; set data.tokenizer ({DIRECTORY_NEEDS})"
-        )
-    path = directory / SETTINGS_FILE
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; {DIRECTORY_NEEDS}") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error}); download the tokenizer again") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"{path}: holds no JSON object; download the tokenizer again")
-    names = {}
-    for role in ROLES:
-        value = settings.get(role)
-        # Older files hold the name inside a description of the token.
-        name = value.get("content") if isinstance(value, dict) else value
-        names[role] = name if isinstance(name, str) else None
-    return names
-
-
-def _read_backend(directory: Path) -> tokenizers.Tokenizer:
-    path = directory / TOKENIZER_FILE
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; {DIRECTORY_NEEDS}") from error
-    try:
-        backend = tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception for whatever it cannot read
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: not a tokenizer ({reason}); download it again") from error
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
-
-
-def _find_think_tokens(
-    directory: Path,
-    wanted: tuple[str, str],
-    backend: tokenizers.Tokenizer,
-    names: dict[str, str | None],
-) -> tuple[int, int]:
-    """The ids of the start and the end token, which must be added tokens without another role."""
-    added = {token.content: i for i, token in backend.get_added_tokens_decoder().items()}
-    taken = set(names.values())
-    hints = ("think", "reserved", "control")
-    free = [token for token in added if token not in taken]
-    free.sort(key=lambda token: (not any(hint in token for hint in hints), added[token]))
-    offer = f"such as {', '.join(free[:5])}" if free else "but it has none to spare"
-    for key, name in zip(("data.think_start", "data.think_end"), wanted, strict=True):
-        if name not in free:
-            problem = "has another role in" if name in taken else "is not a special token of"
+def _with_think_tokens(text: str, think: ThinkTokens, directory: Path) -> tokenizers.Tokenizer:
+    edited = edit_tokenizer_json(text, think)
+    assert edited is not None, "new tokens are an edit"
+    backend = build_backend(edited, directory)
+    for name, expected in think.ids.items():
+        # The library numbers added tokens itself, by how many there are.
+        if backend.token_to_id(name) != expected:
             raise InputError(
-                f"{directory}: {key}={name!r} {problem} this tokenizer; set data.think_start and "
-                f"data.think_end to two special tokens that it has, {offer}"
+                f"{directory / TOKENIZER_FILE}: has gaps in its ids, so {name!r} cannot be added "
+                "to it; set data.think_start and data.think_end to special tokens that it has"
             )
-    start, end = wanted
-    if start == end:
-        raise InputError(f"data.think_end={end!r} is data.think_start too; they must differ")
-    return added[start], added[end]
+    return backend
 
 
 def _as_special(backend: tokenizers.Tokenizer, token_id: int) -> tokenizers.AddedToken:
     return tokenizers.AddedToken(backend.id_to_token(token_id), special=True, normalized=False)
+
+
+def _without_first_space(backend: tokenizers.Tokenizer, directory: Path) -> tokenizers.Tokenizer:
+    """The same tokenizer for text inside a sequence; the backend itself where that is no other."""
+    if backend.pre_tokenizer is None or b'"first"' not in backend.pre_tokenizer.__getstate__():
+        return backend
+    data = json.loads(backend.to_str())
+    _set_prepend_scheme(data["pre_tokenizer"])
+    return build_backend(json.dumps(data), directory)
+
+
+def _set_prepend_scheme(pre_tokenizer: dict[str, Any]) -> None:
+    if pre_tokenizer.get("prepend_scheme") == "first":
+        pre_tokenizer["prepend_scheme"] = "never"
+    for part in pre_tokenizer.get("pretokenizers", []):
+        _set_prepend_scheme(part)

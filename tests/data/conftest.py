@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from nrt_jax.data.config import DataConfig
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
+from tests.data.made_tokenizers import write_made_tokenizer
+from tests.data.templates import TEMPLATES
 
 MISTRAL_THINK = {"think_start": "[control_12]", "think_end": "[control_13]"}
 
@@ -43,6 +46,59 @@ def mistral_reference(mistral_directory):
     """The same directory, read by transformers."""
     transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(mistral_directory)
+
+
+@pytest.fixture(scope="session")
+def made_directory(tmp_path_factory) -> Callable[[str], Path]:
+    """The directory of a small tokenizer of a kind."""
+    folder = tmp_path_factory.mktemp("made")
+    return cache(lambda kind: write_made_tokenizer(kind, folder / kind))
+
+
+@pytest.fixture(scope="session")
+def made(made_directory) -> Callable[[str], Tokenizer]:
+    return cache(lambda kind: Tokenizer.load(made_directory(kind)))
+
+
+@pytest.fixture(scope="session")
+def made_reference(made_directory):
+    """The same directories, read by transformers."""
+    transformers = pytest.importorskip("transformers")
+    return cache(lambda kind: transformers.AutoTokenizer.from_pretrained(made_directory(kind)))
+
+
+@pytest.fixture
+def load(made, made_reference, request):
+    """Our tokenizer of a kind, and transformers'; the real one is skipped without data."""
+
+    def both(kind):
+        if kind == "mistral":
+            return request.getfixturevalue("mistral"), request.getfixturevalue("mistral_reference")
+        return made(kind), made_reference(kind)
+
+    return both
+
+
+@pytest.fixture(scope="session")
+def template_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("templates")
+    for name, text in TEMPLATES.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.fixture
+def config(template_files):
+    """A config with a template of a file, or one by its own name."""
+
+    def make(template: str = "tulu", **values) -> DataConfig:
+        if template in TEMPLATES:
+            values |= {"template": "tokenizer", "template_file": template_files / template}
+        else:
+            values |= {"template": template}
+        return DataConfig(source="chain_addition", **values)
+
+    return make
 
 
 @pytest.fixture

@@ -142,11 +142,10 @@ def test_text_that_spells_a_control_token(tmp_path, make_config, write_rows):
 
 
 def test_the_first_bad_row_is_named_and_all_are_counted(make_config, write_rows, tokenizer):
-    # Line 2 is found too long only after line 3 was found empty.
     rows = [GOOD, answer("=" * 9), answer(""), answer(""), b"{"]
     path = write_rows(rows)
     assert refusal(make_config(path=path, max_answer_tokens=5, eval_rows=0), tokenizer) == (
-        f"{path}: 4 of 5 rows are unusable (2 empty 'answer', 1 bad JSON, 1 answer too long), "
+        f"{path}: 4 of 5 rows are unusable (2 empty 'answer', 1 answer too long, 1 bad JSON), "
         "more than data.max_bad_share=0.01; first line 2: the answer '=========' has 10 tokens, "
         "more than data.max_answer_tokens=5; raise it or shorten the row"
     )

@@ -46,3 +46,15 @@ def test_values_out_of_range(override):
 def test_a_generator_needs_no_file():
     run = load_config(Run, [], ["data.tokenizer=somewhere", "data.source=chain_addition"])
     assert run.data.path is None
+
+
+def test_a_template_file_needs_a_chat_template():
+    text = message("data.source=chain_addition", "data.template_file=/t.jinja")
+    assert (
+        "template_file=/t.jinja is a chat template and template 'plain' has none; "
+        "set data.template=tokenizer"
+    ) in text
+
+
+def test_the_tokenizer_may_be_that_of_the_model():
+    assert load_config(Run, [], ["data.source=chain_addition"]).data.tokenizer is None

@@ -13,36 +13,19 @@ from tokenizers import AddedToken, decoders, models
 from nrt_jax.data.quickstart_tokenizer import SPECIAL_TOKENS
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
-
-MULTILINGUAL = [
-    "Natalia sold clips to 48 of her friends in April.",
-    "  two  spaces,\ttab\nand a line\r\n\n",
-    "Die Straße über die Brücke – für 3,50 € – ist gesperrt.",
-    "Съешь же ещё этих мягких французских булок",
-    "数学的な推論を学習する。 今日は良い天気です。",
-    "한국어 문장도 있습니다",
-    "مرحبا بالعالم، كيف حالك؟",
-    "नमस्ते दुनिया",
-    "Ünïcödé é vs é, ﬁ ligature, \u200bzero width",
-    "🙂👩‍👩‍👧‍👦 \x00\x07 \U0001f9ff",
-    "def f(x):\n    return {'a': x ** 2}  # ▁meta",
-    "∫₀¹ x² dx = ⅓ ≠ √2",
-]
+from tests.data.made_tokenizers import KINDS, MULTILINGUAL, save
 
 
 def write(directory, backend, **settings):
     """A tokenizer directory; eos_token is </s> unless told otherwise."""
-    directory.mkdir(exist_ok=True)
-    backend.save(str(directory / "tokenizer.json"))
-    settings = {"bos_token": "<s>", "eos_token": "</s>", **settings}
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
-    return directory
+    return save(backend, directory, **{"bos_token": "<s>", "eos_token": "</s>", **settings})
 
 
-def characters(*, special=("<s>", "</s>", "<think>", "</think>"), plain=()):
+def characters(*, special=("<s>", "</s>", "<unk>", "<think>", "</think>"), plain=()):
     """A backend of single ASCII characters with the given added tokens."""
     vocabulary = {chr(code): i for i, code in enumerate(range(32, 127))}
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    vocabulary["<unk>"] = len(vocabulary)
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     backend.add_tokens([AddedToken(name, normalized=False) for name in plain])
@@ -60,6 +43,32 @@ def test_mistral_ids_are_those_of_transformers(mistral, mistral_reference, text)
     ids = mistral.encode(text)
     assert ids == mistral_reference.encode(text, add_special_tokens=False)
     assert mistral.decode(ids) == mistral_reference.decode(ids)
+
+
+@pytest.mark.parametrize("text", MULTILINGUAL)
+@pytest.mark.parametrize("kind", KINDS)
+def test_made_ids_are_those_of_transformers(kind, text, made, made_reference):
+    ids = made(kind).encode(text)
+    assert ids == made_reference(kind).encode(text, add_special_tokens=False)
+    assert made(kind).decode(ids) == made_reference(kind).decode(ids)
+
+
+@settings(deadline=None)
+@given(before=st.sampled_from(["</s>", "x</s>"]), text=st.text(max_size=12))
+@pytest.mark.parametrize("kind", ["prepend", "first", "always"])
+def test_text_after_a_control_token(kind, before, text, made, made_reference):
+    """No space in front of it where the tokenizer puts one in front of a sequence alone."""
+    text = text.replace("<", "")
+    loaded = made(kind)
+    ids = made_reference(kind).encode(before + text, add_special_tokens=False)
+    end = ids.index(loaded.eos_id) + 1
+    assert ids[end:] == loaded.encode_batch([text], starts=False)[0]
+
+
+def test_find(tokenizer):
+    assert tokenizer.find("1") == tokenizer.encode("1")[0]
+    assert tokenizer.find("<|think_end|>") == tokenizer.think_end_id
+    assert tokenizer.find("12") is None
 
 
 def test_mistral_real_questions(mistral, mistral_reference, shared_data):
@@ -97,10 +106,10 @@ def test_mistral_text_cannot_spell_a_control_id(mistral):
 
 
 def test_plain_added_think_tokens_become_special(tmp_path):
-    backend = characters(special=("<s>", "</s>"), plain=("<think>", "</think>", "<tool>"))
+    backend = characters(special=("<s>", "</s>", "<unk>"), plain=("<think>", "</think>", "<tool>"))
     loaded = Tokenizer.load(write(tmp_path / "t", backend), "<think>", "</think>")
     names = {loaded.token(i) for i in loaded.special_ids}
-    assert names == {"<s>", "</s>", "<think>", "</think>"}
+    assert names == {"<s>", "</s>", "<unk>", "<think>", "</think>"}
     assert loaded.decode(loaded.encode("a<think>b</think>")) == "a<think>b</think>"
     assert not set(loaded.encode("a<think>b</think>")) & loaded.special_ids
     ids = [*loaded.encode("a"), loaded.think_start_id, *loaded.encode("b")]
@@ -157,32 +166,6 @@ def test_bos_may_be_missing_and_names_may_be_descriptions(tmp_path):
     loaded = Tokenizer.load(directory, "<think>", "</think>")
     assert loaded.bos_id is None
     assert loaded.token(loaded.eos_id) == "</s>"
-
-
-def test_missing_think_tokens_name_candidates(tmp_path):
-    special = ("<s>", "</s>", "<a>", "<b>", "<reserved_1>", "<reserved_2>", "<c>", "<d>")
-    directory = write(tmp_path / "t", characters(special=special))
-    assert message(directory) == (
-        f"{directory}: data.think_start='<|think_start|>' is not a special token of this "
-        "tokenizer; set data.think_start and data.think_end to two special tokens that it has, "
-        "such as <reserved_1>, <reserved_2>, <a>, <b>, <c>"
-    )
-    assert message(directory, "<a>", "x") == (
-        f"{directory}: data.think_end='x' is not a special token of this tokenizer; "
-        "set data.think_start and data.think_end to two special tokens that it has, "
-        "such as <reserved_1>, <reserved_2>, <a>, <b>, <c>"
-    )
-    assert "data.think_end='</s>' has another role in this tokenizer" in message(
-        directory, "<a>", "</s>"
-    )
-    assert message(directory, "<a>", "<a>") == (
-        "data.think_end='<a>' is data.think_start too; they must differ"
-    )
-
-
-def test_no_special_tokens_to_spare(tmp_path):
-    directory = write(tmp_path / "t", characters(special=("<s>", "</s>")))
-    assert message(directory).endswith("special tokens that it has, but it has none to spare")
 
 
 def test_unreadable_directories(tmp_path):
