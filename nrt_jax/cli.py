@@ -101,10 +101,26 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=_seed, default=0)
     generate.set_defaults(verb=_generate)
 
-    export = verbs.add_parser("export", help="write a run's model as a Hugging Face directory")
+    import_ = verbs.add_parser(
+        "import", help="lay out a Hugging Face directory once, for runs that start from it"
+    )
+    import_.add_argument("source", type=Path, metavar="HF_DIR")
+    import_.add_argument("out", type=Path, metavar="OUT")
+    import_.add_argument(
+        "--mesh",
+        default="fsdp=-1",
+        metavar="AXIS=SIZE,...",
+        help="devices along data, fsdp and tensor, such as fsdp=4,tensor=2; -1 takes what is left",
+    )
+    _add_dtype(import_, "as stored")
+    import_.set_defaults(verb=_import)
+
+    export = verbs.add_parser(
+        "export", help="write a run's or an imported model as a Hugging Face directory"
+    )
     export.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
     export.add_argument("out", type=Path, metavar="OUT")
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    _add_dtype(export, "that of the checkpoint the run started from")
     export.add_argument(
         "--copy-row",
         action="append",
@@ -113,6 +129,16 @@ def _parser() -> argparse.ArgumentParser:
         help=r"give TOKEN the embedding and head rows of FROM, such as '<|think_start|>=\n'",
     )
     export.set_defaults(verb=_export)
+
+    data = verbs.add_parser("data", help="look at a config's data")
+    data_verbs = data.add_subparsers(required=True, metavar="VERB")
+    show_data = data_verbs.add_parser(
+        "show", help="print rows as the model sees them, part by part"
+    )
+    _add_config(show_data)
+    show_data.add_argument("--rows", type=_count, default=3, help="how many, 3 by default")
+    show_data.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    show_data.set_defaults(verb=_data_show)
 
     report = verbs.add_parser("report", help="compare runs: report.html, curves.png, summary.json")
     report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -139,11 +165,31 @@ def _temperature(text: str) -> float:
     return value
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text} is no number of rows; give 1 or more")
+    return int(text)
+
+
 def _seed(text: str) -> int:
     value = int(text) if text.isdecimal() else -1
     if not 0 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is no seed; give 0 to {2**31 - 1}")
     return value
+
+
+def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    names = "bf16, fp16 or fp32"
+    parser.add_argument(
+        "--dtype", type=_dtype, metavar="DTYPE", help=f"{names}; otherwise {default}"
+    )
+
+
+def _dtype(text: str) -> str:
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    if text not in (*names, *names.values()):
+        raise argparse.ArgumentTypeError(f"{text} is no dtype of weights; give {', '.join(names)}")
+    return names.get(text, text)
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
@@ -181,8 +227,31 @@ def _generate(args: argparse.Namespace) -> None:
         print(result)
 
 
+def _import(args: argparse.Namespace) -> None:
+    from nrt_jax.models.sharding import parse_mesh
+    from nrt_jax.training.convert import import_checkpoint
+
+    imported = import_checkpoint(args.source, args.out, parse_mesh(args.mesh), args.dtype)
+    print(
+        f"wrote {args.out}: {imported.weights / 1e9:.3g} billion weights, "
+        f"{imported.nbytes / 1e9:.3g} GB"
+    )
+
+
+def _data_show(args: argparse.Namespace) -> None:
+    config = _load(args)
+    from nrt_jax.data.show import show_rows
+    from nrt_jax.training.model import load_tokenizer
+
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    reasons = config.method == "nrt"
+    tokenizer = load_tokenizer(config)
+    for line in show_rows(config.data, tokenizer, reasons=reasons, rows=args.rows, color=color):
+        print(line)
+
+
 def _export(args: argparse.Namespace) -> None:
-    from nrt_jax.training.inference import export
+    from nrt_jax.training.convert import export
 
     export(args.run, args.out, dtype=args.dtype, copy_rows=args.copy_row)
     print(f"wrote {args.out}")

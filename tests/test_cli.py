@@ -108,7 +108,8 @@ def test_runs_as_a_module_and_as_a_script():
         (("generate", "run", "--prompt", "1", "--temperature", "nan"), "nan is no temperature"),
         (("generate", "run", "--prompt", "1", "--temperature", "x"), "argument --temperature"),
         (("generate", "run", "--prompt", "1", "--seed", "-1"), "-1 is no seed"),
-        (("export", "run", "out", "--dtype", "int8"), "argument --dtype: invalid choice: 'int8'"),
+        (("export", "run", "out", "--dtype", "int8"), "int8 is no dtype of weights; give bf16"),
+        (("data", "show", "c.yaml", "--rows", "0"), "0 is no number of rows; give 1 or more"),
         (("report", "runs"), "the following arguments are required: --out"),
     ],
 )

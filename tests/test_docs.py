@@ -102,11 +102,21 @@ def test_config_keys_exist(page):
             section = GENERATOR["_section_of"](section.model_fields[name].annotation)
 
 
+@pytest.mark.parametrize("page", [page for page, text in TEXTS.items() if "```python" in text])
+def test_python_examples_run(page, monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    examples = [block for language, block in FENCE.findall(TEXTS[page]) if language == "python"]
+    for example in examples:
+        exec(compile(example, page, "exec"), {})
+
+
 def test_the_checks_find_something_to_check():
     assert {command.split()[1] for command in commands("nrt-jax")} >= {
         "train",
         "generate",
+        "import",
         "export",
+        "data",
         "report",
         "config",
     }

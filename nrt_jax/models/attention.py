@@ -21,15 +21,25 @@ class KVPrefix(NamedTuple):
 
 
 def own_mask(
-    positions_BT: Int[Array, "B T"], valid_BT: Bool[Array, "B T"], window: int | None
+    positions_BT: Int[Array, "B T"], segment_ids_BT: Int[Array, "B T"], window: int | None
 ) -> Bool[Array, "B T T"]:
-    """True where query t may see key s: not later, not padding, and inside the window.
+    """True where query t may see key s: not later, of its own segment, and inside the window.
 
-    With T = 3, the last token padding and window 2, query by query: [1 0 0], [1 1 0], [0 1 0].
+    Segment 0 is padding, which nobody sees. With segments [1 1 2 0] and no window, query by query:
+    [1 0 0 0], [1 1 0 0], [0 0 1 0], [0 0 0 0].
     """
     order = jnp.arange(positions_BT.shape[1])
-    mask_BTT = (order[:, None] >= order[None, :])[None] & valid_BT[:, None, :]
+    mask_BTT = (order[:, None] >= order[None, :])[None] & (segment_ids_BT != 0)[:, None, :]
+    mask_BTT &= segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     return mask_BTT & _inside(positions_BT[:, :, None], positions_BT[:, None, :], window)
+
+
+def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Positions that count from 0 in each run of one segment: [0 1 1 2 2 2] gives [0 0 1 0 1 2]."""
+    order_1T = jnp.arange(segment_ids_BT.shape[1])[None]
+    before_BT = jnp.pad(segment_ids_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    starts_BT = jnp.where(segment_ids_BT != before_BT, order_1T, 0)
+    return order_1T - jax.lax.cummax(starts_BT, axis=1)
 
 
 def prefix_mask(

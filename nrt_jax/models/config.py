@@ -13,7 +13,8 @@ class ModelConfig(Section):
     """A Hugging Face directory to start from, or an architecture to draw at random."""
 
     path: ConfigPath | None = None
-    """Directory with config.json and *.safetensors; null to start from random weights."""
+    """Hugging Face directory (config.json and *.safetensors), or one that `nrt-jax import` made;
+    null to start from random weights."""
     architecture: Architecture | None = None
     """Shape of the model when there is no path."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -22,6 +23,13 @@ class ModelConfig(Section):
     """What the backward pass recomputes in a layer: nothing, all, or all but matrix products."""
     log_prob_chunk_tokens: int = Field(default=2048, ge=1)
     """Positions whose vocabulary-sized logits exist at the same time."""
+
+    vocab_multiple: int = Field(default=128, ge=1)
+    """The vocabulary is padded to a multiple of this, so that it divides over the mesh; the padding
+    is never sampled and in no softmax."""
+    new_rows_from: str | None = None
+    """Token whose embedding and head rows think tokens that are new to the checkpoint start with;
+    null for the end-of-sequence token."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":

@@ -10,10 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from nrt_jax.models import rope
-from nrt_jax.models.attention import KVPrefix, attend, own_mask, prefix_mask
+from nrt_jax.models.attention import (
+    KVPrefix,
+    attend,
+    own_mask,
+    prefix_mask,
+    segment_positions,
+)
 from nrt_jax.models.variants import Architecture
 
 Remat = Literal["none", "full", "dots"]
@@ -25,9 +31,16 @@ _POLICIES = {
 
 
 def _normal(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...], stddev: float
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    stddev: float,
+    padding: tuple[int, ...] | None = None,
 ) -> nnx.Param:
+    """A drawn weight; `padding` zeros follow each dim, and change none of the draws."""
     weight = stddev * jax.random.normal(rngs.params(), shape, jnp.float32)
+    if padding is not None:
+        weight = jnp.pad(weight, [(0, zeros) for zeros in padding])
     return nnx.Param(weight, logical_axes=axes)
 
 
@@ -113,8 +126,10 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, L stacked layers run by one scan, final norm, head.
 
-    Weights are float32; `dtype` is the dtype of the computation. `remat` says what the backward
-    pass recomputes: nothing, everything inside a layer, or all but the matrix products.
+    Weights are drawn in float32; `dtype` is the dtype of the computation. `remat` says what the
+    backward pass recomputes: nothing, everything inside a layer, or all but the matrix products.
+    The vocabulary dim of embedding and head is padded with zeros to a multiple of `vocab_multiple`,
+    so that it divides over a mesh axis; no token id and no logit stands for those rows.
     """
 
     def __init__(
@@ -124,11 +139,13 @@ class Decoder(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
+        vocab_multiple: int = 1,
     ):
         a = architecture
         V, D, std = a.vocab_size, a.hidden_size, a.initializer_range
+        padding = -V % vocab_multiple
         self.architecture, self.dtype, self.remat = a, dtype, remat
-        self.embedding = _normal(rngs, (V, D), ("vocab", "embed"), std)
+        self.embedding = _normal(rngs, (V, D), ("vocab", "embed"), std, (padding, 0))
 
         @nnx.split_rngs(splits=a.num_hidden_layers)
         @nnx.vmap(in_axes=0, out_axes=0)
@@ -138,23 +155,24 @@ class Decoder(nnx.Module):
         self.layers = stack(rngs)
         self.final_norm = RMSNorm(D, a.rms_norm_eps)
         if not a.tie_word_embeddings:
-            self.head = _normal(rngs, (D, V), ("embed", "vocab"), std)
+            self.head = _normal(rngs, (D, V), ("embed", "vocab"), std, (0, padding))
 
     def hidden(
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
-        valid_BT: Bool[Array, "B T"],
+        segment_ids_BT: Int[Array, "B T"],
         prefix: KVPrefix | None = None,
     ) -> tuple[Float[Array, "B T D"], KVPrefix]:
         """Final-norm hidden states, and every layer's keys and values of these tokens.
 
+        A token sees the earlier ones of its own segment; segment 0 is padding.
         `prefix` (leading L) holds the keys and values of tokens that come before; with P prompts
         and B = P * R sequences, sequences p * R to p * R + R - 1 continue prompt p. Positions are
         absolute. The returned prefix lets a later call continue from these tokens.
         """
         window = self.architecture.sliding_window
-        mask_BTT = own_mask(positions_BT, valid_BT, window)
+        mask_BTT = own_mask(positions_BT, segment_ids_BT, window)
         prefix_mask_PQS = None if prefix is None else prefix_mask(positions_BT, prefix, window)
         definition, weights_L = nnx.split(self.layers)
 
@@ -170,26 +188,48 @@ class Decoder(nnx.Module):
         h_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
         kv_L = None if prefix is None else (prefix.k, prefix.v)
         h_BTD, (k, v) = jax.lax.scan(run_layer, h_BTD, (weights_L, kv_L))
-        return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, valid_BT)
+        return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, segment_ids_BT != 0)
 
     def head_DV(self) -> Float[Array, "D V"]:
-        """The output matrix; the transposed embedding when the two are tied."""
+        """The output matrix, V padded; the transposed embedding when the two are tied."""
         return self.embedding[...].T if self.architecture.tie_word_embeddings else self.head[...]
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 scores of the next token."""
+        """Float32 scores of the next token, for the ids of the vocabulary alone."""
         head_DV = self.head_DV().astype(hidden.dtype)
-        return jnp.einsum("...d,dv->...v", hidden, head_DV, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("...d,dv->...v", hidden, head_DV, preferred_element_type=jnp.float32)
+        return logits[..., : self.architecture.vocab_size]
 
     def __call__(
         self,
         tokens_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"] | None = None,
-        valid_BT: Bool[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
-        """Logits of whole sequences, for evaluation and tests; training never builds this array."""
-        if valid_BT is None:
-            valid_BT = jnp.ones(tokens_BT.shape, bool)
-        if positions_BT is None:
-            positions_BT = jnp.maximum(jnp.cumsum(valid_BT, axis=1) - 1, 0)
-        return self.logits(self.hidden(tokens_BT, positions_BT, valid_BT)[0])
+        """Float32 logits of whole sequences; training never builds this array.
+
+        Tokens see earlier tokens with their own segment id; 0 is padding, on either side. Positions
+        count from 0 in each segment unless given.
+        """
+        if segment_ids is None:
+            segment_ids = jnp.ones(tokens_BT.shape, jnp.int32)
+        if positions is None:
+            positions = segment_positions(segment_ids)
+        return self.logits(self.hidden(tokens_BT, positions, segment_ids)[0])
+
+
+def abstract_decoder(
+    architecture: Architecture,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    remat: Remat = "none",
+    vocab_multiple: int = 1,
+) -> Decoder:
+    """The decoder with shapes in place of weights."""
+
+    def make() -> Decoder:
+        return Decoder(
+            architecture, nnx.Rngs(0), dtype=dtype, remat=remat, vocab_multiple=vocab_multiple
+        )
+
+    return nnx.eval_shape(make)

@@ -1,385 +1,157 @@
-"""Hugging Face directories of Llama and Mistral, read and written: config.json and safetensors.
+"""Hugging Face directories of Llama and Mistral: weights onto a mesh, and from it to files.
 
-Letters: V vocabulary, D model dim, F feed-forward, N query heads, H key/value heads, d head dim.
+Both directions take one tensor at a time, so that no host ever holds a model.
+Letters: V vocabulary, L layers.
 """
 
-import json
-import math
-import os
-import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+from jaxtyping import Array
 
 from nrt_jax.errors import InputError
-from nrt_jax.models.variants import Architecture
-
-StoredDtype = Literal["float32", "bfloat16", "float16"]
-
-_CONFIG = "config.json"
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
-# --- config.json ---------------------------------------------------------------------------------
-
-_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
-
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
+from nrt_jax.models.huggingface_config import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    StoredDtype,
+    config_json,
 )
+from nrt_jax.models.json_files import write_json
+from nrt_jax.models.new_directory import new_directory
+from nrt_jax.models.safetensors_files import (
+    DTYPES,
+    MAX_SHARD_BYTES,
+    NewTensor,
+    StoredTensor,
+    open_tensors,
+    write_tensors,
+)
+from nrt_jax.models.variants import Architecture
+from nrt_jax.models.weight_table import EMBEDDING, HEAD, Weight, leaf, set_leaf, weight_table
 
-# What the two transformers classes take for a field that config.json leaves out.
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
-    "mistral": {
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-}
-_COMMON_DEFAULTS = {
-    "head_dim": None,
-    "rms_norm_eps": 1e-6,
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-}
-
-# Fields that change the computation, with the values under which they change nothing of ours.
-_NO_CHANGE: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "attention_dropout": (0,),
-    "quantization_config": (),
-    "compression_config": (),
-    "is_encoder_decoder": (False,),
-    "add_cross_attention": (False,),
-    "pruned_heads": ({},),
-    "auto_map": ({},),
-}
-_REMEDIES = {
-    "quantization_config": "quantised weights are not read; store them as bfloat16 or float32",
-    "compression_config": "compressed weights are not read; store them as bfloat16 or float32",
-    "auto_map": "code from a checkpoint (trust_remote_code) is never run; use a plain checkpoint",
-}
-
-
-def read_architecture(directory: Path) -> Architecture:
-    """The architecture that `config.json` describes.
-
-    Reads both spellings of rope (`rope_theta` + `rope_scaling`, `rope_parameters`). Raises
-    InputError on a file that cannot be read and on any field that asks for a computation that the
-    decoder does not do.
-    """
-    file = Path(directory) / _CONFIG
-    config = _read_json(file)
-    family = _family(file, config)
-    for field, allowed in _NO_CHANGE.items():
-        value = config.get(field)
-        if value is not None and value not in allowed:
-            only = f"not implemented; only {' or '.join(map(_show, allowed))} is" if allowed else ""
-            raise _refusal(file, field, value, _REMEDIES.get(field, only))
-    values = _COMMON_DEFAULTS | _DEFAULTS[family] | {"family": family}
-    for field in _REQUIRED:
-        if config.get(field) is None:
-            raise InputError(f"{file}: {field}: required; {_CLASSES[family]} has no default for it")
-    fields = Architecture.model_fields.keys() - {"family", "rope_theta", "rope_scaling"}
-    values |= {field: config[field] for field in fields if field in config}
-    _check_layer_types(file, config, values.get("sliding_window"))
-    values = _derive_heads(file, values) | _read_rope(file, config)
-    try:
-        return Architecture.model_validate(values)
-    except ValidationError as error:
-        raise _invalid(file, error) from None
-
-
-def _family(file: Path, config: dict[str, Any]) -> str:
-    family = config.get("model_type")
-    if family not in list(_CLASSES):
-        raise _refusal(file, "model_type", family, f"must be {' or '.join(_CLASSES)}")
-    names = config.get("architectures")
-    if names is not None and names != [_CLASSES[family]]:
-        raise _refusal(file, "architectures", names, f'must be ["{_CLASSES[family]}"]')
-    return family
-
-
-def _derive_heads(file: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Fill in num_key_value_heads and head_dim where they are null."""
-    heads, width = values["num_attention_heads"], values["hidden_size"]
-    derived = dict(values)
-    if derived["num_key_value_heads"] is None:
-        derived["num_key_value_heads"] = heads
-    if derived["head_dim"] is None and isinstance(heads, int) and isinstance(width, int):
-        if heads < 1 or width % heads:
-            remedy = f"must divide hidden_size={width}, or head_dim must be given"
-            raise _refusal(file, "num_attention_heads", heads, remedy)
-        derived["head_dim"] = width // heads
-    return derived
-
-
-def _check_layer_types(file: Path, config: dict[str, Any], window: Any) -> None:
-    kind = "full_attention" if window is None else "sliding_attention"
-    kinds = config.get("layer_types") or []
-    if not isinstance(kinds, list) or any(other != kind for other in kinds):
-        remedy = f"layers of different kinds are not implemented; each must be {kind}"
-        raise _refusal(file, "layer_types", kinds, remedy)
-
-
-def _read_rope(file: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """rope_theta and rope_scaling, from either spelling of rope or from both if they agree."""
-    rope: dict[str, tuple[str, Any]] = {}
-    for field, key, value in _rope_fields(file, config):
-        where, earlier = rope.setdefault(key, (field, value))
-        if earlier != value:
-            raise _refusal(file, field, value, f"must agree with {where}={_show(earlier)}")
-    field, kind = rope.pop("rope_type", ("", "default"))
-    if kind not in ("default", "llama3"):
-        raise _refusal(file, field, kind, "not implemented; only default and llama3 are")
-    _, theta = rope.pop("rope_theta", ("", 10000.0))
-    field, fraction = rope.pop("partial_rotary_factor", ("", 1))
-    if fraction != 1:
-        raise _refusal(file, field, fraction, "not implemented; only 1.0 is")
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    expected = keys if kind == "llama3" else ()
-    for key, (field, value) in rope.items():
-        if key not in expected and field != key:
-            raise _refusal(file, field, value, f"not implemented with rope_type {kind}")
-    for key in expected:
-        if key not in rope:
-            raise InputError(f"{file}: {key}: required by rope_type llama3")
-    scaling = {key: rope[key][1] for key in expected}
-    return {"rope_theta": theta, "rope_scaling": scaling or None}
-
-
-def _rope_fields(file: Path, config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(field as it is called in the file, key, value) of all that config.json says about rope."""
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if config.get(key) is not None:
-            yield key, key, config[key]
-    for name in ("rope_scaling", "rope_parameters"):
-        group = config.get(name)
-        if not isinstance(group, dict | None):
-            raise _refusal(file, name, group, "must be an object or null")
-        for key, value in (group or {}).items():
-            if value is not None:
-                yield f"{name}.{key}", "rope_type" if key == "type" else key, value
-
-
-def _config_json(a: Architecture, dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
-    """`config.json` in the spelling that transformers 4 and 5 both read."""
-    config = a.model_dump(exclude={"family"})
-    if a.family == "llama":
-        del config["sliding_window"]
-        config |= {"attention_bias": False, "mlp_bias": False}
-    if a.rope_scaling is not None:
-        config["rope_scaling"] = {"rope_type": "llama3", **config["rope_scaling"]}
-    return {
-        "architectures": [_CLASSES[a.family]],
-        "model_type": a.family,
-        **config,
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
-
-
-# --- the table of weights ------------------------------------------------------------------------
-
-
-class _Weight(NamedTuple):
-    """One row of the table: a name in the files, and where and how the params hold that weight.
-
-    The files hold a matrix as [out, in]; the params hold it as [in dims, out dims], each of which
-    may be several. `in_dims` is how many of the dims of `shape` are the input; 0 for a weight that
-    both hold alike. A name with {} stands for one weight a layer, stacked in the params.
-    """
-
-    name: str
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    in_dims: int
-
-    def file_shape(self) -> tuple[int, ...]:
-        if not self.in_dims:
-            return self.shape
-        return math.prod(self.shape[self.in_dims :]), math.prod(self.shape[: self.in_dims])
-
-    def from_file(self, tensor: np.ndarray) -> np.ndarray:
-        return (tensor.T if self.in_dims else tensor).reshape(self.shape)
-
-    def to_file(self, weight: np.ndarray) -> np.ndarray:
-        return weight.reshape(self.file_shape()[::-1]).T if self.in_dims else weight
-
-    def names(self, layers: int) -> list[str]:
-        stacked = "{}" in self.name
-        return [self.name.format(n) for n in range(layers)] if stacked else [self.name]
-
-    def params_shape(self, layers: int) -> tuple[int, ...]:
-        return (layers, *self.shape) if "{}" in self.name else self.shape
-
-
-def _weights(a: Architecture) -> list[_Weight]:
-    V, D, F = a.vocab_size, a.hidden_size, a.intermediate_size
-    N, H, d = a.num_attention_heads, a.num_key_value_heads, a.head_dim
-    layer = "model.layers.{}."
-    rows = [
-        ("model.embed_tokens.weight", "embedding", (V, D), 0),
-        (layer + "input_layernorm.weight", "layers.attention_norm.scale", (D,), 0),
-        (layer + "self_attn.q_proj.weight", "layers.attention.query", (D, N, d), 1),
-        (layer + "self_attn.k_proj.weight", "layers.attention.key", (D, H, d), 1),
-        (layer + "self_attn.v_proj.weight", "layers.attention.value", (D, H, d), 1),
-        (layer + "self_attn.o_proj.weight", "layers.attention.output", (N, d, D), 2),
-        (layer + "post_attention_layernorm.weight", "layers.mlp_norm.scale", (D,), 0),
-        (layer + "mlp.gate_proj.weight", "layers.mlp.gate", (D, F), 1),
-        (layer + "mlp.up_proj.weight", "layers.mlp.up", (D, F), 1),
-        (layer + "mlp.down_proj.weight", "layers.mlp.down", (F, D), 1),
-        ("model.norm.weight", "final_norm.scale", (D,), 0),
-    ]
-    if not a.tie_word_embeddings:
-        rows.append((_HEAD, "head", (D, V), 1))
-    return [_Weight(name, tuple(path.split(".")), *rest) for name, path, *rest in rows]
-
-
-_HEAD = "lm_head.weight"
-_EMBEDDING = "model.embed_tokens.weight"
 # Old Llama exports store these constants of the architecture, which are no weights.
 _CONSTANT = ".rotary_emb.inv_freq"
+_ROWS_AT_ONCE = 8192
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_weights(directory: Path, architecture: Architecture) -> dict:
-    """The params of `Decoder(architecture)` as a nested dict of float32 arrays, layers stacked.
+def read_weights(directory: Path, architecture: Architecture, target: dict) -> dict:
+    """The params of the files' `Decoder(architecture)`, laid out and cast as `target` says.
 
-    Reads float32, bfloat16 and float16 safetensors exactly, one file or several with an index,
-    tensor by tensor. Raises InputError on pickled weights, on a name that is missing, unknown or
-    stored twice, and on a shape or dtype that does not fit the architecture.
+    `target` holds a ShapeDtypeStruct with a sharding for each weight. Its vocabulary dim may be
+    larger than that of the files; the rest is zero. Reads float32, bfloat16 and float16
+    safetensors, tensor by tensor and of each only what this process's devices hold: the host needs
+    the local shards of one tensor beside the params. Raises InputError on pickled weights, on a
+    name that is missing, unknown or stored twice, and on a shape or dtype that does not fit.
     """
     directory = Path(directory)
-    tensors = _open_tensors(directory)
-    table = _weights(architecture)
+    tensors = open_tensors(directory)
+    table = weight_table(architecture)
     _check(directory, architecture, table, tensors)
     params: dict = {}
     for row in table:
-        *parents, leaf = row.path
-        node = params
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = jnp.array(_stack(row, architecture.num_hidden_layers, tensors))
+        of_layers = [tensors[name] for name in row.names(architecture.num_hidden_layers)]
+        set_leaf(params, row.path, _read_leaf(row, of_layers, leaf(target, row.path)))
     return params
 
 
-def _stack(row: _Weight, layers: int, tensors: "dict[str, _Tensor]") -> np.ndarray:
-    names = row.names(layers)
-    stacked = np.empty((len(names), *row.shape), np.float32)
-    for n, name in enumerate(names):
-        stacked[n] = row.from_file(tensors[name].read())
-    return stacked.reshape(row.params_shape(layers))
+def stored_dtypes(directory: Path, architecture: Architecture) -> dict:
+    """The dtype of each weight in the files, as a tree like the params.
 
-
-class _Tensor(NamedTuple):
-    """A tensor in an open file, not read yet."""
-
-    file: Path
-    name: str
-    handle: Any
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.handle.get_slice(self.name).get_shape())
-
-    @property
-    def dtype(self) -> str:
-        return self.handle.get_slice(self.name).get_dtype()
-
-    def read(self) -> np.ndarray:
-        return self.handle.get_tensor(self.name)
-
-
-def _open_tensors(directory: Path) -> dict[str, _Tensor]:
-    """Every tensor of the directory by name; the files are mapped, not read."""
-    files, weight_map = _weight_files(directory)
-    tensors: dict[str, _Tensor] = {}
-    for file in files:
-        try:
-            handle = safe_open(file, framework="np")
-        except FileNotFoundError:
-            raise InputError(f"{file}: no such file, but {_INDEX} names it; copy it too") from None
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{file}: cannot be read as safetensors: {_line(error)}") from None
-        for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
-            if name in tensors:
-                raise InputError(f"{file}: {name}: stored also in {tensors[name].file.name}")
-            tensors[name] = _Tensor(file, name, handle)
-    if weight_map is not None:
-        _check_index(directory / _INDEX, weight_map, tensors)
-    return tensors
-
-
-def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the weights, and what the index says where there is one.
-
-    Files beside the index that it does not name are another copy (`consolidated.safetensors`).
+    Where the layers of one weight differ it is the smallest dtype that holds them all.
     """
-    index, single = directory / _INDEX, directory / _SINGLE
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index}: weight_map: must map names of weights to files")
-        names = sorted({str(name) for name in weight_map.values()})
-        if single.exists() and _SINGLE not in names:
-            raise InputError(f"{directory}: {_SINGLE} and {_INDEX}: two models; remove one of them")
-        return [directory / name for name in names], weight_map
-    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
-    if files:
-        return files, None
-    pickled = sorted(f for end in ("bin", "pt", "pth") for f in directory.glob(f"*.{end}"))
-    if pickled:
-        raise InputError(
-            f"{pickled[0]}: pickled weights are refused, since loading a pickle runs the code in "
-            "it; convert with transformers: save_pretrained(..., safe_serialization=True)"
-        )
-    raise InputError(f"{directory}: holds no *.safetensors; give a Hugging Face model directory")
+    directory = Path(directory)
+    tensors = open_tensors(directory)
+    table = weight_table(architecture)
+    _check(directory, architecture, table, tensors)
+    dtypes: dict = {}
+    for row in table:
+        names = row.names(architecture.num_hidden_layers)
+        set_leaf(dtypes, row.path, jnp.result_type(*{tensors[name].dtype for name in names}))
+    return dtypes
 
 
-def _check_index(index: Path, weight_map: dict[str, str], tensors: "dict[str, _Tensor]") -> None:
-    for name in sorted(weight_map.keys() | tensors.keys()):
-        said = weight_map.get(name)
-        found = tensors[name].file.name if name in tensors else None
-        if said != found:
-            raise InputError(
-                f"{index}: {name}: the index says {said}, the files say {found}; "
-                "index and files are of different models"
-            )
+def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeStruct) -> Array:
+    """One array of the params; a stacked one is filled in place, layer by layer."""
+    assert isinstance(want.sharding, NamedSharding), "the target says where each weight goes"
+    shape = want.shape[1:] if row.stacked else want.shape
+    in_file = row._replace(shape=shape).file_shape()
+    sharding = NamedSharding(want.sharding.mesh, row.file_spec(want.sharding.spec))
+
+    def convert(tensor: Array) -> Array:
+        return row.from_file(tensor, shape).astype(want.dtype)
+
+    if not row.stacked:
+        tensor = _load(of_layers[0], in_file, sharding)
+        if not row.in_dims and tensor.dtype == want.dtype:
+            return tensor
+        return jax.jit(convert, out_shardings=want.sharding)(tensor)
+    put = jax.jit(
+        # Not `at[n].set`, which computes a bfloat16 stack as a whole in float32 on the CPU.
+        lambda stack, tensor, n: lax.dynamic_update_index_in_dim(stack, convert(tensor), n, 0),
+        donate_argnums=0,
+        out_shardings=want.sharding,
+    )
+    zeros = jax.jit(partial(jnp.zeros, want.shape, want.dtype), out_shardings=want.sharding)
+    stack = zeros()
+    for n, tensor in enumerate(of_layers):
+        # Without waiting, tensors that the device has not taken yet would pile up on the host.
+        stack = put(stack, _load(tensor, in_file, sharding), n).block_until_ready()
+    return stack
 
 
-def _check(directory: Path, a: Architecture, table: list[_Weight], tensors: dict) -> None:
+def _load(tensor: StoredTensor, shape: tuple[int, ...], sharding: NamedSharding) -> Array:
+    """The tensor in the files' layout, on the mesh, with zeros where `shape` is larger."""
+    pieces: dict[str, np.ndarray] = {}
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+        # Devices that hold the same piece share one copy of it on the host.
+        key = str(index)
+        if key not in pieces:
+            pieces[key] = _read_padded(tensor, shape, index)
+        return pieces[key]
+
+    return jax.make_array_from_callback(shape, sharding, piece, dtype=tensor.dtype)
+
+
+def _read_padded(
+    tensor: StoredTensor, shape: tuple[int, ...], index: tuple[slice, ...]
+) -> np.ndarray:
+    bounds = [piece.indices(size)[:2] for piece, size in zip(index, shape, strict=True)]
+    inside = tuple(
+        slice(min(start, stored), min(stop, stored))
+        for (start, stop), stored in zip(bounds, tensor.shape, strict=True)
+    )
+    wanted = tuple(stop - start for start, stop in bounds)
+    found = tuple(piece.stop - piece.start for piece in inside)
+    if 0 in found:
+        return np.zeros(wanted, tensor.dtype)
+    values = tensor.read(inside)
+    if found == wanted:
+        return values
+    return np.pad(values, [(0, all_ - some) for all_, some in zip(wanted, found, strict=True)])
+
+
+def _check(
+    directory: Path, a: Architecture, table: list[Weight], tensors: dict[str, StoredTensor]
+) -> None:
     """Every weight is there once, with its shape, in a float dtype, and nothing else is."""
     expected = {name: row for row in table for name in row.names(a.num_hidden_layers)}
-    if a.tie_word_embeddings and _HEAD in tensors:
-        expected[_HEAD] = expected[_EMBEDDING]
-        if not np.array_equal(tensors[_HEAD].read(), tensors[_EMBEDDING].read()):
-            raise InputError(
-                f"{tensors[_HEAD].file}: {_HEAD}: differs from {_EMBEDDING}, but config.json says "
-                "tie_word_embeddings=true; set it to false"
-            )
+    if a.tie_word_embeddings and HEAD in tensors:
+        expected[HEAD] = expected[EMBEDDING]
     missing = [name for name in expected if name not in tensors]
     if missing:
-        hint = "; or tie_word_embeddings must be true" if missing[0] == _HEAD else ""
+        hint = "; or tie_word_embeddings must be true" if missing[0] == HEAD else ""
         raise InputError(
             f"{directory}: {missing[0]}: missing ({len(missing)} of {len(expected)} weights are); "
             f"complete the copy{hint}"
@@ -392,10 +164,23 @@ def _check(directory: Path, a: Architecture, table: list[_Weight], tensors: dict
         shape = expected[name].file_shape()
         if tensor.shape != shape:
             raise InputError(
-                f"{tensor.file}: {name}: shape {tensor.shape}, but {_CONFIG} makes it {shape}"
+                f"{tensor.file}: {name}: shape {tensor.shape}, but {CONFIG_FILE} makes it {shape}"
             )
-        if tensor.dtype not in ("F32", "BF16", "F16"):
-            raise InputError(f"{tensor.file}: {name}: dtype {tensor.dtype}; store F32, BF16 or F16")
+        if tensor.stored_as not in DTYPES:
+            raise InputError(
+                f"{tensor.file}: {name}: dtype {tensor.stored_as}; store F32, BF16 or F16"
+            )
+    if a.tie_word_embeddings and HEAD in tensors and not _equal(tensors[HEAD], tensors[EMBEDDING]):
+        raise InputError(
+            f"{tensors[HEAD].file}: {HEAD}: differs from {EMBEDDING}, but {CONFIG_FILE} says "
+            "tie_word_embeddings=true; set it to false"
+        )
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    ends = [*range(_ROWS_AT_ONCE, one.shape[0], _ROWS_AT_ONCE), one.shape[0]]
+    blocks = (slice(end - min(end, _ROWS_AT_ONCE), end) for end in ends)
+    return all(np.array_equal(one.read((rows,)), other.read((rows,))) for rows in blocks)
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -406,65 +191,100 @@ def write_directory(
     architecture: Architecture,
     params: dict,
     *,
-    dtype: StoredDtype = "float32",
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
-    copy_tokenizer: Callable[[Path], object] | None = None,
+    dtype: StoredDtype | None = None,
+    generation: dict[str, Any] | None = None,
+    add_files: Callable[[Path], object] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a directory that transformers loads: config, generation config and weights in `dtype`.
+    """Write a directory that transformers and vLLM load: configs, and the weights in `dtype`.
 
-    `copy_tokenizer(folder)` may add files of its own. Everything goes to a new folder that is
-    renamed at the end, so that `directory` holds all of it or does not exist. Raises InputError
-    when it exists and is not empty, when it cannot be written, and on params that do not fit.
+    Without a dtype each weight keeps its own. `generation` is the content of
+    `generation_config.json`, and `add_files(folder)` may add files, such as a tokenizer. The params
+    stay on their mesh; each tensor is brought to the host when it is written, by the first process.
+    Everything goes to a new folder that is renamed at the end, so that `directory` holds all of it
+    or does not exist. Raises InputError when it exists and is not empty, when it cannot be written,
+    and on params that do not fit.
     """
-    directory = Path(os.path.abspath(directory))
-    config = _config_json(architecture, dtype, bos_token_id, eos_token_id)
-    generation = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    temporary = directory.parent / f".{directory.name}.{os.getpid()}.partial"
-    try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise InputError(f"{directory}: exists and is not empty; give a new folder")
-        tensors = _to_tensors(architecture, params, dtype)
-        temporary.mkdir(parents=True)
-        _write_json(temporary / _CONFIG, config)
-        _write_json(temporary / "generation_config.json", generation)
-        save_file(tensors, temporary / _SINGLE, metadata={"format": "pt"})
-        if copy_tokenizer is not None:
-            copy_tokenizer(temporary)
-        temporary.rename(directory)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{directory}: cannot be written: {_line(error)}") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    tensors = _to_tensors(architecture, params, dtype)
+    generation = generation or {}
+    stored_as = dtype or _main_dtype(tensors)
+    with new_directory(directory) as folder:
+        if folder is not None:
+            write_json(folder / CONFIG_FILE, config_json(architecture, stored_as, generation))
+            write_json(folder / GENERATION_FILE, generation)
+            if add_files is not None:
+                add_files(folder)
+        write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def _to_tensors(a: Architecture, params: dict, dtype: StoredDtype) -> dict[str, np.ndarray]:
-    """Contiguous tensors by their names in the file."""
+def _main_dtype(tensors: list[NewTensor]) -> str:
+    """The dtype that most bytes have."""
+    sizes: dict[str, int] = {}
+    for tensor in tensors:
+        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _to_tensors(a: Architecture, params: dict, dtype: StoredDtype | None) -> list[NewTensor]:
+    """What the files will hold, in the order of the layers; nothing is fetched yet."""
     found = dict(_leaves(params))
-    table = _weights(a)
+    table = weight_table(a)
     for path in sorted(found.keys() ^ {row.path for row in table}):
         state = "no weight" if path in found else "missing, though a weight"
         raise InputError(f"params: {'.'.join(path)}: {state} of a {a.family} of this architecture")
-    tensors = {}
+    tensors: dict[str, NewTensor] = {}
     for row in table:
-        shape = row.params_shape(a.num_hidden_layers)
-        weight = np.asarray(found[row.path])
-        if weight.shape != shape:
-            name = ".".join(row.path)
-            raise InputError(f"params: {name}: shape {weight.shape}; the architecture: {shape}")
-        names = row.names(a.num_hidden_layers)
-        layers = weight.reshape(len(names), *row.shape)
-        for name, layer in zip(names, layers, strict=True):
-            tensors[name] = _convert(name, row.to_file(layer), dtype)
-    return tensors
+        _check_fits(row, a.num_hidden_layers, found[row.path])
+        tensors |= _tensors_of_row(row, a.num_hidden_layers, found[row.path], dtype)
+    of_layers = sorted((name for name in tensors if ".layers." in name), key=_layer)
+    others = [name for name in tensors if ".layers." not in name]
+    return [tensors[name] for name in (*others[:1], *of_layers, *others[1:])]
 
 
-def _convert(name: str, tensor: np.ndarray, dtype: StoredDtype) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(tensor.astype(jnp.dtype(dtype)))
-    if np.any(np.isinf(stored) & np.isfinite(tensor)):
-        raise InputError(f"{name}: holds values too large for {dtype}; write bfloat16 or float32")
-    return stored
+def _layer(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+def _check_fits(row: Weight, layers: int, weight: Array) -> None:
+    """InputError on another shape, unless it is the vocabulary dim that is padded."""
+    shape = (layers, *row.shape) if row.stacked else row.shape
+    padded = row.name in (EMBEDDING, HEAD) and len(weight.shape) == len(shape)
+    fits = [
+        have == want or (padded and have > want)
+        for have, want in zip(weight.shape, shape, strict=False)
+    ]
+    if len(weight.shape) != len(shape) or not all(fits):
+        name = ".".join(row.path)
+        raise InputError(f"params: {name}: shape {weight.shape}; the architecture: {shape}")
+
+
+def _tensors_of_row(
+    row: Weight, layers: int, weight: Array, dtype: StoredDtype | None
+) -> dict[str, NewTensor]:
+    """The row's tensors by name; those of all layers share one compiled conversion."""
+    stored = jnp.dtype(dtype or weight.dtype)
+
+    @jax.jit
+    def convert(weight: Array, n: Array) -> tuple[Array, Array]:
+        tensor = row.to_file(weight[n] if row.stacked else weight)
+        cast = tensor.astype(stored)
+        return cast, jnp.any(jnp.isinf(cast) & jnp.isfinite(tensor))
+
+    def fetch(name: str, n: int) -> np.ndarray:
+        cast, overflows = convert(jnp.asarray(weight), jnp.asarray(n))
+        if overflows:
+            raise InputError(
+                f"{name}: holds values too large for {stored}; write bfloat16 or float32"
+            )
+        if cast.is_fully_addressable:
+            return np.asarray(cast)
+        return np.asarray(multihost_utils.process_allgather(cast, tiled=True))
+
+    shape = row.file_shape()
+    return {
+        name: NewTensor(name, shape, stored, partial(fetch, name, n))
+        for n, name in enumerate(row.names(layers))
+    }
 
 
 def _leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -474,59 +294,3 @@ def _leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from _leaves(value, here)
         else:
             yield here, value
-
-
-# --- files and errors ----------------------------------------------------------------------------
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; give a Hugging Face model directory") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: cannot be read: {_line(error)}") from None
-    except ValueError as error:
-        raise InputError(f"{file}: must be JSON: {_line(error)}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{file}: must be a JSON object")
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return result
-
-
-def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _refusal(file: Path, field: str, value: Any, remedy: str) -> InputError:
-    return InputError(f"{file}: {field}={_show(value)}: {remedy}")
-
-
-def _invalid(file: Path, error: ValidationError) -> InputError:
-    detail = error.errors()[0]
-    cause = detail.get("ctx", {}).get("error")
-    message = detail["msg"].replace("Input should ", "must ") if cause is None else str(cause)
-    field = ".".join(str(part) for part in detail["loc"])
-    return (
-        _refusal(file, field, detail["input"], message)
-        if field
-        else InputError(f"{file}: {message}")
-    )
-
-
-def _show(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _line(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error)
-    return " ".join(text.split())

@@ -1,5 +1,7 @@
 """Which mesh axis holds which dimension: one table from logical names to mesh axes."""
 
+import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,10 +9,12 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 from pydantic import Field
 
 from nrt_jax.config import Section
 from nrt_jax.errors import InputError
+from nrt_jax.models.variants import Architecture
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -38,6 +42,20 @@ class MeshConfig(Section):
     """Shards of the heads, the feed-forward and the vocabulary."""
 
 
+def parse_mesh(text: str) -> MeshConfig:
+    """Sizes of axes as on a command line, `fsdp=4,tensor=2`; those left out are 1."""
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or not re.fullmatch(r"-1|[1-9]\d*", size):
+            raise InputError(
+                f"--mesh {text}: {part!r} must be one of {', '.join(MESH_AXES)}, =, and a size of "
+                "1 or more, or -1 for what is left"
+            )
+        sizes[axis] = int(size)
+    return MeshConfig(**sizes)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Mesh of all devices with the axes data, fsdp, tensor.
 
@@ -56,6 +74,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         )
     shape = [len(devices) // known if size == -1 else size for size in sizes]
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+
+
+def spread_mesh(architecture: Architecture) -> Mesh:
+    """All devices, with the weights over as many of them as the model dim divides over.
+
+    For reading a model wherever it is put to use; which mesh it was trained on does not matter.
+    """
+    return make_mesh(MeshConfig(fsdp=math.gcd(architecture.hidden_size, jax.device_count())))
 
 
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
@@ -95,6 +121,18 @@ def param_shardings(mesh: Mesh, abstract_state: nnx.State) -> dict:
             node = node.setdefault(key, {})
         node[path[-1]] = sharding(path, variable)
     return tree
+
+
+def abstract_params(mesh: Mesh, decoder: nnx.Module, dtype: DTypeLike | None = None) -> dict:
+    """Shape, dtype and sharding of every weight of a decoder (abstract or not), as a pure tree."""
+    state = nnx.state(decoder)
+    return jax.tree.map(
+        lambda weight, sharding: jax.ShapeDtypeStruct(
+            weight.shape, dtype or weight.dtype, sharding=sharding
+        ),
+        nnx.to_pure_dict(state),
+        param_shardings(mesh, state),
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -146,7 +146,8 @@ class DecoderEngine(jetstream.Engine):
     ) -> Prefix:
         decoder = nnx.merge(self._definition, params)
         positions_1S = jnp.arange(tokens_S.shape[0])[None]
-        hidden_1SD, kv = decoder.hidden(tokens_S[None], positions_1S, positions_1S < true_length)
+        segments_1S = (positions_1S < true_length).astype(jnp.int32)
+        hidden_1SD, kv = decoder.hidden(tokens_S[None], positions_1S, segments_1S)
         logits_V = decoder.logits(hidden_1SD[0, true_length - 1])
         return Prefix(kv.k[:, 0], kv.v[:, 0], logits_V, jnp.asarray(true_length, jnp.int32))
 
@@ -243,7 +244,7 @@ class DecoderEngine(jetstream.Engine):
             cached_BS < state.length_B[:, None],
         )
         hidden_B1D, new = decoder.hidden(
-            token_B[:, None], state.length_B[:, None], jnp.ones((self._slots, 1), bool), prefix
+            token_B[:, None], state.length_B[:, None], jnp.ones((self._slots, 1), jnp.int32), prefix
         )
         at = (slice(None), jnp.arange(self._slots), state.length_B)
         k_LBSHd = state.k_LBSHd.at[at].set(new.k[:, :, 0], mode="drop")

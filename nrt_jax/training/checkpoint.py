@@ -28,7 +28,8 @@ class Restored(NamedTuple):
     """A checkpoint read back."""
 
     step: int
-    state: TrainState
+    state: Any
+    """A TrainState, or the part of one that was asked for."""
     progress: dict[str, Any]
 
 
@@ -107,7 +108,7 @@ class Checkpoints:
             lightweight_initialize=True,
         )
         handlers = {
-            "state": ocp.StandardCheckpointHandler(),
+            "state": ocp.PyTreeCheckpointHandler(),
             "progress": ocp.JsonCheckpointHandler(),
         }
         self._manager = ocp.CheckpointManager(
@@ -134,16 +135,17 @@ class Checkpoints:
         self._score(step, metrics)
         progress = progress | {"metrics": dict(metrics), "fingerprints": fingerprints(state)}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+            state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress)
         )
         try:
             self._manager.save(step, args=items)
         except Exception as error:
             raise self._failure(error) from error
 
-    def restore_newest(self, target: TrainState) -> Restored | None:
+    def restore_newest(self, target: Any) -> Restored | None:
         """The newest readable checkpoint, in the shapes and shardings of `target`.
 
+        `target` is a TrainState, or a dict with some of its fields, which alone are read.
         A damaged one is named in a warning, and the one before is tried. None when there is no
         checkpoint; InputError when there are some and none can be read, or when the newest that
         can be is of another model.
@@ -166,8 +168,8 @@ class Checkpoints:
             )
         return None
 
-    def restore(self, step: int, target: TrainState) -> Restored:
-        """One checkpoint; InputError when it cannot be read or is of another model."""
+    def restore(self, step: int, target: Any) -> Restored:
+        """One checkpoint, as from `restore_newest`; InputError when it cannot be read."""
         try:
             return self._restore(step, target)
         except _Damaged as damage:
@@ -189,20 +191,24 @@ class Checkpoints:
         except Exception as error:
             raise self._failure(error) from error
 
-    def _restore(self, step: int, target: TrainState) -> Restored:
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(_abstract, target)),
-            progress=ocp.args.JsonRestore(),
+    def _restore(self, step: int, target: Any) -> Restored:
+        state = ocp.args.PyTreeRestore(
+            jax.tree.map(_abstract, target),
+            restore_args=jax.tree.map(_restore_args, target),
+            partial_restore=isinstance(target, dict),
         )
+        items = ocp.args.Composite(state=state, progress=ocp.args.JsonRestore())
         with _damage():
             metadata = self._manager.item_metadata(step)["state"]
             if metadata is None:
                 raise ValueError("the description of its arrays is missing")
             saved = metadata.tree
+            if isinstance(target, dict):
+                saved = {field: saved[field] for field in target}
         self._check_shapes(step, _shapes(saved), _shapes(target))
         with _damage():
             restored = self._manager.restore(step, args=items)
-            state, progress = TrainState(*restored["state"]), restored["progress"]
+            state, progress = restored["state"], restored["progress"]
             now, then = fingerprints(state), progress["fingerprints"]
         changed = [name for name in now if now[name] != then.get(name)]
         if changed:
@@ -239,8 +245,12 @@ class Checkpoints:
         )
 
 
-def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _restore_args(leaf: jax.Array | jax.ShapeDtypeStruct) -> ocp.ArrayRestoreArgs:
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 _Shapes = dict[str, tuple[int, ...]]

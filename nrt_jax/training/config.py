@@ -137,6 +137,21 @@ class RunConfig(Section):
     logging: LoggingConfig = LoggingConfig()
     """Metrics."""
 
+    @property
+    def tokenizer_directory(self) -> Path:
+        """Where the tokenizer is: `data.tokenizer`, or the model's own directory."""
+        directory = self.data.tokenizer or self.model.path
+        assert directory is not None, "_a_tokenizer_is_named holds"
+        return directory
+
+    @model_validator(mode="after")
+    def _a_tokenizer_is_named(self) -> "RunConfig":
+        if self.data.tokenizer is None and self.model.path is None:
+            raise ValueError(
+                "data.tokenizer is null and model.path too; name a directory with a tokenizer"
+            )
+        return self
+
     @model_validator(mode="after")
     def _best_checkpoint_is_evaluated(self) -> "RunConfig":
         name, saves, evaluation = (

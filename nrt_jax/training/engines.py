@@ -5,7 +5,7 @@ from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.evaluation.exact_match import Answerer
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.training.config import RunConfig
-from nrt_jax.training.state import Model
+from nrt_jax.training.model import Model
 
 
 def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> DecoderEngine:

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, UInt32
 
-from nrt_jax.training.state import TrainState
 
+def fingerprints(state: Any) -> dict[str, int]:
+    """One 32-bit number for each array of a state, or of a part of one, by its dotted path.
 
-def fingerprints(state: TrainState) -> dict[str, int]:
-    """One 32-bit number for each array of the state, by its dotted path; the same on any mesh."""
+    The same on any mesh.
+    """
     return {name: int(value) for name, value in jax.device_get(_of_each(state)).items()}
 
 
@@ -22,7 +23,7 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 @jax.jit
-def _of_each(state: TrainState) -> dict[str, UInt32[Array, ""]]:
+def _of_each(state: Any) -> dict[str, UInt32[Array, ""]]:
     return {name: _fingerprint(leaf) for name, leaf in by_path(state).items()}
 
 

@@ -67,7 +67,8 @@ def run_prompts(decoder: Decoder, batch: TrainBatch) -> Prompts:
     P, S = batch.prompt_PS.shape
     positions_PS = jnp.broadcast_to(jnp.arange(S), (P, S))
     valid_PS = positions_PS < batch.prompt_length_P[:, None]
-    hidden_PSD, prefix = decoder.hidden(batch.prompt_PS, positions_PS, valid_PS)
+    segments_PS = valid_PS.astype(jnp.int32)
+    hidden_PSD, prefix = decoder.hidden(batch.prompt_PS, positions_PS, segments_PS)
     last_P11 = batch.prompt_length_P[:, None, None] - 1
     return Prompts(prefix, jnp.take_along_axis(hidden_PSD, last_P11, axis=1))
 
@@ -76,7 +77,11 @@ def score_start(decoder: Decoder, settings: NrtSettings, prompts: Prompts) -> Fl
     """log pi(t_start | x): one value a prompt, the same for all its traces."""
     targets_P1 = jnp.full(prompts.last_P1D.shape[:2], settings.think_start, jnp.int32)
     scores = token_scores(
-        prompts.last_P1D, decoder.head_DV(), targets_P1, chunk_tokens=settings.chunk_tokens
+        prompts.last_P1D,
+        decoder.head_DV(),
+        targets_P1,
+        vocab_size=decoder.architecture.vocab_size,
+        chunk_tokens=settings.chunk_tokens,
     )
     return scores.log_prob_BT[:, 0]
 
@@ -130,11 +135,13 @@ def _score_rows(
 ) -> TokenScores:
     """Continue the prefix from position `start_B` with `branch_BW`; T = W - 1."""
     positions_BT = start_B[:, None] + jnp.arange(branch_BW.shape[1] - 1)[None]
-    hidden_BTD, _ = decoder.hidden(branch_BW[:, :-1], positions_BT, valid_BT, prefix)
+    segments_BT = valid_BT.astype(jnp.int32)
+    hidden_BTD, _ = decoder.hidden(branch_BW[:, :-1], positions_BT, segments_BT, prefix)
     return token_scores(
         hidden_BTD,
         decoder.head_DV(),
         branch_BW[:, 1:],
+        vocab_size=decoder.architecture.vocab_size,
         chunk_tokens=settings.chunk_tokens,
         inverse_temperature_BT=inverse_temperature_BT,
     )

@@ -1,6 +1,5 @@
-"""A trained run put to use: answer prompts, export the model."""
+"""A trained run put to use: open one of its checkpoints, answer prompts."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,30 +7,17 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.exact_match import end_name
-from nrt_jax.models import huggingface
-from nrt_jax.models.sharding import make_mesh
-from nrt_jax.models.token_rows import copy_token_rows
+from nrt_jax.models.sharding import spread_mesh
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.config import RunConfig
 from nrt_jax.training.engines import answerer
-from nrt_jax.training.optimizer import make_optimizer
-from nrt_jax.training.state import (
-    Model,
-    abstract_decoder,
-    init_params,
-    init_state,
-    read_architecture,
-    state_shardings,
-)
-
-_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+from nrt_jax.training.model import Model, load_tokenizer, open_model
 
 
 @dataclass(frozen=True)
@@ -42,6 +28,7 @@ class Trained:
     tokenizer: Tokenizer
     model: Model
     params: Any
+    step: int
 
 
 def load_trained(path: Path) -> Trained:
@@ -57,23 +44,16 @@ def load_trained(path: Path) -> Trained:
         raise InputError(f"{directory}: has no checkpoint yet; train it first")
     if step is not None and step not in checkpoints.steps:
         raise InputError(f"{path}: no such checkpoint; there are {checkpoints.steps}")
-    mesh = make_mesh(config.mesh)
-    tokenizer = Tokenizer.load(
-        config.data.tokenizer, config.data.think_start, config.data.think_end
-    )
-    architecture = read_architecture(config.model)
-    optimizer = make_optimizer(config.optimizer, config.train.updates)
-    params = init_params(config.model, architecture, mesh, config.seed)
-    target = init_state(optimizer, params, state_shardings(optimizer, params, mesh))
+    tokenizer = load_tokenizer(config)
+    model = open_model(config, tokenizer, spread_mesh)
+    target = {"params": model.target}
     if step is None:
         restored = checkpoints.restore_newest(target)
         assert restored is not None
     else:
         restored = checkpoints.restore(step, target)
     checkpoints.close()
-    definition, _ = nnx.split(abstract_decoder(config.model, architecture))
-    model = Model(definition, architecture, mesh)
-    return Trained(config, tokenizer, model, restored.state.params)
+    return Trained(config, tokenizer, model, restored.state["params"], restored.step)
 
 
 def _run_and_step(path: Path) -> tuple[Path, int | None]:
@@ -114,46 +94,3 @@ def _prompt_tokens(trained: Trained, prompt: str) -> np.ndarray:
         return tokenize_prompt(prompt, trained.config.data, trained.tokenizer)
     except InputError as error:
         raise InputError(f"--prompt: {error}") from None
-
-
-def export(path: Path, out: Path, *, dtype: huggingface.StoredDtype, copy_rows: list[str]) -> None:
-    """Write a run's model and tokenizer as a Hugging Face directory.
-
-    `copy_rows` holds TOKEN=FROM, each token a vocabulary entry (escapes such as \\n are read).
-    """
-    trained = load_trained(path)
-    params = jax.device_get(trained.params)
-    rows = dict(_row_pair(trained.tokenizer, pair) for pair in copy_rows)
-    if rows:
-        params = copy_token_rows(params, rows)
-    huggingface.write_directory(
-        out,
-        trained.model.architecture,
-        params,
-        dtype=dtype,
-        bos_token_id=trained.tokenizer.bos_id,
-        eos_token_id=trained.tokenizer.eos_id,
-        copy_tokenizer=trained.tokenizer.copy_to,
-    )
-
-
-def _row_pair(tokenizer: Tokenizer, pair: str) -> tuple[int, int]:
-    target, equals, source = pair.partition("=")
-    if not equals:
-        raise InputError(f"--copy-row {pair}: must look like TOKEN=FROM")
-    return _token_id(tokenizer, target, pair), _token_id(tokenizer, source, pair)
-
-
-def _token_id(tokenizer: Tokenizer, name: str, pair: str) -> int:
-    """The entry of that name, or the one token that spells the text."""
-    text = re.sub(r"\\[nrt\\]", lambda escape: _ESCAPES[escape[0]], name)
-    token_id = tokenizer.backend.token_to_id(text)
-    if token_id is not None:
-        return token_id
-    ids = tokenizer.encode(text)
-    if len(ids) == 1 and ids[0] != tokenizer.unk_id:
-        return ids[0]
-    raise InputError(
-        f"--copy-row {pair}: {name!r} is no token of {tokenizer.directory}; use an entry of its "
-        "vocabulary"
-    )

@@ -10,30 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.exact_match import Answerer, evaluate
-from nrt_jax.models.sharding import batch_sharding, make_mesh
-from nrt_jax.models.variants import Architecture
+from nrt_jax.models.sharding import batch_sharding
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.config import RunConfig
 from nrt_jax.training.engines import make_answerer
 from nrt_jax.training.metrics import MetricsWriter, PhaseTimer
+from nrt_jax.training.model import Model, init_params, load_tokenizer, open_model
 from nrt_jax.training.optimizer import make_optimizer
-from nrt_jax.training.state import (
-    Model,
-    TrainState,
-    abstract_decoder,
-    init_params,
-    init_state,
-    read_architecture,
-    state_shardings,
-)
+from nrt_jax.training.state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
@@ -148,13 +139,9 @@ class Run:
 @contextmanager
 def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     """Everything a loop needs, continued from the newest checkpoint where there is one."""
-    mesh = make_mesh(config.mesh)
-    _check_batch_fits(config, mesh)
-    tokenizer = Tokenizer.load(
-        config.data.tokenizer, config.data.think_start, config.data.think_end
-    )
-    architecture = read_architecture(config.model)
-    check_vocabulary(config, tokenizer, architecture)
+    tokenizer = load_tokenizer(config)
+    model = open_model(config, tokenizer)
+    _check_batch_fits(config, model.mesh)
     dataset = load_dataset(config.data, tokenizer)
     batches = BatchIterator(
         dataset.train,
@@ -164,14 +151,12 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         config.data.seed + config.seed,
     )
     optimizer = make_optimizer(config.optimizer, config.train.updates)
-    params = init_params(config.model, architecture, mesh, config.seed)
-    shardings = state_shardings(optimizer, params, mesh)
-    definition, _ = nnx.split(abstract_decoder(config.model, architecture))
-    model = Model(definition, architecture, mesh)
-    # The first update consumes the weights above, so the reference is a copy of its own.
-    reference = None
-    if config.method == "nrt" and config.objective.kl_coefficient:
-        reference = jax.tree.map(jnp.copy, params)
+    shardings = state_shardings(optimizer, model.target, model.mesh)
+    wants_reference = config.method == "nrt" and config.objective.kl_coefficient > 0
+    # A mistake in the weights is found before the run directory is made.
+    params = None
+    if wants_reference or not run_dir.has_checkpoint(config.run_dir):
+        params = init_params(config, model, tokenizer)
     with ExitStack() as opened:
         opened.enter_context(run_dir.locked(config.run_dir))
         run_dir.prepare(config)
@@ -180,9 +165,14 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 Checkpoints(config.run_dir / run_dir.CHECKPOINTS, config.checkpoint, writable=True)
             )
         )
-        step, state = _restore(
-            checkpoints, init_state(optimizer, params, shardings), batches, config
-        )
+        target = abstract_state(optimizer, model.target, shardings)
+        step, state = _restore(checkpoints, target, batches, config)
+        if state is None:
+            if params is None:
+                params = init_params(config, model, tokenizer)
+            # The first update consumes its weights, so the reference needs a copy of its own.
+            own = jax.tree.map(jnp.copy, params) if wants_reference else params
+            state = init_state(optimizer, own, shardings)
         _report_bad_rows(dataset)
         yield Run(
             config,
@@ -193,7 +183,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             optimizer,
             shardings,
             state,
-            reference,
+            params if wants_reference else None,
             make_answerer(config, model, tokenizer, dataset),
             checkpoints,
             opened.enter_context(closing(_open_metrics(config, step))),
@@ -204,12 +194,12 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
 
 
 def _restore(
-    checkpoints: Checkpoints, initial: TrainState, batches: BatchIterator, config: RunConfig
-) -> tuple[int | None, TrainState]:
-    """The step and the state of the newest checkpoint; None and the initial state without one."""
-    restored = checkpoints.restore_newest(initial)
+    checkpoints: Checkpoints, target: TrainState, batches: BatchIterator, config: RunConfig
+) -> tuple[int | None, TrainState | None]:
+    """The step and the state of the newest checkpoint; None and None without one."""
+    restored = checkpoints.restore_newest(target)
     if restored is None:
-        return None, initial
+        return None, None
     batches.set_state(restored.progress["data"])
     checkpoints.remove_after(restored.step)
     if restored.step >= config.train.steps:
@@ -238,15 +228,6 @@ def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
     merged["update/skipped"] = rows[-1]["update/skipped"]
     merged["update/skipped_in_row"] = max(row["update/skipped_in_row"] for row in rows)
     return merged
-
-
-def check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
-    """InputError when the tokenizer knows ids that the model has no row for."""
-    if tokenizer.vocab_size > architecture.vocab_size:
-        raise InputError(
-            f"{config.data.tokenizer}: has {tokenizer.vocab_size} tokens, the model's vocab_size "
-            f"is {architecture.vocab_size}; use the tokenizer of the model"
-        )
 
 
 def _check_batch_fits(config: RunConfig, mesh: Mesh) -> None:

@@ -72,6 +72,11 @@ def prepare(config: RunConfig) -> None:
     write_atomically(config.run_dir / VERSIONS_FILE, versions.encode())
 
 
+def has_checkpoint(directory: Path) -> bool:
+    """Whether a run in this directory has saved its state."""
+    return any(saved.name.isdigit() for saved in (directory / CHECKPOINTS).glob("*"))
+
+
 def load_run(directory: Path) -> RunConfig:
     """The resolved config of an existing run."""
     path = directory / CONFIG_FILE

@@ -69,9 +69,14 @@ def sft_loss_of_rows(
     order_T = jnp.arange(batch.tokens_BW.shape[1] - 1)[None]
     positions_BT = jnp.broadcast_to(order_T, batch.tokens_BW[:, 1:].shape)
     valid_BT = order_T < batch.length_B[:, None] - 1
-    hidden_BTD, _ = decoder.hidden(batch.tokens_BW[:, :-1], positions_BT, valid_BT)
+    segments_BT = valid_BT.astype(jnp.int32)
+    hidden_BTD, _ = decoder.hidden(batch.tokens_BW[:, :-1], positions_BT, segments_BT)
     scores = token_scores(
-        hidden_BTD, decoder.head_DV(), batch.tokens_BW[:, 1:], chunk_tokens=chunk_tokens
+        hidden_BTD,
+        decoder.head_DV(),
+        batch.tokens_BW[:, 1:],
+        vocab_size=decoder.architecture.vocab_size,
+        chunk_tokens=chunk_tokens,
     )
     answer_BT = valid_BT & (order_T >= batch.prompt_length_B[:, None] - 1)
     loss = masked_sum(sft_loss(scores.log_prob_BT), answer_BT) / answer_tokens

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from nrt_jax.cli import main
 from tests.training.runs import TinyRun, write_config, write_model
 
 
@@ -38,3 +39,15 @@ def new_run(tmp_path, tiny_config) -> Callable[..., TinyRun]:
         return TinyRun(tiny_config, tmp_path / "run", overrides)
 
     return make
+
+
+@pytest.fixture
+def words(capsys) -> Callable[..., tuple[int, str, str]]:
+    """Run a verb in this process; its status and what it printed, out and err."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        status = main([str(word) for word in words])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return call

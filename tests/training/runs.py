@@ -75,9 +75,8 @@ def write_model(directory: Path, **changes) -> Path:
         directory,
         architecture,
         params,
-        bos_token_id=1,
-        eos_token_id=2,
-        copy_tokenizer=write_quickstart_tokenizer,
+        generation={"bos_token_id": 1, "eos_token_id": 2},
+        add_files=write_quickstart_tokenizer,
     )
     return directory
 

@@ -124,9 +124,14 @@ def test_no_tokenizer(refused, tmp_path):
     assert line.startswith(f"{tmp_path}/none: no such tokenizer directory; set data.tokenizer")
 
 
-def test_tokenizer_without_the_think_tokens(refused):
-    line = refused("data.think_start=<think>")
-    assert "data.think_start='<think>' is not a special token of this tokenizer; set" in line
+def test_a_think_token_with_another_role(refused):
+    line = refused("data.think_start=<|eos|>")
+    assert "data.think_start='<|eos|>' is the eos_token of this tokenizer; choose a name" in line
+
+
+def test_no_tokenizer_is_named(refused):
+    line = refused("data.tokenizer=null", "model.path=null", "model.architecture.vocab_size=25")
+    assert "data.tokenizer is null and model.path too; name a directory with a tokenizer" in line
 
 
 def test_tokenizer_of_another_model(refused, tmp_path):
@@ -331,11 +336,12 @@ def test_no_room_for_metrics(new_run, reference):
     whole = reference(*SFT)
     metrics = whole.directory / "metrics.jsonl"
     run = new_run(*SFT, "checkpoint.every_steps=8", "logging.tensorboard=false")
-    outcome = limited(run, metrics.stat().st_size * 3 // 4)
+    room = metrics.stat().st_size * 3 // 4
+    outcome = limited(run, room)
     assert outcome.status == 1
     assert outcome.error.startswith(f"{run.directory / metrics.name}: File too large; make room or")
-    # The last line was cut short.
-    assert not (run.directory / metrics.name).read_bytes().endswith(b"\n")
+    # Full to the last byte, most likely in the midst of a line.
+    assert (run.directory / metrics.name).stat().st_size == room
     run.trained()
     assert run.metrics() == whole.metrics()
 

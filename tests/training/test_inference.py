@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from nrt_jax.cli import main
 from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.models import huggingface
+from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.training.inference import load_trained
 from nrt_jax.training.run_dir import load_run
+from tests.models.tiny import read
 from tests.training.runs import TinyRun
 
 PROMPT = "1+2+3"
@@ -21,18 +21,6 @@ PROMPT = "1+2+3"
 @pytest.fixture(scope="module")
 def run(reference) -> TinyRun:
     return reference("method=nrt")
-
-
-@pytest.fixture
-def words(capsys):
-    """Run a verb in this process; its status and what it printed, out and err."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        status = main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
 
 
 def weights(run: TinyRun, step: int) -> dict[str, np.ndarray]:
@@ -145,19 +133,29 @@ def test_no_run(verb, run, tmp_path, words):
 
 
 def exported(directory: Path) -> dict:
-    return huggingface.read_weights(directory, huggingface.read_architecture(directory))
+    """The weights with the padding of the vocabulary that a run has by default."""
+    return read(directory, read_architecture(directory), vocab_multiple=128)
 
 
 def test_exports_what_was_trained(run, tmp_path, words):
     out = tmp_path / "model"
     assert words("export", run.directory, out) == (0, f"wrote {out}\n", "")
     loaded = load_trained(run.directory)
-    assert huggingface.read_architecture(out) == loaded.model.architecture
+    assert read_architecture(out) == loaded.model.architecture
+    assert read_architecture(out).vocab_size == 25
     for mine, theirs in zip(
         jax.tree.leaves(loaded.params), jax.tree.leaves(exported(out)), strict=True
     ):
         assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes()
     Tokenizer.load(out)
+
+
+def test_the_padding_of_the_vocabulary_is_never_trained(run):
+    params = load_trained(run.directory).params
+    assert params["embedding"].shape[0] == params["head"].shape[1] == 128
+    assert not np.any(params["embedding"][25:])
+    assert not np.any(params["head"][:, 25:])
+    assert np.any(params["head"][:, 24])
 
 
 def test_exports_bfloat16(run, tmp_path, words):

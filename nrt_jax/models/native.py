@@ -1,0 +1,139 @@
+"""Imported checkpoints: weights in Orbax's format, which every process reads and writes in part.
+
+An imported directory has the config.json, the generation config and the tokenizer of its source as
+they were, and the weights in `params/` instead of safetensors.
+"""
+
+import logging
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Mesh
+from jaxtyping import Array
+
+from nrt_jax.errors import InputError
+from nrt_jax.models.decoder import abstract_decoder
+from nrt_jax.models.huggingface import read_weights, stored_dtypes
+from nrt_jax.models.huggingface_config import CONFIG_FILE, GENERATION_FILE, read_architecture
+from nrt_jax.models.json_files import one_line, read_json, write_json
+from nrt_jax.models.new_directory import new_directory
+from nrt_jax.models.sharding import abstract_params
+
+PARAMS, PROVENANCE_FILE = "params", "import.json"
+VOCAB_MULTIPLE = 128
+"""Rows of an imported vocabulary are padded to a multiple of this, and so divide over any mesh."""
+_TOKENIZER_FILES = ("token*", "special_tokens_map.json", "chat_template*", "added_tokens.json")
+_GIGABYTES_AT_ONCE = 1
+
+
+def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = None) -> dict:
+    """Read a Hugging Face directory onto the mesh and write it to `out`; returns the params.
+
+    Weights keep the dtype they are stored in unless one is given. Raises InputError for a source
+    that cannot be read, and when `out` exists and is not empty.
+    """
+    source = Path(source)
+    architecture = read_architecture(source)
+    target = abstract_params(mesh, abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE))
+    dtypes = stored_dtypes(source, architecture)
+    target = jax.tree.map(lambda want, stored: want.update(dtype=dtype or stored), target, dtypes)
+    with new_directory(out, every_process=True) as folder:
+        assert folder is not None
+        params = read_weights(source, architecture, target)
+        _checkpointer().save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(params))
+        if jax.process_index() == 0:
+            configs = [source / name for name in (CONFIG_FILE, GENERATION_FILE)]
+            for file in (*filter(Path.exists, configs), *tokenizer_files(source)):
+                shutil.copyfile(file, folder / file.name)
+            write_json(folder / PROVENANCE_FILE, {"source": str(source.absolute())})
+    return params
+
+
+def read_params(directory: Path, target: dict) -> dict:
+    """The params of a Hugging Face or an imported directory, laid out and cast as `target` says.
+
+    Vocabulary rows that `target` has and the directory has not are zero. Raises InputError for a
+    directory that cannot be read or is of another architecture.
+    """
+    directory = Path(directory)
+    architecture = read_architecture(directory)
+    if not is_imported(directory):
+        return read_weights(directory, architecture, target)
+    saved = abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE)
+    shapes = jax.tree.map(lambda weight: weight.shape, nnx.to_pure_dict(nnx.state(saved)))
+    wanted = jax.tree.map(lambda want, shape: want.update(shape=shape), target, shapes)
+    restore_args = jax.tree.map(
+        lambda want: ocp.ArrayRestoreArgs(
+            sharding=want.sharding, global_shape=want.shape, dtype=want.dtype
+        ),
+        wanted,
+    )
+    args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args)
+    try:
+        restored = _checkpointer().restore((directory / PARAMS).absolute(), args=args)
+    except Exception as error:
+        raise _unreadable(directory, error) from error
+    return jax.tree.map(_fit, restored, target)
+
+
+def saved_target(directory: Path, mesh: Mesh) -> dict:
+    """Shape and dtype of each weight of an imported directory as saved, and its place on a mesh."""
+    architecture = read_architecture(directory)
+    target = abstract_params(mesh, abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE))
+    try:
+        metadata = _checkpointer().metadata((Path(directory) / PARAMS).absolute()).item_metadata
+        assert metadata is not None, "it says what the arrays are"
+        saved = metadata.tree
+        return jax.tree.map(lambda want, have: want.update(dtype=have.dtype), target, saved)
+    except Exception as error:
+        raise _unreadable(directory, error) from error
+
+
+def source_name(directory: Path) -> str:
+    """Name of a checkpoint: of the directory that it was imported from, else its own."""
+    file = Path(directory) / PROVENANCE_FILE
+    return Path(read_json(file)["source"] if file.exists() else directory.absolute()).name
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a directory that belong to its tokenizer."""
+    files = {file for pattern in _TOKENIZER_FILES for file in Path(directory).glob(pattern)}
+    return sorted(file for file in files if file.is_file())
+
+
+def is_imported(directory: Path) -> bool:
+    """Whether the weights are in `params/`."""
+    return (Path(directory) / PARAMS).is_dir()
+
+
+def _unreadable(directory: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{directory / PARAMS}: cannot be read ({one_line(error)[:200]}); import it again"
+    )
+
+
+def _fit(weight: Array, want: jax.ShapeDtypeStruct) -> Array:
+    """Cut or fill with zeros the padding of the vocabulary, where it is another than saved."""
+    if weight.shape == want.shape:
+        return weight
+
+    def fit(weight: Array) -> Array:
+        common = tuple(
+            slice(min(have, to)) for have, to in zip(weight.shape, want.shape, strict=True)
+        )
+        return jnp.zeros(want.shape, want.dtype).at[common].set(weight[common])
+
+    return jax.jit(fit, out_shardings=want.sharding)(weight)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    """Reads and writes a gigabyte at a time, since Orbax would otherwise copy the whole model."""
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    handler = ocp.PyTreeCheckpointHandler(
+        save_concurrent_gb=_GIGABYTES_AT_ONCE, restore_concurrent_gb=_GIGABYTES_AT_ONCE
+    )
+    return ocp.Checkpointer(handler)

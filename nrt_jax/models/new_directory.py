@@ -1,0 +1,49 @@
+"""A directory that appears whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError
+
+from nrt_jax.errors import InputError
+from nrt_jax.models.json_files import one_line
+
+
+@contextmanager
+def new_directory(directory: Path, *, every_process: bool = False) -> Iterator[Path | None]:
+    """A folder to fill, renamed to `directory` at the end and removed on an error.
+
+    The first process makes and renames it; the others get None, or with `every_process` the folder
+    too. Raises InputError when `directory` exists and is not empty, or cannot be written.
+    """
+    directory = Path(os.path.abspath(directory))
+    # Processes that write together must agree on the name; others must not meet in it.
+    writer = os.getpid() if jax.process_count() == 1 else "all"
+    folder = directory.parent / f".{directory.name}.{writer}.partial"
+    first = jax.process_index() == 0
+    try:
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"{directory}: exists and is not empty; give a new folder")
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        _wait_for_all("made")
+        yield folder if first or every_process else None
+        _wait_for_all("filled")
+        if first:
+            folder.rename(directory)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{directory}: cannot be written: {one_line(error)}") from None
+    finally:
+        if first:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_all(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"new directory {what}")

@@ -1,0 +1,47 @@
+"""The public way in: a checkpoint on disk becomes a decoder to call.
+
+decoder = load_pretrained("path/to/Llama-3.2-3B")
+logits_BTV = decoder(tokens_BT)
+"""
+
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from nrt_jax.errors import InputError
+from nrt_jax.models.decoder import Decoder, abstract_decoder
+from nrt_jax.models.huggingface_config import read_architecture
+from nrt_jax.models.native import read_params
+from nrt_jax.models.sharding import MESH_AXES, abstract_params
+
+
+def load_pretrained(
+    path: str | os.PathLike, *, mesh: Mesh | None = None, dtype: DTypeLike | None = None
+) -> Decoder:
+    """The decoder of a Hugging Face or an imported directory, its weights read and laid out.
+
+    `decoder(tokens_BT, positions=None, segment_ids=None)` gives float32 `logits_BTV`. Weights and
+    computation have `dtype`, float32 by default. `mesh` has the axes data, fsdp and tensor (see
+    `nrt_jax.models.sharding.make_mesh`); without one everything is on the first device. Raises
+    InputError for a directory that cannot be read or asks for what the decoder does not do.
+    """
+    path = Path(path)
+    mesh = mesh if mesh is not None else _first_device()
+    if mesh.axis_names != MESH_AXES:
+        raise InputError(f"mesh: axes {mesh.axis_names}; they must be {MESH_AXES}")
+    dtype = jnp.dtype(dtype or jnp.float32)
+    decoder = abstract_decoder(
+        read_architecture(path), dtype=dtype, vocab_multiple=mesh.shape["tensor"]
+    )
+    definition, _ = nnx.split(decoder)
+    return nnx.merge(definition, read_params(path, abstract_params(mesh, decoder, dtype)))
+
+
+def _first_device() -> Mesh:
+    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)

@@ -1,0 +1,106 @@
+"""One table between the names in Hugging Face files and the params of the decoder.
+
+Letters: V vocabulary, D model dim, F feed-forward, N query heads, H key/value heads, d head dim.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Shaped
+
+from nrt_jax.models.variants import Architecture
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Weight(NamedTuple):
+    """One row of the table: a name in the files, and where and how the params hold that weight.
+
+    The files hold a matrix as [out, in]; the params hold it as [in dims, out dims], each of which
+    may be several. `in_dims` is how many of the dims of `shape` are the input; 0 for a weight that
+    both hold alike. A name with {} stands for one weight a layer, stacked in the params.
+    """
+
+    name: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    in_dims: int
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the params hold the weights of all layers in one array."""
+        return "{}" in self.name
+
+    def names(self, layers: int) -> list[str]:
+        """The names in the files, layer by layer."""
+        return [self.name.format(n) for n in range(layers)] if self.stacked else [self.name]
+
+    def file_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the files."""
+        if not self.in_dims:
+            return self.shape
+        return math.prod(self.shape[self.in_dims :]), math.prod(self.shape[: self.in_dims])
+
+    def file_spec(self, spec: PartitionSpec) -> PartitionSpec:
+        """How a tensor in the files' layout is split where the param is split by `spec`.
+
+        Of dims that the files merge only the first is ever split, so the merged dim is too.
+        """
+        axes = tuple(spec)[self.stacked :]
+        axes += (None,) * (len(self.shape) - len(axes))
+        if not self.in_dims:
+            return PartitionSpec(*axes)
+        (first_in, *rest_in), (first_out, *rest_out) = axes[: self.in_dims], axes[self.in_dims :]
+        assert not any((*rest_in, *rest_out)), f"{self.name}: an inner dim is split by {spec}"
+        return PartitionSpec(first_out, first_in)
+
+    def from_file(self, tensor: Shaped[Array, "..."], shape: tuple[int, ...]) -> Array:
+        """A tensor of the files in the layout of the params, where its shape is `shape`."""
+        return (tensor.T if self.in_dims else tensor).reshape(shape)
+
+    def to_file(self, weight: Shaped[Array, "..."]) -> Array:
+        """The inverse of `from_file`; padding of the vocabulary is cut off."""
+        if not self.in_dims:
+            return weight[: self.shape[0]]
+        out, features = self.file_shape()
+        return weight.reshape(features, -1).T[:out]
+
+
+def weight_table(a: Architecture) -> list[Weight]:
+    """Every weight of a Llama or Mistral of this architecture, each once."""
+    V, D, F = a.vocab_size, a.hidden_size, a.intermediate_size
+    N, H, d = a.num_attention_heads, a.num_key_value_heads, a.head_dim
+    layer = "model.layers.{}."
+    rows = [
+        (EMBEDDING, "embedding", (V, D), 0),
+        (layer + "input_layernorm.weight", "layers.attention_norm.scale", (D,), 0),
+        (layer + "self_attn.q_proj.weight", "layers.attention.query", (D, N, d), 1),
+        (layer + "self_attn.k_proj.weight", "layers.attention.key", (D, H, d), 1),
+        (layer + "self_attn.v_proj.weight", "layers.attention.value", (D, H, d), 1),
+        (layer + "self_attn.o_proj.weight", "layers.attention.output", (N, d, D), 2),
+        (layer + "post_attention_layernorm.weight", "layers.mlp_norm.scale", (D,), 0),
+        (layer + "mlp.gate_proj.weight", "layers.mlp.gate", (D, F), 1),
+        (layer + "mlp.up_proj.weight", "layers.mlp.up", (D, F), 1),
+        (layer + "mlp.down_proj.weight", "layers.mlp.down", (F, D), 1),
+        ("model.norm.weight", "final_norm.scale", (D,), 0),
+    ]
+    if not a.tie_word_embeddings:
+        rows.append((HEAD, "head", (D, V), 1))
+    return [Weight(name, tuple(path.split(".")), *rest) for name, path, *rest in rows]
+
+
+def leaf(tree: Mapping, path: tuple[str, ...]):
+    """The entry of a nested mapping at `path`."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def set_leaf(tree: dict, path: tuple[str, ...], value: object) -> None:
+    """Put `value` at `path`, making the mappings on the way."""
+    *parents, last = path
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    tree[last] = value

@@ -1,0 +1,106 @@
+"""Checkpoints in and out: `nrt-jax import` and `nrt-jax export`."""
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+
+from nrt_jax.data.chat_export import chat_template_text
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.errors import InputError
+from nrt_jax.models import huggingface, native
+from nrt_jax.models.huggingface_config import (
+    StoredDtype,
+    read_architecture,
+    read_generation,
+    read_stored_dtype,
+)
+from nrt_jax.models.sharding import MeshConfig, make_mesh, spread_mesh
+from nrt_jax.models.token_rows import copy_token_rows
+from nrt_jax.training.config import RunConfig
+from nrt_jax.training.inference import Trained, load_trained
+from nrt_jax.training.model import row_pairs
+from nrt_jax.training.model_card import converted_card, trained_card
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import wrote."""
+
+    weights: int
+    nbytes: int
+
+
+def import_checkpoint(
+    source: Path, out: Path, mesh: MeshConfig, dtype: StoredDtype | None
+) -> Imported:
+    """Write a Hugging Face directory in the format that every process reads and writes in part.
+
+    Raises InputError for a directory, or a tokenizer in it, that cannot be used.
+    """
+    if any(source.glob("tokenizer*")):
+        Tokenizer.load(source)
+    params = native.import_directory(source, out, make_mesh(mesh), dtype)
+    leaves = jax.tree.leaves(params)
+    return Imported(sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves))
+
+
+def export(path: Path, out: Path, *, dtype: StoredDtype | None, copy_rows: list[str]) -> None:
+    """Write a run, one of its checkpoints or an imported checkpoint as a Hugging Face directory.
+
+    Without a dtype it is that of the checkpoint that the run started from. `copy_rows` holds
+    TOKEN=FROM, each token a vocabulary entry (escapes such as \\n are read).
+    """
+    if native.is_imported(path):
+        if copy_rows:
+            raise InputError(f"--copy-row {copy_rows[0]}: only for runs; {path} is an import")
+        _export_imported(path, out, dtype)
+        return
+    trained = load_trained(path)
+    huggingface.write_directory(
+        out,
+        trained.model.architecture,
+        copy_token_rows(trained.params, row_pairs(trained.tokenizer, copy_rows)),
+        dtype=dtype or _dtype_of_base(trained.config),
+        generation={
+            "bos_token_id": trained.tokenizer.bos_id,
+            "eos_token_id": trained.tokenizer.eos_id,
+        },
+        add_files=partial(_add_trained_files, trained),
+    )
+
+
+def _add_trained_files(trained: Trained, folder: Path) -> None:
+    """The tokenizer with the prompt format of the training, and the model card."""
+    template = chat_template_text(
+        trained.config.data, trained.tokenizer, opens_trace=trained.config.method == "nrt"
+    )
+    trained.tokenizer.copy_to(folder, chat_template=template)
+    (folder / CARD).write_text(trained_card(trained), encoding="utf-8")
+
+
+def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
+    architecture = read_architecture(path)
+    params = native.read_params(path, native.saved_target(path, spread_mesh(architecture)))
+
+    def add_files(folder: Path) -> None:
+        for file in native.tokenizer_files(path):
+            shutil.copyfile(file, folder / file.name)
+        (folder / CARD).write_text(converted_card(path), encoding="utf-8")
+
+    huggingface.write_directory(
+        out,
+        architecture,
+        params,
+        dtype=dtype,
+        generation=read_generation(path),
+        add_files=add_files,
+    )
+
+
+def _dtype_of_base(config: RunConfig) -> StoredDtype:
+    return "float32" if config.model.path is None else read_stored_dtype(config.model.path)

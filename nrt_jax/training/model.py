@@ -1,0 +1,140 @@
+"""The model of a run: its shape on the mesh, and its weights before the first update."""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.errors import InputError
+from nrt_jax.models import native
+from nrt_jax.models.decoder import Decoder, abstract_decoder
+from nrt_jax.models.huggingface_config import read_architecture
+from nrt_jax.models.sharding import abstract_params, make_mesh
+from nrt_jax.models.token_rows import copy_token_rows
+from nrt_jax.models.variants import Architecture
+from nrt_jax.training.config import RunConfig
+
+log = logging.getLogger(__name__)
+
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder's definition, and where its weights live."""
+
+    definition: nnx.GraphDef
+    architecture: Architecture
+    """Its vocabulary holds every token of the run, those that the checkpoint lacks included."""
+    mesh: Mesh
+    target: dict[str, Any]
+    """Shape, dtype (float32) and sharding of every weight."""
+
+
+def load_tokenizer(config: RunConfig) -> Tokenizer:
+    """The tokenizer of the data section, or that of the model's directory."""
+    data = config.data
+    return Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
+
+
+def open_model(
+    config: RunConfig, tokenizer: Tokenizer, make: Callable[[Architecture], Mesh] | None = None
+) -> Model:
+    """The model's shape, with a vocabulary that has room for the think tokens; reads no weights.
+
+    Raises InputError for a checkpoint that cannot be read, for a tokenizer that is not the
+    model's, and for a mesh that the weights do not divide over. The mesh is that of the config,
+    unless `make` gives another.
+    """
+    model = config.model
+    if model.path is not None:
+        architecture = read_architecture(model.path)
+    else:
+        assert model.architecture is not None, "ModelConfig requires one of the two"
+        architecture = model.architecture
+    _check_vocabulary(config, tokenizer, architecture)
+    vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
+    architecture = architecture.model_copy(update={"vocab_size": vocab_size})
+    mesh = make_mesh(config.mesh) if make is None else make(architecture)
+    decoder = abstract_decoder(
+        architecture,
+        dtype=model.jax_dtype,
+        remat=model.remat,
+        vocab_multiple=model.vocab_multiple,
+    )
+    definition, _ = nnx.split(decoder)
+    return Model(definition, architecture, mesh, abstract_params(mesh, decoder, jnp.float32))
+
+
+def init_params(config: RunConfig, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Float32 weights on the mesh: read from the checkpoint, or drawn from the seed.
+
+    Think tokens that a checkpoint's tokenizer did not have by their name start with the embedding
+    and head rows of `model.new_rows_from`, or of the end-of-sequence token.
+    """
+    if config.model.path is None:
+        return _draw(config, model)
+    params = native.read_params(config.model.path, model.target)
+    source = config.model.new_rows_from
+    row = tokenizer.eos_id if source is None else token_id(tokenizer, source, "model.new_rows_from")
+    for new in tokenizer.new_ids:
+        log.info("%s (id %d) starts as a copy of %s", *_names(tokenizer, new, row))
+    return copy_token_rows(params, dict.fromkeys(tokenizer.new_ids, row))
+
+
+def _names(tokenizer: Tokenizer, new: int, row: int) -> tuple[str, int, str]:
+    return tokenizer.token(new), new, tokenizer.token(row)
+
+
+def _draw(config: RunConfig, model: Model) -> dict[str, Any]:
+    def draw() -> dict[str, Any]:
+        rngs = nnx.Rngs(jax.random.key(config.seed))
+        decoder = Decoder(model.architecture, rngs, vocab_multiple=config.model.vocab_multiple)
+        return nnx.to_pure_dict(nnx.split(decoder)[1])
+
+    shardings = jax.tree.map(lambda weight: weight.sharding, model.target)
+    return jax.jit(draw, out_shardings=shardings)()
+
+
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
+    """InputError when the tokenizer knows ids, besides new think tokens, that have no row."""
+    rows = architecture.vocab_size
+    appended = sum(new >= rows for new in tokenizer.new_ids)
+    if tokenizer.vocab_size - appended > rows:
+        raise InputError(
+            f"{config.tokenizer_directory}: has {tokenizer.vocab_size - appended} tokens, the "
+            f"model's vocab_size is {rows}; use the tokenizer of the model"
+        )
+
+
+def row_pairs(tokenizer: Tokenizer, pairs: list[str]) -> Mapping[int, int]:
+    """Ids of TOKEN=FROM pairs, each token a vocabulary entry (escapes such as \\n are read)."""
+    rows = {}
+    for pair in pairs:
+        target, equals, source = pair.partition("=")
+        if not equals:
+            raise InputError(f"--copy-row {pair}: must look like TOKEN=FROM")
+        where = f"--copy-row {pair}"
+        rows[token_id(tokenizer, target, where)] = token_id(tokenizer, source, where)
+    return rows
+
+
+def token_id(tokenizer: Tokenizer, name: str, where: str) -> int:
+    """The entry of that name, or the one token that spells the text; InputError without one."""
+    text = re.sub(r"\\[nrt\\]", lambda escape: _ESCAPES[escape[0]], name)
+    found = tokenizer.find(text)
+    if found is not None:
+        return found
+    ids = tokenizer.encode(text)
+    if len(ids) == 1 and ids[0] != tokenizer.unk_id:
+        return ids[0]
+    raise InputError(
+        f"{where}: {name!r} is no token of {tokenizer.directory}; use an entry of its vocabulary"
+    )

@@ -1,0 +1,122 @@
+"""The model card of an export: what the model is, what it was trained on, how its output reads."""
+
+from pathlib import Path
+
+import nrt_jax
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.models import native
+from nrt_jax.training.config import RunConfig
+from nrt_jax.training.inference import Trained
+
+METHODS = {
+    "logp": "JLB: sum of log-probabilities",
+    "p": "Verifree: product of probabilities",
+    "am": "RLPR: arithmetic mean of probabilities",
+    "gm": "NRT-GM: geometric mean of probabilities",
+    "ws_inv_p": "NRT-WS(1/p): weighted sum of probabilities",
+    "ws_neg_log_p": "NRT-WS(-log p): weighted sum of probabilities",
+}
+"""The rows of Table 3 by `objective.scheme`."""
+
+_USE = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+messages = [{"role": "user", "content": "..."}]
+ids = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
+```"""
+
+
+def trained_card(trained: Trained) -> str:
+    """Markdown for a run's model; names files and models, never where on the disk they lay."""
+    config, tokenizer = trained.config, trained.tokenizer
+    base = base_name(config)
+    front = [
+        *([] if base is None else [f"base_model: {base}"]),
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [reasoning, native-reasoning-training, nrt-jax]",
+    ]
+    rows = {
+        "base model": base or "none: random weights",
+        "method": _method(config),
+        "data": _data(config),
+        "step": f"{trained.step} of {config.train.steps}, "
+        f"{config.train.batch_prompts} prompts each",
+        "learning rate": f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}",
+        "seed": str(config.seed),
+        "made with": f"nrt_jax {nrt_jax.__version__}",
+    }
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            "",
+            f"# {config.run_dir.name}",
+            "",
+            "| | |",
+            "| --- | --- |",
+            *(f"| {name} | {value} |" for name, value in rows.items()),
+            "",
+            "## Format of the output",
+            "",
+            _output_format(config, tokenizer),
+            "",
+            _USE,
+            "",
+        ]
+    )
+
+
+def converted_card(path: Path) -> str:
+    """Markdown for a checkpoint that was imported and never trained."""
+    name = native.source_name(path)
+    return (
+        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+        f"---\n\n# {name}\n\nThe weights, tokenizer and output format of {name}, written by "
+        f"nrt_jax {nrt_jax.__version__}; nothing was trained.\n"
+    )
+
+
+def base_name(config: RunConfig) -> str | None:
+    """Name of the checkpoint that a run started from, that of its source if it was imported."""
+    return None if config.model.path is None else native.source_name(config.model.path)
+
+
+def _method(config: RunConfig) -> str:
+    if config.method == "sft":
+        return "supervised fine-tuning on the reference answers, without traces"
+    return (
+        "[Native Reasoning Training](https://arxiv.org/abs/2602.11549), "
+        f"{METHODS[config.objective.scheme]} (`objective.scheme: {config.objective.scheme}`), "
+        f"{config.rollout.traces_per_prompt} traces a prompt"
+    )
+
+
+def _data(config: RunConfig) -> str:
+    data = config.data
+    name = data.source if data.path is None else f"{data.path.name} ({data.source})"
+    return f"{name}, prompt template `{data.template}`; questions and answers only"
+
+
+def _output_format(config: RunConfig, tokenizer: Tokenizer) -> str:
+    eos = tokenizer.token(tokenizer.eos_id)
+    if config.method == "sft":
+        return f"The answer, then `{eos}`."
+    start, end = (
+        tokenizer.token(token) for token in (tokenizer.think_start_id, tokenizer.think_end_id)
+    )
+    return (
+        f"A reasoning trace, then the answer: `{start}` trace `{end}` answer `{eos}`. The chat "
+        f"template ends the prompt with `{start}`, as in training, so that generated text begins "
+        f"inside the trace; the answer is what follows `{end}`. Decode with "
+        "`skip_special_tokens=False` to see the markers. In training traces were sampled at "
+        f"temperature {config.rollout.temperature:g} with at most "
+        f"{config.rollout.max_trace_tokens} tokens."
+    )
