@@ -106,7 +106,7 @@ def write_checkpoint(folder: Path, architecture: Architecture) -> int:
 def measure(script: str, *arguments: object) -> dict:
     """Run a script in a process of its own; what it printed last."""
     command = [sys.executable, "-c", script + MEASURE, *map(str, arguments)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
 

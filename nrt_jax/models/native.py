@@ -5,6 +5,7 @@ they were, and the weights in `params/` instead of safetensors.
 """
 
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -26,8 +27,9 @@ from nrt_jax.models.sharding import abstract_params
 PARAMS, PROVENANCE_FILE = "params", "import.json"
 VOCAB_MULTIPLE = 128
 """Rows of an imported vocabulary are padded to a multiple of this, and so divide over any mesh."""
+_CHUNK_BYTES = 2**26
+"""What is read at least: a mesh other than that of the import needs parts of its shards."""
 _TOKENIZER_FILES = ("token*", "special_tokens_map.json", "chat_template*", "added_tokens.json")
-_GIGABYTES_AT_ONCE = 1
 
 
 def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = None) -> dict:
@@ -44,13 +46,22 @@ def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = No
     with new_directory(out, every_process=True) as folder:
         assert folder is not None
         params = read_weights(source, architecture, target)
-        _checkpointer().save((folder / PARAMS).absolute(), args=ocp.args.PyTreeSave(params))
+        _save(folder / PARAMS, params)
         if jax.process_index() == 0:
             configs = [source / name for name in (CONFIG_FILE, GENERATION_FILE)]
             for file in (*filter(Path.exists, configs), *tokenizer_files(source)):
                 shutil.copyfile(file, folder / file.name)
             write_json(folder / PROVENANCE_FILE, {"source": str(source.absolute())})
     return params
+
+
+def _save(folder: Path, params: dict) -> None:
+    try:
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
+        args = ocp.args.PyTreeSave(params, save_args=save_args)
+        _checkpointer(params).save(folder.absolute(), args=args)
+    except Exception as error:  # whatever a full disk does to the threads that write
+        raise OSError(one_line(error)[:200]) from error
 
 
 def read_params(directory: Path, target: dict) -> dict:
@@ -74,7 +85,7 @@ def read_params(directory: Path, target: dict) -> dict:
     )
     args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args)
     try:
-        restored = _checkpointer().restore((directory / PARAMS).absolute(), args=args)
+        restored = _checkpointer(wanted).restore((directory / PARAMS).absolute(), args=args)
     except Exception as error:
         raise _unreadable(directory, error) from error
     return jax.tree.map(_fit, restored, target)
@@ -130,10 +141,18 @@ def _fit(weight: Array, want: jax.ShapeDtypeStruct) -> Array:
     return jax.jit(fit, out_shardings=want.sharding)(weight)
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    """Reads and writes a gigabyte at a time, since Orbax would otherwise copy the whole model."""
+def _checkpointer(params: dict | None = None) -> ocp.Checkpointer:
+    """Reads and writes the largest shard of `params` at a time, or smaller ones together.
+
+    Orbax would otherwise copy the whole model.
+    """
     logging.getLogger("absl").setLevel(logging.ERROR)
+    shards = [
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(params)
+    ]
+    gigabytes = math.ceil(max(shards, default=1) / 1e9)
     handler = ocp.PyTreeCheckpointHandler(
-        save_concurrent_gb=_GIGABYTES_AT_ONCE, restore_concurrent_gb=_GIGABYTES_AT_ONCE
+        save_concurrent_gb=gigabytes, restore_concurrent_gb=gigabytes
     )
     return ocp.Checkpointer(handler)

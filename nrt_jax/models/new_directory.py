@@ -37,6 +37,7 @@ def new_directory(directory: Path, *, every_process: bool = False) -> Iterator[P
         _wait_for_all("filled")
         if first:
             folder.rename(directory)
+        _wait_for_all("named")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{directory}: cannot be written: {one_line(error)}") from None
     finally:

@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from nrt_jax.errors import InputError
+from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import MeshConfig, make_mesh, param_shardings
+from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import Request
 from tests.models.tiny import WINDOW, architecture
 from tests.rollout.toy import (
@@ -25,6 +27,7 @@ from tests.rollout.toy import (
     log_probs,
     logits_after,
     nucleus,
+    one_device,
     params,
     prompt,
     prompts,
@@ -217,6 +220,27 @@ def test_what_the_engine_cannot_take_is_refused(change, message):
     requests = [*MIXED[:2], MIXED[2]._replace(**change)]
     with pytest.raises(InputError, match=f"^{message}"):
         sample(engine(), params(), requests)
+
+
+def test_padding_of_the_vocabulary_is_never_sampled():
+    """Its rows would win every draw, and the traces are those of a model without it."""
+    definition = nnx.graphdef(abstract_decoder(LLAMA_64, vocab_multiple=40))
+    padded = nnx.to_pure_dict(params())
+    padded["embedding"] = jnp.pad(padded["embedding"], ((0, 16), (0, 0)), constant_values=9.0)
+    padded["head"] = jnp.pad(padded["head"], ((0, 0), (0, 16)), constant_values=9.0)
+    wider = DecoderEngine(
+        definition,
+        LLAMA_64,
+        one_device(),
+        slots=4,
+        max_prompt_tokens=20,
+        max_new_tokens=12,
+        stop_ids=STOPS,
+    )
+    for settings in ({"temperature": 0.0}, {"top_p": 0.9}):
+        assert_same(
+            sample(engine(), params(), MIXED, **settings), sample(wider, padded, MIXED, **settings)
+        )
 
 
 def test_eight_devices_write_what_one_writes():
