@@ -4,11 +4,15 @@ jax is imported by the verb that needs it, so that --help and --version answer a
 """
 
 import argparse
+import io
 import json
 import logging
 import math
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -28,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; 0 when it worked, 2 for a mistake in the input, 1 for a run that failed."""
     args = _parser().parse_args(argv)
     _configure_logging()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a model writes need not be what the terminal can show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.verb(args)
         sys.stdout.flush()
@@ -231,7 +238,8 @@ def _import(args: argparse.Namespace) -> None:
     from nrt_jax.models.sharding import parse_mesh
     from nrt_jax.training.convert import import_checkpoint
 
-    imported = import_checkpoint(args.source, args.out, parse_mesh(args.mesh), args.dtype)
+    with _exit_on_sigterm():
+        imported = import_checkpoint(args.source, args.out, parse_mesh(args.mesh), args.dtype)
     print(
         f"wrote {args.out}: {imported.weights / 1e9:.3g} billion weights, "
         f"{imported.nbytes / 1e9:.3g} GB"
@@ -250,10 +258,21 @@ def _data_show(args: argparse.Namespace) -> None:
         print(line)
 
 
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Leave by an exception, so that what is half written is removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _export(args: argparse.Namespace) -> None:
     from nrt_jax.training.convert import export
 
-    export(args.run, args.out, dtype=args.dtype, copy_rows=args.copy_row)
+    with _exit_on_sigterm():
+        export(args.run, args.out, dtype=args.dtype, copy_rows=args.copy_row)
     print(f"wrote {args.out}")
 
 

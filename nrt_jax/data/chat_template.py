@@ -62,6 +62,12 @@ class PromptTemplate:
     def _render_chat(self, template: jinja2.Template, messages: Messages, answer: str) -> Rendered:
         marked = [turn | {"content": self._controls.mark(turn["content"])} for turn in messages]
         body = render_template(template, marked, self._roles).removeprefix(self._bos)
+        if self._bos and body.lstrip().startswith(self._bos):
+            raise BadRow(
+                "begins twice",
+                f"the chat template writes {self._bos} twice, or after white space; let it begin "
+                "with one or with none",
+            )
         pieces = self._controls.split(self._bos + body if self._config.add_bos else body)
         return Rendered(pieces, unmark(body), answer)
 

@@ -74,7 +74,7 @@ def find_think_tokens(
 def edit_tokenizer_json(text: str, think: ThinkTokens) -> str | None:
     """tokenizer.json with the think tokens in it as special tokens; None when it had them so."""
     data = json.loads(text)
-    tokens = data["added_tokens"]
+    tokens = data.setdefault("added_tokens", [])
     before = json.dumps(tokens)
     for token in tokens:
         token["content"] = think.renamed.get(token["content"], token["content"])

@@ -54,10 +54,9 @@ def read_weights(directory: Path, architecture: Architecture, target: dict) -> d
     the local shards of one tensor beside the params. Raises InputError on pickled weights, on a
     name that is missing, unknown or stored twice, and on a shape or dtype that does not fit.
     """
-    directory = Path(directory)
-    tensors = open_tensors(directory)
-    table = weight_table(architecture)
-    _check(directory, architecture, table, tensors)
+    table, tensors = _checked_tensors(Path(directory), architecture)
+    if architecture.tie_word_embeddings and HEAD in tensors:
+        _check_tied(tensors)
     params: dict = {}
     for row in table:
         of_layers = [tensors[name] for name in row.names(architecture.num_hidden_layers)]
@@ -70,10 +69,7 @@ def stored_dtypes(directory: Path, architecture: Architecture) -> dict:
 
     Where the layers of one weight differ it is the smallest dtype that holds them all.
     """
-    directory = Path(directory)
-    tensors = open_tensors(directory)
-    table = weight_table(architecture)
-    _check(directory, architecture, table, tensors)
+    table, tensors = _checked_tensors(Path(directory), architecture)
     dtypes: dict = {}
     for row in table:
         names = row.names(architecture.num_hidden_layers)
@@ -91,8 +87,14 @@ def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeS
     def convert(tensor: Array) -> Array:
         return row.from_file(tensor, shape).astype(want.dtype)
 
+    def load(tensor: StoredTensor) -> Array:
+        array = _load(tensor, in_file, sharding)
+        if want.dtype == jnp.float16 and tensor.dtype != jnp.float16:
+            _check_range(tensor.name, float(jnp.max(jnp.abs(array))))
+        return array
+
     if not row.stacked:
-        tensor = _load(of_layers[0], in_file, sharding)
+        tensor = load(of_layers[0])
         if not row.in_dims and tensor.dtype == want.dtype:
             return tensor
         return jax.jit(convert, out_shardings=want.sharding)(tensor)
@@ -106,7 +108,7 @@ def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeS
     stack = zeros()
     for n, tensor in enumerate(of_layers):
         # Without waiting, tensors that the device has not taken yet would pile up on the host.
-        stack = put(stack, _load(tensor, in_file, sharding), n).block_until_ready()
+        stack = put(stack, load(tensor), n).block_until_ready()
     return stack
 
 
@@ -142,10 +144,11 @@ def _read_padded(
     return np.pad(values, [(0, all_ - some) for all_, some in zip(wanted, found, strict=True)])
 
 
-def _check(
-    directory: Path, a: Architecture, table: list[Weight], tensors: dict[str, StoredTensor]
-) -> None:
-    """Every weight is there once, with its shape, in a float dtype, and nothing else is."""
+def _checked_tensors(
+    directory: Path, a: Architecture
+) -> tuple[list[Weight], dict[str, StoredTensor]]:
+    """The table and the tensors: each weight once, with its shape and a float dtype, no other."""
+    tensors, table = open_tensors(directory), weight_table(a)
     expected = {name: row for row in table for name in row.names(a.num_hidden_layers)}
     if a.tie_word_embeddings and HEAD in tensors:
         expected[HEAD] = expected[EMBEDDING]
@@ -170,17 +173,27 @@ def _check(
             raise InputError(
                 f"{tensor.file}: {name}: dtype {tensor.stored_as}; store F32, BF16 or F16"
             )
-    if a.tie_word_embeddings and HEAD in tensors and not _equal(tensors[HEAD], tensors[EMBEDDING]):
+    return table, tensors
+
+
+def _check_tied(tensors: dict[str, StoredTensor]) -> None:
+    """A head that is stored beside the embedding it is tied to must be the same."""
+    head, embedding = tensors[HEAD], tensors[EMBEDDING]
+    ends = [*range(_ROWS_AT_ONCE, head.shape[0], _ROWS_AT_ONCE), head.shape[0]]
+    blocks = (slice(end - min(end, _ROWS_AT_ONCE), end) for end in ends)
+    if not all(np.array_equal(head.read((rows,)), embedding.read((rows,))) for rows in blocks):
         raise InputError(
-            f"{tensors[HEAD].file}: {HEAD}: differs from {EMBEDDING}, but {CONFIG_FILE} says "
+            f"{head.file}: {HEAD}: differs from {EMBEDDING}, but {CONFIG_FILE} says "
             "tie_word_embeddings=true; set it to false"
         )
 
 
-def _equal(one: StoredTensor, other: StoredTensor) -> bool:
-    ends = [*range(_ROWS_AT_ONCE, one.shape[0], _ROWS_AT_ONCE), one.shape[0]]
-    blocks = (slice(end - min(end, _ROWS_AT_ONCE), end) for end in ends)
-    return all(np.array_equal(one.read((rows,)), other.read((rows,))) for rows in blocks)
+def _check_range(name: str, largest: float) -> None:
+    """InputError when a finite weight would become infinite in float16."""
+    if float(jnp.finfo(jnp.float16).max) < largest < np.inf:
+        raise InputError(
+            f"{name}: holds values too large for float16 ({largest:g}); use bfloat16 or float32"
+        )
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -248,10 +261,10 @@ def _layer(name: str) -> int:
 def _check_fits(row: Weight, layers: int, weight: Array) -> None:
     """InputError on another shape, unless it is the vocabulary dim that is padded."""
     shape = (layers, *row.shape) if row.stacked else row.shape
-    padded = row.name in (EMBEDDING, HEAD) and len(weight.shape) == len(shape)
+    padded = {EMBEDDING: 0, HEAD: 1}.get(row.name)
     fits = [
-        have == want or (padded and have > want)
-        for have, want in zip(weight.shape, shape, strict=False)
+        have == want or (dim == padded and have > want)
+        for dim, (have, want) in enumerate(zip(weight.shape, shape, strict=False))
     ]
     if len(weight.shape) != len(shape) or not all(fits):
         name = ".".join(row.path)
@@ -265,17 +278,18 @@ def _tensors_of_row(
     stored = jnp.dtype(dtype or weight.dtype)
 
     @jax.jit
-    def convert(weight: Array, n: Array) -> tuple[Array, Array]:
-        tensor = row.to_file(weight[n] if row.stacked else weight)
-        cast = tensor.astype(stored)
-        return cast, jnp.any(jnp.isinf(cast) & jnp.isfinite(tensor))
+    def convert(weight: Array, n: Array) -> Array:
+        return row.to_file(weight[n] if row.stacked else weight).astype(stored)
+
+    @jax.jit
+    def largest(weight: Array, n: Array) -> Array:
+        return jnp.max(jnp.abs(weight[n] if row.stacked else weight))
 
     def fetch(name: str, n: int) -> np.ndarray:
-        cast, overflows = convert(jnp.asarray(weight), jnp.asarray(n))
-        if overflows:
-            raise InputError(
-                f"{name}: holds values too large for {stored}; write bfloat16 or float32"
-            )
+        arguments = jnp.asarray(weight), jnp.asarray(n)
+        if stored == jnp.float16 and weight.dtype != jnp.float16:
+            _check_range(name, float(largest(*arguments)))
+        cast = convert(*arguments)
         if cast.is_fully_addressable:
             return np.asarray(cast)
         return np.asarray(multihost_utils.process_allgather(cast, tiled=True))

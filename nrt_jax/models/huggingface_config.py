@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from pydantic import ValidationError
 
@@ -52,6 +52,7 @@ _NO_CHANGE: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "pruned_heads": ({},),
     "auto_map": ({},),
+    "is_causal": (True,),
 }
 # Fields of the base class that say how a model was stored, is run, or generates by default.
 # fmt: off
@@ -68,7 +69,9 @@ _CHANGE_NOTHING = {
     "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
     "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "remove_invalid_values", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
-    "begin_suppress_tokens", "exponential_decay_length_penalty",
+    "begin_suppress_tokens", "exponential_decay_length_penalty", "_name_or_path", "_commit_hash",
+    "_attn_implementation", "_attn_implementation_autoset", "_attn_implementation_internal",
+    "_flash_attn_2_enabled", "_from_model_config",
 }
 # fmt: on
 _ROPE = {
@@ -83,14 +86,6 @@ _REMEDIES = {
     "compression_config": "compressed weights are not read; store them as bfloat16 or float32",
     "auto_map": "code from a checkpoint (trust_remote_code) is never run; use a plain checkpoint",
 }
-
-
-def read_stored_dtype(directory: Path) -> StoredDtype:
-    """The dtype that `config.json` names for the weights; float32 when it names none of ours."""
-    config = read_json(Path(directory) / CONFIG_FILE)
-    dtype = str(config.get("dtype") or config.get("torch_dtype")).removeprefix("torch.")
-    known = {name: name for name in get_args(StoredDtype)}
-    return known.get(dtype, "float32")
 
 
 def read_generation(directory: Path) -> dict[str, Any]:
@@ -147,7 +142,8 @@ def _check_known(file: Path, config: dict[str, Any]) -> None:
     """A field that nobody here knows may change the computation, unless it is off or empty."""
     known = Architecture.model_fields.keys() | _NO_CHANGE.keys() | _ROPE | _CHANGE_NOTHING
     for field, value in config.items():
-        if value and field not in known and field != "layer_types" and not field.startswith("_"):
+        off = value is None or value is False or value in ("", [], {})
+        if not off and field not in known and field != "layer_types":
             raise _refusal(
                 file,
                 field,

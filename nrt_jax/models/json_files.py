@@ -15,7 +15,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise InputError(f"{file}: no such file; give a Hugging Face model directory") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: must be JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: must be a JSON object")

@@ -6,27 +6,36 @@ they were, and the weights in `params/` instead of safetensors.
 
 import logging
 import math
-import shutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.huggingface import read_weights, stored_dtypes
-from nrt_jax.models.huggingface_config import CONFIG_FILE, GENERATION_FILE, read_architecture
+from nrt_jax.models.huggingface_config import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    StoredDtype,
+    read_architecture,
+)
 from nrt_jax.models.json_files import one_line, read_json, write_json
-from nrt_jax.models.new_directory import new_directory
+from nrt_jax.models.new_directory import check_new, new_directory
+from nrt_jax.models.safetensors_files import open_tensors
 from nrt_jax.models.sharding import abstract_params
 
 PARAMS, PROVENANCE_FILE = "params", "import.json"
 VOCAB_MULTIPLE = 128
-"""Rows of an imported vocabulary are padded to a multiple of this, and so divide over any mesh."""
+"""Rows of an imported vocabulary are padded to a multiple of this, which most meshes divide."""
 _CHUNK_BYTES = 2**26
 """What is read at least: a mesh other than that of the import needs parts of its shards."""
 _TOKENIZER_FILES = ("token*", "special_tokens_map.json", "chat_template*", "added_tokens.json")
@@ -39,7 +48,9 @@ def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = No
     that cannot be read, and when `out` exists and is not empty.
     """
     source = Path(source)
+    check_new(out)
     architecture = read_architecture(source)
+    small_files = _small_files(source)
     target = abstract_params(mesh, abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE))
     dtypes = stored_dtypes(source, architecture)
     target = jax.tree.map(lambda want, stored: want.update(dtype=dtype or stored), target, dtypes)
@@ -48,11 +59,20 @@ def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = No
         params = read_weights(source, architecture, target)
         _save(folder / PARAMS, params)
         if jax.process_index() == 0:
-            configs = [source / name for name in (CONFIG_FILE, GENERATION_FILE)]
-            for file in (*filter(Path.exists, configs), *tokenizer_files(source)):
-                shutil.copyfile(file, folder / file.name)
+            for name, content in small_files.items():
+                (folder / name).write_bytes(content)
             write_json(folder / PROVENANCE_FILE, {"source": str(source.absolute())})
     return params
+
+
+def _small_files(source: Path) -> dict[str, bytes]:
+    """What goes along as it is: configs and tokenizer."""
+    configs = [source / CONFIG_FILE, source / GENERATION_FILE]
+    files = [*filter(Path.is_file, configs), *tokenizer_files(source)]
+    try:
+        return {file.name: file.read_bytes() for file in files}
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {one_line(error)}") from None
 
 
 def _save(folder: Path, params: dict) -> None:
@@ -76,7 +96,13 @@ def read_params(directory: Path, target: dict) -> dict:
         return read_weights(directory, architecture, target)
     saved = abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE)
     shapes = jax.tree.map(lambda weight: weight.shape, nnx.to_pure_dict(nnx.state(saved)))
-    wanted = jax.tree.map(lambda want, shape: want.update(shape=shape), target, shapes)
+    wanted = jax.tree.map(
+        lambda want, shape: want.update(shape=shape, sharding=_dividing(want.sharding, shape)),
+        target,
+        shapes,
+        is_leaf=lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
+    )
+    _check_shapes(directory, wanted)
     restore_args = jax.tree.map(
         lambda want: ocp.ArrayRestoreArgs(
             sharding=want.sharding, global_shape=want.shape, dtype=want.dtype
@@ -84,10 +110,8 @@ def read_params(directory: Path, target: dict) -> dict:
         wanted,
     )
     args = ocp.args.PyTreeRestore(wanted, restore_args=restore_args)
-    try:
+    with _damage(directory):
         restored = _checkpointer(wanted).restore((directory / PARAMS).absolute(), args=args)
-    except Exception as error:
-        raise _unreadable(directory, error) from error
     return jax.tree.map(_fit, restored, target)
 
 
@@ -95,13 +119,23 @@ def saved_target(directory: Path, mesh: Mesh) -> dict:
     """Shape and dtype of each weight of an imported directory as saved, and its place on a mesh."""
     architecture = read_architecture(directory)
     target = abstract_params(mesh, abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE))
-    try:
-        metadata = _checkpointer().metadata((Path(directory) / PARAMS).absolute()).item_metadata
-        assert metadata is not None, "it says what the arrays are"
-        saved = metadata.tree
+    saved = _saved_metadata(directory)
+    with _damage(directory):
         return jax.tree.map(lambda want, have: want.update(dtype=have.dtype), target, saved)
-    except Exception as error:
-        raise _unreadable(directory, error) from error
+
+
+def main_dtype(directory: Path) -> StoredDtype:
+    """The dtype that most bytes of a Hugging Face or an imported directory have."""
+    if is_imported(directory):
+        saved = jax.tree.leaves(_saved_metadata(directory))
+        sizes = [(jnp.dtype(leaf.dtype).name, leaf.shape) for leaf in saved]
+    else:
+        sizes = [(t.dtype.name, t.shape) for t in open_tensors(directory).values()]
+    nbytes = Counter[str]()
+    for name, shape in sizes:
+        nbytes[name] += math.prod(shape) * jnp.dtype(name).itemsize
+    names = {name: name for name in get_args(StoredDtype)}
+    return names[nbytes.most_common(1)[0][0]]
 
 
 def source_name(directory: Path) -> str:
@@ -121,10 +155,49 @@ def is_imported(directory: Path) -> bool:
     return (Path(directory) / PARAMS).is_dir()
 
 
-def _unreadable(directory: Path, error: Exception) -> InputError:
-    return InputError(
-        f"{directory / PARAMS}: cannot be read ({one_line(error)[:200]}); import it again"
-    )
+def _saved_metadata(directory: Path) -> dict:
+    """Shape and dtype of each array in the files."""
+    with _damage(directory):
+        metadata = _checkpointer().metadata((Path(directory) / PARAMS).absolute()).item_metadata
+        if metadata is None:
+            raise ValueError("the description of its arrays is missing")
+        return metadata.tree
+
+
+def _check_shapes(directory: Path, wanted: dict) -> None:
+    """InputError when the arrays are not those of config.json; the reader would say it badly."""
+    saved = _saved_metadata(directory)
+    with _damage(directory):
+        shapes = jax.tree.map(lambda want, have: (want.shape, tuple(have.shape)), wanted, saved)
+        pairs = jax.tree.leaves(shapes, is_leaf=lambda leaf: isinstance(leaf, tuple))
+        for want, have in pairs:
+            if want != have:
+                raise ValueError(f"an array has shape {have}, {CONFIG_FILE} makes it {want}")
+
+
+@contextmanager
+def _damage(directory: Path) -> Iterator[None]:
+    """Whatever damage does to Orbax, as one line and without its own messages."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"{Path(directory) / PARAMS}: cannot be read ({one_line(error)[:200]}); import it again"
+        ) from error
+    finally:
+        logger.setLevel(level)
+
+
+def _dividing(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The same without the mesh axes that do not divide a dim, as 3 does not divide 128."""
+    axes = [
+        axis if axis is not None and size % sharding.mesh.shape[axis] == 0 else None
+        for size, axis in zip(shape, sharding.spec, strict=True)
+    ]
+    return NamedSharding(sharding.mesh, PartitionSpec(*axes))
 
 
 def _fit(weight: Array, want: jax.ShapeDtypeStruct) -> Array:
@@ -146,7 +219,6 @@ def _checkpointer(params: dict | None = None) -> ocp.Checkpointer:
 
     Orbax would otherwise copy the whole model.
     """
-    logging.getLogger("absl").setLevel(logging.ERROR)
     shards = [
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(params)

@@ -1,6 +1,5 @@
 """A directory that appears whole or not at all."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +7,6 @@ from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError
 
 from nrt_jax.errors import InputError
 from nrt_jax.models.json_files import one_line
@@ -21,14 +19,12 @@ def new_directory(directory: Path, *, every_process: bool = False) -> Iterator[P
     The first process makes and renames it; the others get None, or with `every_process` the folder
     too. Raises InputError when `directory` exists and is not empty, or cannot be written.
     """
-    directory = Path(os.path.abspath(directory))
-    # Processes that write together must agree on the name; others must not meet in it.
-    writer = os.getpid() if jax.process_count() == 1 else "all"
-    folder = directory.parent / f".{directory.name}.{writer}.partial"
+    check_new(directory)
+    directory = Path(directory).resolve()
+    # A name that the next try finds, should this one be killed.
+    folder = directory.parent / f".{directory.name}.partial"
     first = jax.process_index() == 0
     try:
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise InputError(f"{directory}: exists and is not empty; give a new folder")
         if first:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -38,11 +34,17 @@ def new_directory(directory: Path, *, every_process: bool = False) -> Iterator[P
         if first:
             folder.rename(directory)
         _wait_for_all("named")
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise InputError(f"{directory}: cannot be written: {one_line(error)}") from None
     finally:
         if first:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_new(directory: Path) -> None:
+    """InputError when there is something where the new directory is to be."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory}: exists and is not empty; give a new folder")
 
 
 def _wait_for_all(what: str) -> None:

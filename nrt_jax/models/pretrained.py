@@ -6,6 +6,7 @@ logits_BTV = decoder(tokens_BT)
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder, abstract_decoder
-from nrt_jax.models.huggingface_config import read_architecture
+from nrt_jax.models.huggingface_config import StoredDtype, read_architecture
 from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import MESH_AXES, abstract_params
 
@@ -35,7 +36,7 @@ def load_pretrained(
     mesh = mesh if mesh is not None else _first_device()
     if mesh.axis_names != MESH_AXES:
         raise InputError(f"mesh: axes {mesh.axis_names}; they must be {MESH_AXES}")
-    dtype = jnp.dtype(dtype or jnp.float32)
+    dtype = jnp.dtype(_dtype(dtype))
     decoder = abstract_decoder(
         read_architecture(path), dtype=dtype, vocab_multiple=mesh.shape["tensor"]
     )
@@ -43,5 +44,15 @@ def load_pretrained(
     return nnx.merge(definition, read_params(path, abstract_params(mesh, decoder, dtype)))
 
 
+def _dtype(dtype: DTypeLike | None) -> DTypeLike:
+    allowed = {jnp.dtype(name): name for name in get_args(StoredDtype)}
+    try:
+        if dtype is None or jnp.dtype(dtype) in allowed:
+            return jnp.float32 if dtype is None else dtype
+    except TypeError:
+        pass
+    raise InputError(f"dtype {dtype}: must be one of {', '.join(allowed.values())}")
+
+
 def _first_device() -> Mesh:
-    return Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1, 1), MESH_AXES)
+    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), MESH_AXES)

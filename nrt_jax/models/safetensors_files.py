@@ -20,8 +20,9 @@ from nrt_jax.models.json_files import one_line, read_json, write_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-MAX_SHARD_BYTES = 5 * 10**9 - 10**6
-"""5 GB, less what the header of a shard may take."""
+MAX_SHARD_BYTES = 5 * 10**9
+# At most what the header of a shard takes in all, and for one tensor beside its name.
+_HEADER_BYTES, _ENTRY_BYTES = 64, 100
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -93,7 +94,10 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: weight_map: must map names of weights to files")
-        names = sorted({str(name) for name in weight_map.values()})
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not file or Path(file).name != file:
+                raise InputError(f"{index}: {name}: {file!r} must be the name of a file beside it")
+        names = sorted(set(weight_map.values()))
         if single.exists() and SINGLE_FILE not in names:
             raise InputError(
                 f"{directory}: {SINGLE_FILE} and {INDEX_FILE}: two models; remove one of them"
@@ -162,13 +166,14 @@ def write_tensors(
 
 def _into_shards(tensors: Iterable[NewTensor], max_bytes: int) -> list[list[NewTensor]]:
     shards: list[list[NewTensor]] = [[]]
-    size = 0
+    size = _HEADER_BYTES
     for tensor in tensors:
-        if shards[-1] and size + tensor.nbytes > max_bytes:
+        needed = tensor.nbytes + len(json.dumps(tensor.name)) + _ENTRY_BYTES
+        if shards[-1] and size + needed > max_bytes:
             shards.append([])
-            size = 0
+            size = _HEADER_BYTES
         shards[-1].append(tensor)
-        size += tensor.nbytes
+        size += needed
     return shards
 
 
@@ -182,6 +187,8 @@ def _write_shard(file: Path | None, tensors: list[NewTensor]) -> None:
             assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
             if out is not None:
                 out.write(array.view(np.uint8).data)
+            # The next one is fetched before this name is bound to it.
+            del array
 
 
 def _header(tensors: list[NewTensor]) -> bytes:

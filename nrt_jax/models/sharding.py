@@ -151,7 +151,9 @@ def _check_divides(name: str, shape: tuple[int, ...], spec: PartitionSpec, mesh:
         shards = int(np.prod([mesh.shape[n] for n in names]))
         if size % shards:
             fits = [n for n in range(1, mesh.size + 1) if size % n == 0]
+            of_vocabulary = name in ("embedding", "head") and axis == LOGICAL_TO_MESH["vocab"]
+            padded = "; or set model.vocab_multiple" if of_vocabulary else ""
             raise InputError(
                 f"mesh: {'*'.join(names)}={shards} does not divide {name} of size {size}; "
-                f"sizes that do: {fits}"
+                f"sizes that do: {fits}{padded}"
             )

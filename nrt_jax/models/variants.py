@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from nrt_jax.config import Section
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Llama3Scaling(Section):

@@ -1,28 +1,37 @@
 """Checkpoints in and out: `nrt-jax import` and `nrt-jax export`."""
 
+import logging
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import jax
 
 from nrt_jax.data.chat_export import chat_template_text
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.data.tokenizer_check import check_tokenizer
+from nrt_jax.data.tokenizer_files import (
+    SENTENCEPIECE_FILE,
+    TOKENIZER_FILE,
+    build_backend,
+    read_tokenizer_json,
+)
 from nrt_jax.errors import InputError
 from nrt_jax.models import huggingface, native
 from nrt_jax.models.huggingface_config import (
     StoredDtype,
     read_architecture,
     read_generation,
-    read_stored_dtype,
 )
+from nrt_jax.models.new_directory import check_new
 from nrt_jax.models.sharding import MeshConfig, make_mesh, spread_mesh
 from nrt_jax.models.token_rows import copy_token_rows
 from nrt_jax.training.config import RunConfig
-from nrt_jax.training.inference import Trained, load_trained
-from nrt_jax.training.model import row_pairs
+from nrt_jax.training.inference import load_trained
+from nrt_jax.training.model import token_id
 from nrt_jax.training.model_card import converted_card, trained_card
+
+log = logging.getLogger(__name__)
 
 CARD = "README.md"
 
@@ -42,8 +51,7 @@ def import_checkpoint(
 
     Raises InputError for a directory, or a tokenizer in it, that cannot be used.
     """
-    if any(source.glob("tokenizer*")):
-        Tokenizer.load(source)
+    _check_tokenizer(source)
     params = native.import_directory(source, out, make_mesh(mesh), dtype)
     leaves = jax.tree.leaves(params)
     return Imported(sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves))
@@ -55,32 +63,38 @@ def export(path: Path, out: Path, *, dtype: StoredDtype | None, copy_rows: list[
     Without a dtype it is that of the checkpoint that the run started from. `copy_rows` holds
     TOKEN=FROM, each token a vocabulary entry (escapes such as \\n are read).
     """
+    check_new(out)
     if native.is_imported(path):
         if copy_rows:
             raise InputError(f"--copy-row {copy_rows[0]}: only for runs; {path} is an import")
         _export_imported(path, out, dtype)
         return
     trained = load_trained(path)
+    config, tokenizer = trained.config, trained.tokenizer
+    rows = row_pairs(tokenizer, copy_rows)
+    template = chat_template_text(config.data, tokenizer, opens_trace=config.method == "nrt")
+    card = trained_card(trained)
+
+    def add_files(folder: Path) -> None:
+        tokenizer.copy_to(folder, chat_template=template)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
     huggingface.write_directory(
         out,
         trained.model.architecture,
-        copy_token_rows(trained.params, row_pairs(trained.tokenizer, copy_rows)),
-        dtype=dtype or _dtype_of_base(trained.config),
-        generation={
-            "bos_token_id": trained.tokenizer.bos_id,
-            "eos_token_id": trained.tokenizer.eos_id,
-        },
-        add_files=partial(_add_trained_files, trained),
+        copy_token_rows(trained.params, rows),
+        dtype=dtype or _dtype_of_base(config),
+        generation={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        add_files=add_files,
     )
 
 
-def _add_trained_files(trained: Trained, folder: Path) -> None:
-    """The tokenizer with the prompt format of the training, and the model card."""
-    template = chat_template_text(
-        trained.config.data, trained.tokenizer, opens_trace=trained.config.method == "nrt"
-    )
-    trained.tokenizer.copy_to(folder, chat_template=template)
-    (folder / CARD).write_text(trained_card(trained), encoding="utf-8")
+def _check_tokenizer(source: Path) -> None:
+    """InputError for a tokenizer that no run would take; a run looks for its tokens too."""
+    if (source / TOKENIZER_FILE).exists():
+        check_tokenizer(source, build_backend(read_tokenizer_json(source), source), None)
+    elif (source / SENTENCEPIECE_FILE).exists():
+        log.warning("%s: has no %s, so a run needs another data.tokenizer", source, TOKENIZER_FILE)
 
 
 def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
@@ -103,4 +117,16 @@ def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
 
 
 def _dtype_of_base(config: RunConfig) -> StoredDtype:
-    return "float32" if config.model.path is None else read_stored_dtype(config.model.path)
+    return "float32" if config.model.path is None else native.main_dtype(config.model.path)
+
+
+def row_pairs(tokenizer: Tokenizer, pairs: list[str]) -> dict[int, int]:
+    """Ids of TOKEN=FROM pairs, each token a vocabulary entry (escapes such as \\n are read)."""
+    rows = {}
+    for pair in pairs:
+        target, equals, source = pair.partition("=")
+        if not equals:
+            raise InputError(f"--copy-row {pair}: must look like TOKEN=FROM")
+        where = f"--copy-row {pair}"
+        rows[token_id(tokenizer, target, where)] = token_id(tokenizer, source, where)
+    return rows

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,9 +81,9 @@ def init_params(config: RunConfig, model: Model, tokenizer: Tokenizer) -> dict[s
     """
     if config.model.path is None:
         return _draw(config, model)
-    params = native.read_params(config.model.path, model.target)
     source = config.model.new_rows_from
     row = tokenizer.eos_id if source is None else token_id(tokenizer, source, "model.new_rows_from")
+    params = native.read_params(config.model.path, model.target)
     for new in tokenizer.new_ids:
         log.info("%s (id %d) starts as a copy of %s", *_names(tokenizer, new, row))
     return copy_token_rows(params, dict.fromkeys(tokenizer.new_ids, row))
@@ -112,18 +112,6 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Arc
             f"{config.tokenizer_directory}: has {tokenizer.vocab_size - appended} tokens, the "
             f"model's vocab_size is {rows}; use the tokenizer of the model"
         )
-
-
-def row_pairs(tokenizer: Tokenizer, pairs: list[str]) -> Mapping[int, int]:
-    """Ids of TOKEN=FROM pairs, each token a vocabulary entry (escapes such as \\n are read)."""
-    rows = {}
-    for pair in pairs:
-        target, equals, source = pair.partition("=")
-        if not equals:
-            raise InputError(f"--copy-row {pair}: must look like TOKEN=FROM")
-        where = f"--copy-row {pair}"
-        rows[token_id(tokenizer, target, where)] = token_id(tokenizer, source, where)
-    return rows
 
 
 def token_id(tokenizer: Tokenizer, name: str, where: str) -> int:

@@ -1,5 +1,6 @@
 """The model card of an export: what the model is, what it was trained on, how its output reads."""
 
+import json
 from pathlib import Path
 
 import nrt_jax
@@ -37,7 +38,7 @@ def trained_card(trained: Trained) -> str:
     config, tokenizer = trained.config, trained.tokenizer
     base = base_name(config)
     front = [
-        *([] if base is None else [f"base_model: {base}"]),
+        *([] if base is None else [f"base_model: {json.dumps(base)}"]),
         "library_name: transformers",
         "pipeline_tag: text-generation",
         "tags: [reasoning, native-reasoning-training, nrt-jax]",
@@ -58,7 +59,7 @@ def trained_card(trained: Trained) -> str:
             *front,
             "---",
             "",
-            f"# {config.run_dir.name}",
+            f"# {config.run_dir.resolve().name}",
             "",
             "| | |",
             "| --- | --- |",
@@ -78,8 +79,9 @@ def converted_card(path: Path) -> str:
     """Markdown for a checkpoint that was imported and never trained."""
     name = native.source_name(path)
     return (
-        f"---\nbase_model: {name}\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        f"---\n\n# {name}\n\nThe weights, tokenizer and output format of {name}, written by "
+        f"---\nbase_model: {json.dumps(name)}\nlibrary_name: transformers\n"
+        f"pipeline_tag: text-generation\n---\n\n# {name}\n\nThe weights, tokenizer "
+        f"and output format of {name}, written by "
         f"nrt_jax {nrt_jax.__version__}; nothing was trained.\n"
     )
 
@@ -102,7 +104,8 @@ def _method(config: RunConfig) -> str:
 def _data(config: RunConfig) -> str:
     data = config.data
     name = data.source if data.path is None else f"{data.path.name} ({data.source})"
-    return f"{name}, prompt template `{data.template}`; questions and answers only"
+    template = data.template if data.template_file is None else data.template_file.name
+    return f"{name}, prompt template `{template}`; questions and answers only"
 
 
 def _output_format(config: RunConfig, tokenizer: Tokenizer) -> str:

@@ -292,9 +292,30 @@ def test_what_a_template_may_not_do(made, tmp_path, config):
         path.write_text(text)
         row = tokenize({"question": "1+2", "answer": "3"}, run, made("first"))
         assert row.reason == "refused by the template"
-    path.write_text("{{ strftime_now('%Y') | length }}{{ {'<': 'é'} | tojson }}")
+    path.write_text("{{ {'<': 'é'} | tojson }}")
     row = tokenize({"question": "1+2", "answer": "3"}, run, made("first"))
-    assert row.example.question == '4{"<": "é"}'
+    assert row.example.question == '{"<": "é"}'
+
+
+def test_a_template_does_not_learn_the_day(made, tmp_path, config):
+    """As written by the template of Llama 3.2 where it has no clock."""
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ strftime_now('%d %b %Y') }}")
+    run = config("tulu", template_file=path)
+    row = tokenize({"question": "1+2", "answer": "3"}, run, made("first"))
+    assert row.example.question == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    "start", ["{{ bos_token }}{{ bos_token }}", "\\n{{ bos_token }}", " {{ bos_token }}"]
+)
+@pytest.mark.parametrize("add_bos", [True, False])
+def test_a_template_that_begins_twice(made, tmp_path, config, start, add_bos):
+    path = tmp_path / "t.jinja"
+    path.write_text(start.encode().decode("unicode_escape") + "{{ messages[0].content }}")
+    run = config("tulu", template_file=path, add_bos=add_bos)
+    row = tokenize({"question": "1+2", "answer": "3"}, run, made("first"))
+    assert row.reason == "begins twice"
 
 
 # --- rows that have no prompt --------------------------------------------------------------------

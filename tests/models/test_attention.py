@@ -5,20 +5,41 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nrt_jax.models.attention import KVPrefix, attend, own_mask, prefix_mask
+from nrt_jax.models.attention import (
+    KVPrefix,
+    attend,
+    own_mask,
+    prefix_mask,
+    segment_positions,
+)
 from tests.models.tiny import close
 
 B, P, T, S, H, G, D = 6, 2, 3, 7, 2, 2, 16
 
 
 def test_own_mask_by_hand():
-    mask = own_mask(jnp.asarray([[0, 1, 2]]), jnp.asarray([[True, True, False]]), window=2)
-    np.testing.assert_array_equal(mask[0], [[1, 0, 0], [1, 1, 0], [0, 1, 0]])
+    positions = jnp.asarray([[0, 1, 2, 0, 1, 0]])
+    mask = own_mask(positions, jnp.asarray([[1, 1, 1, 2, 2, 0]]), window=2)
+    expected = [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 0, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0],
+    ]
+    np.testing.assert_array_equal(mask[0], expected)
 
 
 def test_own_mask_with_left_padding_and_no_window():
-    mask = own_mask(jnp.asarray([[0, 0, 1]]), jnp.asarray([[False, True, True]]), window=None)
+    mask = own_mask(jnp.asarray([[0, 0, 1]]), jnp.asarray([[0, 1, 1]]), window=None)
     np.testing.assert_array_equal(mask[0], [[0, 0, 0], [0, 1, 0], [0, 1, 1]])
+
+
+def test_positions_count_from_zero_in_each_segment():
+    segments = jnp.asarray([[0, 0, 1, 1, 1], [1, 1, 2, 3, 3], [1, 1, 1, 0, 0]])
+    expected = [[0, 1, 0, 1, 2], [0, 1, 0, 0, 1], [0, 1, 2, 0, 1]]
+    np.testing.assert_array_equal(segment_positions(segments), expected)
 
 
 def test_prefix_mask_by_hand():
@@ -68,7 +89,7 @@ def reference(q, k, v, mask) -> np.ndarray:
 
 def test_attend_against_loops():
     q, k, v, positions = example()
-    mask = own_mask(positions, jnp.ones((B, T), bool).at[0, 1].set(False), None)
+    mask = own_mask(positions, jnp.ones((B, T), int).at[0, 1].set(2), None)
     close(attend(q, k, v, mask), reference(q, k, v, mask))
 
 
@@ -76,7 +97,7 @@ def test_attend_against_loops():
 def test_shared_prefix_equals_copies(window):
     q, k, v, positions = example()
     prefix, R = example_prefix(), B // P
-    mask = own_mask(positions, jnp.ones((B, T), bool), window)
+    mask = own_mask(positions, jnp.ones((B, T), int), window)
     before = prefix_mask(positions, prefix, window)
     actual = attend(q, k, v, mask, prefix, before)
 
@@ -89,7 +110,10 @@ def test_shared_prefix_equals_copies(window):
 def test_prefix_is_not_copied_to_its_sequences():
     q, k, v, positions = example()
     prefix = example_prefix()
-    mask, before = own_mask(positions, positions >= 0, None), prefix_mask(positions, prefix, None)
+    mask, before = (
+        own_mask(positions, jnp.ones_like(positions), None),
+        prefix_mask(positions, prefix, None),
+    )
     jaxpr = jax.make_jaxpr(lambda *x: attend(*x, mask, prefix, before))(q, k, v)
     sizes = [np.prod(o.aval.shape) for equation in jaxpr.eqns for o in equation.outvars]
     assert max(sizes) < B * S * H * D
@@ -97,7 +121,7 @@ def test_prefix_is_not_copied_to_its_sequences():
 
 def test_a_query_that_sees_nothing_has_finite_output_and_gradient():
     q, k, v, positions = example()
-    mask = own_mask(positions, jnp.zeros((B, T), bool), None)
+    mask = own_mask(positions, jnp.zeros((B, T), int), None)
     value, gradient = jax.jit(jax.value_and_grad(lambda q: attend(q, k, v, mask).sum()))(q)
     assert jnp.isfinite(value)
     assert jnp.isfinite(gradient).all()

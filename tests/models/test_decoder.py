@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.variants import Architecture
+from tests.models.incremental import prefill_and_decode
 from tests.models.tiny import LLAMA, WINDOW, architecture, close, decoder, tokens
 
 VARIANTS = {
@@ -18,10 +18,6 @@ VARIANTS = {
 }
 variants = pytest.mark.parametrize("a", VARIANTS.values(), ids=VARIANTS.keys())
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
-
-
-def positions(B: int, T: int) -> jax.Array:
-    return jnp.tile(jnp.arange(T), (B, 1))
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -46,38 +42,8 @@ def test_causal_by_gradient(window):
 
 @variants
 def test_prefill_and_decode_equal_the_full_forward(a: Architecture):
-    model, T, S = decoder(a), 12, 7
-    ids = tokens((2, T))
-    expected = forward(model, ids)
-    states, cache = nnx.jit(lambda m, *x: m.hidden(*x))(
-        model, ids[:, :S], positions(2, S), jnp.ones((2, S), bool)
-    )
-    outputs = [model.logits(states)]
-    # Slots that are not written yet hold garbage that no query may see.
-    cache = KVPrefix(*(_grow(x, T - S, axis) for x, axis in zip(cache, (2, 2, 1, 1), strict=True)))
-    for t in range(S, T):
-        logits, cache = decode(model, ids[:, t : t + 1], jnp.asarray(t), cache)
-        outputs.append(logits)
-    close(jnp.concatenate(outputs, axis=1), expected)
-
-
-@nnx.jit
-def decode(model: Decoder, ids: jax.Array, t: jax.Array, cache: KVPrefix):
-    """Logits after one more token, and the cache with its keys and values in slot t."""
-    valid = jnp.ones(ids.shape, bool)
-    states, new = model.hidden(ids, jnp.full(ids.shape, t), valid, cache)
-    return model.logits(states), KVPrefix(
-        cache.k.at[:, :, t].set(new.k[:, :, 0]),
-        cache.v.at[:, :, t].set(new.v[:, :, 0]),
-        cache.positions_PS.at[:, t].set(t),
-        cache.valid_PS.at[:, t].set(True),
-    )
-
-
-def _grow(x: jax.Array, slots: int, axis: int) -> jax.Array:
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, slots)
-    return jnp.pad(x, padding, constant_values=False if x.dtype == bool else 9)
+    model, ids = decoder(a), tokens((2, 12))
+    close(prefill_and_decode(model, ids, prompt=7), forward(model, ids))
 
 
 @variants
@@ -96,14 +62,14 @@ def test_branches_of_one_prefix_equal_full_sequences(a: Architecture):
     def shared(weights):
         model = nnx.merge(graph, weights)
         prompt_positions = jnp.maximum(jnp.cumsum(prompt_valid, axis=1) - 1, 0)
-        _, prefix = model.hidden(prompts, prompt_positions, prompt_valid)
+        _, prefix = model.hidden(prompts, prompt_positions, prompt_valid.astype(int))
         start = jnp.repeat(prompt_valid.sum(axis=1), R)
         here = start[:, None] + jnp.arange(T)[None]
-        logits = model.logits(model.hidden(branches, here, branch_valid, prefix)[0])
+        logits = model.logits(model.hidden(branches, here, branch_valid.astype(int), prefix)[0])
         return _objective(logits, branch_valid), logits
 
     def full(weights):
-        logits = nnx.merge(graph, weights)(whole[0], None, whole[1])[:, S:]
+        logits = nnx.merge(graph, weights)(whole[0], None, whole[1].astype(int))[:, S:]
         return _objective(logits, branch_valid), logits
 
     (_, actual), actual_grad = jax.jit(jax.value_and_grad(shared, has_aux=True))(weights)
@@ -122,7 +88,7 @@ def test_padding_on_either_side_changes_nothing(a: Architecture):
     model, T, padding = decoder(a), 8, 3
     ids = tokens((2, T))
     expected = jax.nn.log_softmax(forward(model, ids))
-    true, false = jnp.ones((2, T), bool), jnp.zeros((2, padding), bool)
+    true, false = jnp.ones((2, T), int), jnp.zeros((2, padding), int)
     junk = tokens((2, padding), seed=1)
     left = forward(model, jnp.concatenate([junk, ids], 1), None, jnp.concatenate([false, true], 1))
     right = forward(model, jnp.concatenate([ids, junk], 1), None, jnp.concatenate([true, false], 1))

@@ -27,10 +27,14 @@ def plain(hidden, head, targets, temperature) -> TokenScores:
     return TokenScores(log_prob, -(jnp.exp(log_pi) * log_pi).sum(-1))
 
 
-def chunked(hidden, head, targets, temperature, chunk_tokens=16) -> TokenScores:
-    inverse = 1 / temperature
+def chunked(hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V) -> TokenScores:
     return token_scores(
-        hidden, head, targets, chunk_tokens=chunk_tokens, inverse_temperature_BT=inverse
+        hidden,
+        head,
+        targets,
+        vocab_size=vocab_size,
+        chunk_tokens=chunk_tokens,
+        inverse_temperature_BT=1 / temperature,
     )
 
 
@@ -57,17 +61,35 @@ def test_equals_plain_log_softmax(chunk_tokens):
     close(run(partial(chunked, chunk_tokens=chunk_tokens)), run(plain))
 
 
+def test_columns_beyond_the_vocabulary_do_not_exist():
+    """Value, entropy and gradient are those of the head without them; theirs is zero."""
+    hidden, head, targets, temperature = example()
+    padded = jnp.pad(head, ((0, 0), (0, 27)), constant_values=3.0)
+
+    def loss(head):
+        scores = chunked(hidden, head, targets, temperature / 8)
+        return weighted_sum(scores), scores
+
+    (gradient, scores) = jax.jit(jax.grad(loss, has_aux=True))(padded)
+    expected_gradient, expected = jax.jit(jax.grad(loss, has_aux=True))(head)
+    close(scores, expected)
+    close(gradient[:, :V], expected_gradient)
+    np.testing.assert_array_equal(gradient[:, V:], 0)
+
+
 def test_without_temperature_it_is_one():
     hidden, head, targets, _ = example()
     close(
-        token_scores(hidden, head, targets, chunk_tokens=16),
+        token_scores(hidden, head, targets, vocab_size=head.shape[1], chunk_tokens=16),
         plain(hidden, head, targets, jnp.ones((B, T))),
     )
 
 
 def test_scores_of_bfloat16_states_are_float32():
     hidden, head, targets, _ = example()
-    scores = token_scores(hidden.astype(jnp.bfloat16), head, targets, chunk_tokens=16)
+    scores = token_scores(
+        hidden.astype(jnp.bfloat16), head, targets, vocab_size=head.shape[1], chunk_tokens=16
+    )
     assert {x.dtype for x in scores} == {jnp.dtype(jnp.float32)}
     # Float32 sums of products of bfloat16 numbers: only the rounding of the inputs is lost.
     rounded = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, head))

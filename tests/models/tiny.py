@@ -1,14 +1,19 @@
 """Small decoders with large random weights, so that a wrong computation shows."""
 
+import math
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from nrt_jax.models.decoder import Decoder
+from nrt_jax.models.decoder import Decoder, abstract_decoder
+from nrt_jax.models.huggingface import read_weights
+from nrt_jax.models.sharding import MESH_AXES, MeshConfig, abstract_params, make_mesh
 from nrt_jax.models.variants import Architecture, Llama3Scaling
 
 SCALING = Llama3Scaling(factor=8.0, original_max_position_embeddings=16)
@@ -39,6 +44,21 @@ def decoder(a: Architecture, **options: Any) -> Decoder:
         noise = jax.random.normal(jax.random.key(n), norm.scale[...].shape)
         norm.scale[...] = 1 + 0.3 * noise
     return model
+
+
+def mesh(**sizes: int) -> Mesh:
+    """A mesh of as many devices as the sizes multiply to; one device without any."""
+    shape = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    devices = jax.devices()[: math.prod(shape.values())]
+    return make_mesh(MeshConfig(**shape), devices)
+
+
+def read(
+    directory: Path, a: Architecture, on: Mesh | None = None, vocab_multiple: int = 1
+) -> dict[str, Any]:
+    """The params of a Hugging Face directory in float32, on one device unless a mesh is given."""
+    decoder = abstract_decoder(a, vocab_multiple=vocab_multiple)
+    return read_weights(directory, a, abstract_params(on or mesh(), decoder))
 
 
 def tokens(shape: tuple[int, ...], vocab_size: int = 61, seed: int = 0) -> jax.Array:

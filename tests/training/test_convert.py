@@ -1,6 +1,9 @@
 """`nrt-jax import` and `nrt-jax export`, and think tokens that a checkpoint did not have."""
 
 import json
+import shutil
+import signal
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import abstract_params
 from nrt_jax.training.inference import load_trained
 from tests.models.tiny import mesh, read
-from tests.training.runs import TinyRun, write_model
+from tests.training.runs import Process, TinyRun, write_model
 
 NEW_NAMES = ("data.think_start=<think>", "data.think_end=</think>")
 
@@ -91,8 +94,31 @@ def test_there_and_back_is_exact(tiny_config, imported, tmp_path, words):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (tiny_config.parent / "model" / name).read_bytes()
     card = (out / "README.md").read_text()
-    assert "base_model: model" in card
+    assert 'base_model: "model"' in card
     assert "nothing was trained" in card
+
+
+def test_a_tokenizer_that_no_run_would_take_is_not_imported(tiny_config, tmp_path, words):
+    source = shutil.copytree(tiny_config.parent / "model", tmp_path / "source")
+    (source / "tokenizer.json").write_text("{}")
+    status, _, error = words("import", source, tmp_path / "out")
+    assert status == 2
+    assert "tokenizer.json: not a tokenizer" in error
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.model").write_bytes(b"")
+    assert words("import", source, tmp_path / "out")[0] == 0
+
+
+def test_sigterm_leaves_nothing_half_written(tiny_config, tmp_path):
+    source = tiny_config.parent / "model"
+    log = Path(tempfile.mkdtemp(dir=tmp_path))
+    process = Process(["import", str(source), str(tmp_path / "out")], log)
+    assert process.wait_until(lambda: (tmp_path / ".out.partial").exists())
+    process.signal(signal.SIGTERM)
+    status = process.end().status
+    # The rename may have come first.
+    assert (status, (tmp_path / "out").exists()) in ((128 + signal.SIGTERM, False), (0, True))
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_rows_of_an_import_are_not_copied(imported, tmp_path, words):
