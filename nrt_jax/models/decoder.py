@@ -4,6 +4,7 @@ Letters: B sequences, T tokens, V vocabulary, D model dim, F feed-forward, N que
 H key/value heads, G = N / H, d head dim, L layers.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -215,7 +216,16 @@ class Decoder(nnx.Module):
             segment_ids = jnp.ones(tokens_BT.shape, jnp.int32)
         if positions is None:
             positions = segment_positions(segment_ids)
-        return self.logits(self.hidden(tokens_BT, positions, segment_ids)[0])
+        return _whole_logits(*nnx.split(self), tokens_BT, positions, segment_ids)
+
+
+@partial(jax.jit, static_argnums=0)
+def _whole_logits(
+    definition: nnx.GraphDef, weights: nnx.State, tokens_BT, positions_BT, segment_ids_BT
+) -> Float[Array, "B T V"]:
+    # Compiled once a shape: called plainly, the scan over the layers would be at every call.
+    decoder = nnx.merge(definition, weights)
+    return decoder.logits(decoder.hidden(tokens_BT, positions_BT, segment_ids_BT)[0])
 
 
 def abstract_decoder(

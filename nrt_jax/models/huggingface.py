@@ -209,7 +209,7 @@ def write_directory(
     add_files: Callable[[Path], object] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
-    """Write a directory that transformers and vLLM load: configs, and the weights in `dtype`.
+    """Write a directory that transformers loads: configs, and the weights in `dtype`.
 
     Without a dtype each weight keeps its own. `generation` is the content of
     `generation_config.json`, and `add_files(folder)` may add files, such as a tokenizer. The params
