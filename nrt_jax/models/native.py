@@ -4,7 +4,6 @@ An imported directory has the config.json, the generation config and the tokeniz
 they were, and the weights in `params/` instead of safetensors.
 """
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -30,6 +29,7 @@ from nrt_jax.models.huggingface_config import (
 )
 from nrt_jax.models.json_files import one_line, read_json, write_json
 from nrt_jax.models.new_directory import check_new, new_directory
+from nrt_jax.models.orbax_noise import silence_abandoned_io, without_messages
 from nrt_jax.models.safetensors_files import open_tensors
 from nrt_jax.models.sharding import abstract_params
 
@@ -178,17 +178,14 @@ def _check_shapes(directory: Path, wanted: dict) -> None:
 @contextmanager
 def _damage(directory: Path) -> Iterator[None]:
     """Whatever damage does to Orbax, as one line and without its own messages."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except Exception as error:
-        raise InputError(
-            f"{Path(directory) / PARAMS}: cannot be read ({one_line(error)[:200]}); import it again"
-        ) from error
-    finally:
-        logger.setLevel(level)
+    with without_messages():
+        try:
+            yield
+        except Exception as error:
+            raise InputError(
+                f"{Path(directory) / PARAMS}: cannot be read ({one_line(error)[:200]}); "
+                "import it again"
+            ) from error
 
 
 def _dividing(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
@@ -219,6 +216,7 @@ def _checkpointer(params: dict | None = None) -> ocp.Checkpointer:
 
     Orbax would otherwise copy the whole model.
     """
+    silence_abandoned_io()
     shards = [
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(params)

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from nrt_jax.errors import InputError, RunFailed
+from nrt_jax.models.orbax_noise import silence_abandoned_io, without_messages
 from nrt_jax.training.config import CheckpointConfig
 from nrt_jax.training.fingerprint import by_path, fingerprints
 from nrt_jax.training.state import TrainState
@@ -40,31 +39,11 @@ class _Damaged(Exception):
 @contextmanager
 def _damage() -> Iterator[None]:
     """Whatever damage does to a reader, as one exception and without the reader's own messages."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    except Exception as error:
-        raise _Damaged(_one_line(error)) from error
-    finally:
-        logger.setLevel(level)
-
-
-def _silence_abandoned_io() -> None:
-    """When one array cannot be read or written, the others under way have nobody to fail to.
-
-    They end at any time later, in threads, and each would print a traceback of its own.
-    """
-    sys.unraisablehook = _show_unless_abandoned
-    warnings.filterwarnings("ignore", message="coroutine .* was never awaited")
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-
-
-def _show_unless_abandoned(unraisable: Any) -> None:
-    reader = "_read_array_index_and_device_put" in repr(unraisable.object)
-    if not reader and str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+    with without_messages():
+        try:
+            yield
+        except Exception as error:
+            raise _Damaged(_one_line(error)) from error
 
 
 class _KeepLatestAndBest(checkpoint_managers.PreservationPolicy):
@@ -97,7 +76,7 @@ class Checkpoints:
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, writable: bool):
-        _silence_abandoned_io()
+        silence_abandoned_io()
         self._best_metric = config.best_metric
         self._scores: Scores = {}
         options = ocp.CheckpointManagerOptions(
