@@ -25,34 +25,28 @@ from nrt_jax.models.safetensors_files import MAX_SHARD_BYTES, NewTensor, write_t
 from nrt_jax.models.variants import Architecture, Llama3Scaling
 from nrt_jax.models.weight_table import weight_table
 
-SHAPES = {
-    "3b": Architecture(
-        vocab_size=128256,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        rope_theta=500000.0,
-        rope_scaling=Llama3Scaling(factor=32.0),
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-    ),
-    "1b": Architecture(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        rope_theta=500000.0,
-        rope_scaling=Llama3Scaling(factor=32.0),
-        tie_word_embeddings=True,
-        max_position_embeddings=131072,
-    ),
-}
+LLAMA_3B = Architecture(
+    vocab_size=128256,
+    hidden_size=3072,
+    intermediate_size=8192,
+    num_hidden_layers=28,
+    num_attention_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    rope_theta=500000.0,
+    rope_scaling=Llama3Scaling(factor=32.0),
+    tie_word_embeddings=True,
+    max_position_embeddings=131072,
+)
+LLAMA_1B = LLAMA_3B.model_copy(
+    update={
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "head_dim": 64,
+    }
+)
+SHAPES = {"3b": LLAMA_3B, "1b": LLAMA_1B}
 
 LOAD = """
 import sys, time
