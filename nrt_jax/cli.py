@@ -94,7 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"nrt-jax {nrt_jax.__version__}")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_run_verbs(verbs)
+    _add_checkpoint_verbs(verbs)
+    _add_views(verbs)
+    return parser
 
+
+def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     train = verbs.add_parser("train", help="train a config's run, or continue it")
     _add_config(train)
     train.set_defaults(verb=_train)
@@ -108,6 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=_seed, default=0)
     generate.set_defaults(verb=_generate)
 
+
+def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     import_ = verbs.add_parser(
         "import", help="lay out a Hugging Face directory once, for runs that start from it"
     )
@@ -137,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(verb=_export)
 
+
+def _add_views(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     data = verbs.add_parser("data", help="look at a config's data")
     data_verbs = data.add_subparsers(required=True, metavar="VERB")
     show_data = data_verbs.add_parser(
@@ -159,7 +169,6 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(verb=_config_show)
     schema = config_verbs.add_parser("schema", help="print the JSON schema")
     schema.set_defaults(verb=_config_schema)
-    return parser
 
 
 def _temperature(text: str) -> float:

@@ -4,7 +4,7 @@ Both directions take one tensor at a time, so that no host ever holds a model.
 Letters: V vocabulary, L layers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
@@ -31,11 +32,12 @@ from nrt_jax.models.safetensors_files import (
     MAX_SHARD_BYTES,
     NewTensor,
     StoredTensor,
+    main_dtype,
     open_tensors,
     write_tensors,
 )
 from nrt_jax.models.variants import Architecture
-from nrt_jax.models.weight_table import EMBEDDING, HEAD, Weight, leaf, set_leaf, weight_table
+from nrt_jax.models.weight_table import EMBEDDING, HEAD, Weight, weight_table
 
 # Old Llama exports store these constants of the architecture, which are no weights.
 _CONSTANT = ".rotary_emb.inv_freq"
@@ -57,11 +59,11 @@ def read_weights(directory: Path, architecture: Architecture, target: dict) -> d
     table, tensors = _checked_tensors(Path(directory), architecture)
     if architecture.tie_word_embeddings and HEAD in tensors:
         _check_tied(tensors)
-    params: dict = {}
+    wanted, params = flatten_dict(target), {}
     for row in table:
         of_layers = [tensors[name] for name in row.names(architecture.num_hidden_layers)]
-        set_leaf(params, row.path, _read_leaf(row, of_layers, leaf(target, row.path)))
-    return params
+        params[row.path] = _read_leaf(row, of_layers, wanted[row.path])
+    return unflatten_dict(params)
 
 
 def stored_dtypes(directory: Path, architecture: Architecture) -> dict:
@@ -70,11 +72,11 @@ def stored_dtypes(directory: Path, architecture: Architecture) -> dict:
     Where the layers of one weight differ it is the smallest dtype that holds them all.
     """
     table, tensors = _checked_tensors(Path(directory), architecture)
-    dtypes: dict = {}
+    dtypes = {}
     for row in table:
         names = row.names(architecture.num_hidden_layers)
-        set_leaf(dtypes, row.path, jnp.result_type(*{tensors[name].dtype for name in names}))
-    return dtypes
+        dtypes[row.path] = jnp.result_type(*{tensors[name].dtype for name in names})
+    return unflatten_dict(dtypes)
 
 
 def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeStruct) -> Array:
@@ -220,7 +222,7 @@ def write_directory(
     """
     tensors = _to_tensors(architecture, params, dtype)
     generation = generation or {}
-    stored_as = dtype or _main_dtype(tensors)
+    stored_as = dtype or main_dtype(tensors)
     with new_directory(directory) as folder:
         if folder is not None:
             write_json(folder / CONFIG_FILE, config_json(architecture, stored_as, generation))
@@ -230,17 +232,9 @@ def write_directory(
         write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes)
 
 
-def _main_dtype(tensors: list[NewTensor]) -> str:
-    """The dtype that most bytes have."""
-    sizes: dict[str, int] = {}
-    for tensor in tensors:
-        sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
-    return max(sizes, key=sizes.__getitem__)
-
-
 def _to_tensors(a: Architecture, params: dict, dtype: StoredDtype | None) -> list[NewTensor]:
     """What the files will hold, in the order of the layers; nothing is fetched yet."""
-    found = dict(_leaves(params))
+    found = flatten_dict(params)
     table = weight_table(a)
     for path in sorted(found.keys() ^ {row.path for row in table}):
         state = "no weight" if path in found else "missing, though a weight"
@@ -299,12 +293,3 @@ def _tensors_of_row(
         name: NewTensor(name, shape, stored, partial(fetch, name, n))
         for n, name in enumerate(row.names(layers))
     }
-
-
-def _leaves(tree: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        here = (*path, str(key))
-        if isinstance(value, dict):
-            yield from _leaves(value, here)
-        else:
-            yield here, value

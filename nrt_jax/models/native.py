@@ -5,11 +5,9 @@ they were, and the weights in `params/` instead of safetensors.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +28,7 @@ from nrt_jax.models.huggingface_config import (
 from nrt_jax.models.json_files import one_line, read_json, write_json
 from nrt_jax.models.new_directory import check_new, new_directory
 from nrt_jax.models.orbax_noise import silence_abandoned_io, without_messages
-from nrt_jax.models.safetensors_files import open_tensors
+from nrt_jax.models.safetensors_files import main_dtype, open_tensors
 from nrt_jax.models.sharding import abstract_params
 
 PARAMS, PROVENANCE_FILE = "params", "import.json"
@@ -124,18 +122,11 @@ def saved_target(directory: Path, mesh: Mesh) -> dict:
         return jax.tree.map(lambda want, have: want.update(dtype=have.dtype), target, saved)
 
 
-def main_dtype(directory: Path) -> StoredDtype:
+def stored_dtype(directory: Path) -> StoredDtype:
     """The dtype that most bytes of a Hugging Face or an imported directory have."""
     if is_imported(directory):
-        saved = jax.tree.leaves(_saved_metadata(directory))
-        sizes = [(jnp.dtype(leaf.dtype).name, leaf.shape) for leaf in saved]
-    else:
-        sizes = [(t.dtype.name, t.shape) for t in open_tensors(directory).values()]
-    nbytes = Counter[str]()
-    for name, shape in sizes:
-        nbytes[name] += math.prod(shape) * jnp.dtype(name).itemsize
-    names = {name: name for name in get_args(StoredDtype)}
-    return names[nbytes.most_common(1)[0][0]]
+        return main_dtype(jax.tree.leaves(_saved_metadata(directory)))
+    return main_dtype(open_tensors(directory).values())
 
 
 def source_name(directory: Path) -> str:

@@ -5,17 +5,20 @@ count as this process's memory; and a shard is written tensor by tensor.
 """
 
 import json
+import math
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from nrt_jax.errors import InputError
+from nrt_jax.models.huggingface_config import StoredDtype
 from nrt_jax.models.json_files import one_line, read_json, write_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
@@ -23,6 +26,16 @@ DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_SHARD_BYTES = 5 * 10**9
 # At most what the header of a shard takes in all, and for one tensor beside its name.
 _HEADER_BYTES, _ENTRY_BYTES = 64, 100
+
+
+def main_dtype(arrays: Iterable[Any]) -> StoredDtype:
+    """The dtype that most bytes have, of whatever has a shape and a dtype that files may hold."""
+    nbytes: Counter[str] = Counter()
+    for array in arrays:
+        dtype = jnp.dtype(array.dtype)
+        nbytes[dtype.name] += math.prod(array.shape) * dtype.itemsize
+    names: dict[str, StoredDtype] = {name: name for name in get_args(StoredDtype)}
+    return names[nbytes.most_common(1)[0][0]]
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from pydantic import Field
@@ -114,13 +115,7 @@ def param_shardings(mesh: Mesh, abstract_state: nnx.State) -> dict:
         return NamedSharding(mesh, spec)
 
     flat = nnx.to_flat_state(abstract_state)
-    tree: dict = {}
-    for path, variable in flat:
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = sharding(path, variable)
-    return tree
+    return unflatten_dict({path: sharding(path, variable) for path, variable in flat})
 
 
 def abstract_params(mesh: Mesh, decoder: nnx.Module, dtype: DTypeLike | None = None) -> dict:

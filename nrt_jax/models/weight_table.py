@@ -4,7 +4,6 @@ Letters: V vocabulary, D model dim, F feed-forward, N query heads, H key/value h
 """
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 from jax.sharding import PartitionSpec
@@ -89,18 +88,3 @@ def weight_table(a: Architecture) -> list[Weight]:
     if not a.tie_word_embeddings:
         rows.append((HEAD, "head", (D, V), 1))
     return [Weight(name, tuple(path.split(".")), *rest) for name, path, *rest in rows]
-
-
-def leaf(tree: Mapping, path: tuple[str, ...]):
-    """The entry of a nested mapping at `path`."""
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def set_leaf(tree: dict, path: tuple[str, ...], value: object) -> None:
-    """Put `value` at `path`, making the mappings on the way."""
-    *parents, last = path
-    for key in parents:
-        tree = tree.setdefault(key, {})
-    tree[last] = value

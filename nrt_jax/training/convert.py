@@ -117,7 +117,7 @@ def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
 
 
 def _dtype_of_base(config: RunConfig) -> StoredDtype:
-    return "float32" if config.model.path is None else native.main_dtype(config.model.path)
+    return "float32" if config.model.path is None else native.stored_dtype(config.model.path)
 
 
 def row_pairs(tokenizer: Tokenizer, pairs: list[str]) -> dict[int, int]:

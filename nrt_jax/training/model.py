@@ -85,12 +85,9 @@ def init_params(config: RunConfig, model: Model, tokenizer: Tokenizer) -> dict[s
     row = tokenizer.eos_id if source is None else token_id(tokenizer, source, "model.new_rows_from")
     params = native.read_params(config.model.path, model.target)
     for new in tokenizer.new_ids:
-        log.info("%s (id %d) starts as a copy of %s", *_names(tokenizer, new, row))
+        names = tokenizer.token(new), tokenizer.token(row)
+        log.info("%s (id %d) starts as a copy of %s", names[0], new, names[1])
     return copy_token_rows(params, dict.fromkeys(tokenizer.new_ids, row))
-
-
-def _names(tokenizer: Tokenizer, new: int, row: int) -> tuple[str, int, str]:
-    return tokenizer.token(new), new, tokenizer.token(row)
 
 
 def _draw(config: RunConfig, model: Model) -> dict[str, Any]:

@@ -273,13 +273,13 @@ def test_damage_is_told_before_an_export(damaged, damage):
         saved_target(damaged, mesh())
 
 
-def test_main_dtype_is_that_of_the_files(reference_of, source, imported, tmp_path):
+def test_stored_dtype_is_that_of_the_files(reference_of, source, imported, tmp_path):
     """Whatever config.json says."""
-    assert native.main_dtype(source) == native.main_dtype(imported) == "float32"
+    assert native.stored_dtype(source) == native.stored_dtype(imported) == "float32"
     half = reference_of("llama3.1_bf16").directory
-    assert native.main_dtype(half) == "bfloat16"
+    assert native.stored_dtype(half) == "bfloat16"
     import_directory(source, tmp_path / "half", mesh(), dtype="bfloat16")
-    assert native.main_dtype(tmp_path / "half") == "bfloat16"
+    assert native.stored_dtype(tmp_path / "half") == "bfloat16"
 
 
 def test_weights_beyond_float16_are_refused_on_the_way_in(source, tmp_path):
