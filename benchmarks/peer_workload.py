@@ -34,7 +34,8 @@ from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import Request, generate
+from nrt_jax.rollout.generate import generate
+from nrt_jax.rollout.scheduler import Request
 from nrt_jax.training.batch import nrt_batch
 from nrt_jax.training.forward import NrtSettings, SamplingScores
 from nrt_jax.training.nrt_loss import nrt_loss
@@ -83,6 +84,7 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         max_prompt_tokens=max(len(example.prompt_tokens) for example in examples),
         max_new_tokens=NEW_TOKENS,
         stop_ids=frozenset(),
+        copies=TRACES,
     )
     settings = NrtSettings(definition, ObjectiveConfig(), THINK_START, THINK_END, 1.0, 2048)
     update = make_update(
@@ -126,15 +128,7 @@ def _sample(
         Request(example.prompt_tokens, example.example.index, TRACES, NEW_TOKENS)
         for example in examples
     ]
-    return generate(
-        engine,
-        params,
-        requests,
-        jax.random.key(step),
-        stop_ids=engine.stop_ids,
-        temperature=1.0,
-        top_p=1.0,
-    )
+    return generate(engine, params, requests, jax.random.key(step))
 
 
 def _timed(call: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:

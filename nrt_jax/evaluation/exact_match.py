@@ -10,7 +10,9 @@ import numpy as np
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.records import TokenizedExample, Trace
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import Request, generate
+from nrt_jax.rollout.generate import generate
+from nrt_jax.rollout.sampler import Sampling
+from nrt_jax.rollout.scheduler import Request
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,11 @@ class Answerer:
     ) -> list[Trace]:
         traces_it = engine is self.trace_engine
         limit = self.max_trace_tokens if traces_it else self.max_answer_tokens
-        requests = [Request(prompt, index, 1, limit) for index, prompt in enumerate(prompts)]
-        traces = generate(
-            engine,
-            params,
-            requests,
-            key,
-            stop_ids=self.tokenizer.special_ids,
-            temperature=self.trace_temperature if traces_it else 0.0,
-            top_p=1.0,
-        )
-        return [trace for (trace,) in traces]
+        sampling = Sampling(temperature=self.trace_temperature if traces_it else 0.0)
+        requests = [
+            Request(prompt, index, 1, limit, sampling) for index, prompt in enumerate(prompts)
+        ]
+        return [trace for (trace,) in generate(engine, params, requests, key)]
 
 
 def evaluate(

@@ -4,8 +4,9 @@ Letters: B sequences, T tokens, V vocabulary, D model dim, F feed-forward, N que
 H key/value heads, G = N / H, d head dim, L layers.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from nrt_jax.models.attention import (
 from nrt_jax.models.variants import Architecture
 
 Remat = Literal["none", "full", "dots"]
+Attend = Callable[..., tuple[Float[Array, "B T H G d"], Any]]
+"""From q [B, T, H, G, d], k and v [B, T, H, d]: the output, and what a caller wants to keep."""
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -72,7 +75,10 @@ class Attention(nnx.Module):
         self.output = _normal(rngs, (N, d, D), ("heads", "head_dim", "embed"), std)
         self.frequencies = tuple(rope.inverse_frequencies(a).tolist())
 
-    def __call__(self, x_BTD, positions_BT, mask_BTT, prefix, prefix_mask_PQS):
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """What `attend` makes of rotated queries, keys and values, projected back; and its extra."""
         dtype = x_BTD.dtype
         B, T, _ = x_BTD.shape
         frequencies = jnp.asarray(self.frequencies, jnp.float32)
@@ -82,11 +88,11 @@ class Attention(nnx.Module):
         q_BTNd = rope.rotate(q_BTNd, positions_BT, frequencies)
         k_BTHd = rope.rotate(k_BTHd, positions_BT, frequencies)
         q_BTHGd = q_BTNd.reshape(B, T, k_BTHd.shape[2], -1, q_BTNd.shape[-1])
-        out_BTHGd = attend(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, prefix, prefix_mask_PQS)
+        out_BTHGd, extra = attend(q_BTHGd, k_BTHd, v_BTHd)
         out_BTD = jnp.einsum(
             "btnh,nhd->btd", out_BTHGd.reshape(q_BTNd.shape), self.output[...].astype(dtype)
         )
-        return out_BTD, k_BTHd, v_BTHd
+        return out_BTD, extra
 
 
 class SwiGLU(nnx.Module):
@@ -116,12 +122,12 @@ class Layer(nnx.Module):
         self.mlp_norm = RMSNorm(architecture.hidden_size, eps)
         self.mlp = SwiGLU(architecture, rngs)
 
-    def __call__(self, h_BTD, positions_BT, mask_BTT, prefix, prefix_mask_PQS):
-        attended_BTD, k_BTHd, v_BTHd = self.attention(
-            self.attention_norm(h_BTD), positions_BT, mask_BTT, prefix, prefix_mask_PQS
-        )
+    def __call__(
+        self, h_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        attended_BTD, extra = self.attention(self.attention_norm(h_BTD), positions_BT, attend)
         h_BTD = h_BTD + attended_BTD
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), k_BTHd, v_BTHd
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), extra
 
 
 class Decoder(nnx.Module):
@@ -180,9 +186,12 @@ class Decoder(nnx.Module):
         def run_layer(h_BTD, layer_inputs):
             weights, kv = layer_inputs
             here = None if prefix is None else prefix._replace(k=kv[0], v=kv[1])
-            layer = nnx.merge(definition, weights)
-            h_BTD, k, v = layer(h_BTD, positions_BT, mask_BTT, here, prefix_mask_PQS)
-            return h_BTD, (k, v)
+
+            def attend_here(q_BTHGd, k_BTHd, v_BTHd):
+                out = attend(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, here, prefix_mask_PQS)
+                return out, (k_BTHd, v_BTHd)
+
+            return nnx.merge(definition, weights)(h_BTD, positions_BT, attend_here)
 
         if self.remat != "none":
             run_layer = jax.checkpoint(run_layer, policy=_POLICIES[self.remat])
@@ -190,6 +199,37 @@ class Decoder(nnx.Module):
         kv_L = None if prefix is None else (prefix.k, prefix.v)
         h_BTD, (k, v) = jax.lax.scan(run_layer, h_BTD, (weights_L, kv_L))
         return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, segment_ids_BT != 0)
+
+    def next_hidden(
+        self,
+        tokens_B: Int[Array, " B"],
+        positions_B: Int[Array, " B"],
+        layers: Sequence[nnx.State],
+        caches: Sequence[Any],
+        attend: Callable[..., tuple[Float[Array, "B 1 H G d"], Any]],
+    ) -> tuple[Float[Array, "B D"], tuple[Any, ...]]:
+        """Final-norm hidden states of one token a sequence, and every layer's new cache.
+
+        `attend(cache, q, k, v)` appends the token's keys and values to a layer's cache, whatever
+        its form is, and gives the attention's output and the new cache. The layers are unrolled,
+        so that each cache is an array of its own, which is updated in place. `layers` are the
+        weights of `split_layers`.
+        """
+        definition, _ = nnx.split(self.layers)
+        positions_B1 = positions_B[:, None]
+        h_B1D = self.embedding[...][tokens_B[:, None]].astype(self.dtype)
+        new_caches = []
+        for weights, cache in zip(layers, caches, strict=True):
+            layer = nnx.merge(definition, weights)
+            h_B1D, cache = layer(h_B1D, positions_B1, partial(attend, cache))
+            new_caches.append(cache)
+        return self.final_norm(h_B1D)[:, 0], tuple(new_caches)
+
+    def split_layers(self) -> list[nnx.State]:
+        """The stacked weights layer by layer."""
+        _, weights_L = nnx.split(self.layers)
+        count = self.architecture.num_hidden_layers
+        return [jax.tree.map(lambda weight, i=i: weight[i], weights_L) for i in range(count)]
 
     def head_DV(self) -> Float[Array, "D V"]:
         """The output matrix, V padded; the transposed embedding when the two are tied."""

@@ -10,7 +10,9 @@ import numpy as np
 from nrt_jax.evaluation.exact_match import end_name
 from nrt_jax.records import Group, TokenizedExample
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import Request, generate
+from nrt_jax.rollout.generate import generate
+from nrt_jax.rollout.sampler import Sampling
+from nrt_jax.rollout.scheduler import Request
 from nrt_jax.training.batch import TrainBatch, nrt_batch
 from nrt_jax.training.engines import trace_engine
 from nrt_jax.training.forward import NrtSettings
@@ -51,24 +53,18 @@ def sample_groups(
 ) -> list[Group]:
     """K traces of every example under the current weights; a long answer leaves room for itself."""
     rollout, tokenizer = run.config.rollout, run.tokenizer
+    sampling = Sampling(temperature=rollout.temperature, top_p=rollout.top_p)
     requests = [
         Request(
             np.append(example.prompt_tokens, tokenizer.think_start_id).astype(np.int32),
             example.example.index,
             rollout.traces_per_prompt,
             _trace_limit(run, example),
+            sampling,
         )
         for example in examples
     ]
-    traces = generate(
-        engine,
-        run.state.params,
-        requests,
-        key,
-        stop_ids=tokenizer.special_ids,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-    )
+    traces = generate(engine, run.state.params, requests, key)
     return [Group(example, group) for example, group in zip(examples, traces, strict=True)]
 
 

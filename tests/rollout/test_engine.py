@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from nrt_jax.rollout import jetstream_compat as jetstream
-from nrt_jax.rollout.engine import DecoderEngine, SampledTokens, SlotRequests, bucket
+from nrt_jax.rollout.decode_state import SlotRequests, bucket, slot_sampling
+from nrt_jax.rollout.engine import DecoderEngine, SampledTokens
+from nrt_jax.rollout.sampler import Sampling
 from tests.rollout.toy import (
     LLAMA_64,
     NO_STOPS,
@@ -40,11 +42,15 @@ def tokens_at(results, slot):
     return [int(d.tokens[0, 0]) for d in data if d.valid[0, 0]]
 
 
-def requests(slots, seed=0, limit=12):
-    keys = jax.random.split(jax.random.key(seed), len(slots))
-    ones = np.ones(len(slots), np.float32)
-    limits = np.full(len(slots), limit, np.int32)
-    return SlotRequests(np.asarray(slots, np.int32), keys, limits, ones, ones)
+def requests(slots, seed=0, limit=12, room=0):
+    return SlotRequests(
+        slot_K=np.asarray(slots, np.int32),
+        row_K=np.arange(len(slots), dtype=np.int32),
+        prompt=room,
+        key_K=jax.random.split(jax.random.key(seed), len(slots)),
+        limit_K=np.full(len(slots), limit, np.int32),
+        sampling=slot_sampling([Sampling()] * len(slots)),
+    )
 
 
 def test_is_an_engine_of_jetstream():
@@ -108,7 +114,7 @@ def test_copies_of_one_prefill_are_single_requests():
     prefix = prefill(run, tokens)
     _, copied = drive(run, run.insert_copies(prefix, run.init_decode_state(), together), 12)
     for copy, slot in enumerate([2, 0, 3]):
-        alone = jax.tree.map(lambda leaf, copy=copy: leaf[copy : copy + 1], together)
+        alone = requests([slot])._replace(key_K=together.key_K[copy : copy + 1])
         state = run.insert(prefill(run, tokens), run.init_decode_state(), slot, alone)
         _, single = drive(run, state, 12)
         assert tokens_at(copied, slot) == tokens_at(single, slot)
@@ -123,7 +129,7 @@ def test_inserting_leaves_other_slots_alone():
     _, undisturbed = drive(run, state, 12)
     state = run.insert_copies(prefill(run, first), run.init_decode_state(), requests([0]))
     state, start = drive(run, state, 5)
-    state = run.insert_copies(prefill(run, second), state, requests([1, -1], seed=1))
+    state = run.insert_copies(prefill(run, second), state, requests([1, -1], seed=1, room=3))
     _, rest = drive(run, state, 7)
     assert tokens_at(start + rest, 0) == tokens_at(undisturbed, 0)
     assert len(tokens_at(rest, 1)) == 7
@@ -152,9 +158,6 @@ def test_prefill_does_not_see_its_padding():
 
 def test_prefill_refuses_what_it_cannot_do():
     run, tokens = engine(), prompt(16)
-    prefix = prefill(run, tokens)
-    with pytest.raises(ValueError, match="existing_prefix"):
-        run.prefill(params=params(), existing_prefix=prefix, padded_tokens=tokens, true_length=16)
     with pytest.raises(ValueError, match="true_length 17 exceeds the 16"):
         run.prefill(params=params(), padded_tokens=tokens, true_length=17)
 
@@ -164,9 +167,9 @@ def test_the_state_is_donated_and_the_weights_are_not():
     state = run.init_decode_state()
     inserted = run.insert(prefill(run, prompt(4)), state, slot=0)
     generated, _ = run.generate(params(), inserted)
-    assert state.k_LBSHd.is_deleted()
-    assert inserted.k_LBSHd.is_deleted()
-    assert not generated.k_LBSHd.is_deleted()
+    assert state.layers[0].prompt_k_NHSd.values.is_deleted()
+    assert inserted.layers[0].own_k_BHdT.values.is_deleted()
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(generated))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params()))
 
 

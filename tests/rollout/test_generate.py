@@ -10,7 +10,7 @@ from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import MeshConfig, make_mesh, param_shardings
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import Request
+from nrt_jax.rollout.scheduler import Request
 from tests.models.tiny import WINDOW, architecture
 from tests.rollout.toy import (
     LLAMA_64,
@@ -72,7 +72,7 @@ def test_sliding_window_and_a_full_cache():
 def test_bfloat16_cache():
     request = Request(prompt(18), stream=0, copies=4, max_tokens=12)
     bf16 = engine(dtype=jnp.bfloat16)
-    assert bf16.init_decode_state().k_LBSHd.dtype == jnp.bfloat16
+    assert bf16.init_decode_state().layers[0].own_k_BHdT.values.dtype == jnp.bfloat16
     (group,) = sample(bf16, params(), [request])
     for trace in group:
         rows = logits_after(LLAMA_64, request.prompt_tokens, ids(trace), dtype=jnp.bfloat16)
@@ -248,9 +248,9 @@ def test_eight_devices_write_what_one_writes():
     spread = jax.device_put(nnx.to_pure_dict(params()), param_shardings(mesh, params()))
     assert not spread["head"].is_fully_replicated
     many = engine(mesh=mesh)
-    cache = many.init_decode_state().k_LBSHd
-    slots_and_heads = cache.sharding.shard_shape(cache.shape)[1::2]
-    assert slots_and_heads == (1, 1), "of 4 slots and 2 heads"
+    for cache in jax.tree.leaves(many.init_decode_state().layers):
+        slots_and_heads = cache.sharding.shard_shape(cache.shape)[:2]
+        assert slots_and_heads == (1, 1), "of 4 slots or prompts and 2 heads"
     for settings in ({"temperature": 0.0}, {"top_p": 0.9}):
         assert_same(
             sample(engine(), params(), MIXED, **settings), sample(many, spread, MIXED, **settings)

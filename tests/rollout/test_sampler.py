@@ -5,18 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nrt_jax.rollout.sampler import sample
+from nrt_jax.rollout.decode_state import slot_sampling
+from nrt_jax.rollout.sampler import Sampling, sample
 from tests.rollout.toy import SETTINGS, assert_distributed, nucleus
 
 jitted = jax.jit(sample)
 
 
-def draw(logits_BV, temperature, top_p, seed=0):
+def draw(logits_BV, temperature=1.0, top_p=1.0, seed=0, seen=(), **settings):
     """Tokens and log-probs of rows that share their settings, or have one each."""
     logits_BV = jnp.asarray(logits_BV, jnp.float32)
-    B = logits_BV.shape[0]
-    settings = (jnp.broadcast_to(jnp.asarray(x, jnp.float32), (B,)) for x in (temperature, top_p))
-    token_B, log_prob_B = jitted(logits_BV, jax.random.split(jax.random.key(seed), B), *settings)
+    B, V = logits_BV.shape
+    columns = {"temperature": temperature, "top_p": top_p} | settings
+    rows = zip(*(np.broadcast_to(column, (B,)).tolist() for column in columns.values()), strict=True)
+    sampling = slot_sampling([Sampling(**dict(zip(columns, row, strict=True))) for row in rows])
+    seen_BV = jnp.asarray(np.tile(np.isin(np.arange(V), list(seen)), (B, 1)))
+    keys_B = jax.random.split(jax.random.key(seed), B)
+    token_B, log_prob_B = jitted(logits_BV, seen_BV, keys_B, jax.tree.map(jnp.asarray, sampling))
     return np.asarray(token_B), np.asarray(log_prob_B)
 
 

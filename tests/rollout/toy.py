@@ -15,7 +15,9 @@ from nrt_jax.models.sharding import MeshConfig, make_mesh
 from nrt_jax.models.variants import Architecture
 from nrt_jax.records import Trace
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import Request, generate
+from nrt_jax.rollout.generate import generate
+from nrt_jax.rollout.sampler import Sampling
+from nrt_jax.rollout.scheduler import Request
 from tests.models.tiny import LLAMA, architecture, decoder
 
 LLAMA_64 = architecture(**LLAMA, vocab_size=64)
@@ -41,9 +43,11 @@ def engine(
     a: Architecture = LLAMA_64,
     slots: int = 4,
     *,
+    copies: int = 4,
     mesh: Mesh | None = None,
     stop_ids: frozenset[int] = STOPS,
     dtype: Any = jnp.float32,
+    **options: Any,
 ) -> DecoderEngine:
     """Takes prompts of up to 32 tokens and writes up to 12; shared by all tests."""
     return DecoderEngine(
@@ -55,6 +59,8 @@ def engine(
         max_new_tokens=12,
         stop_ids=stop_ids,
         dtype=dtype,
+        copies=copies,
+        **options,
     )
 
 
@@ -64,18 +70,12 @@ def sample(
     requests: Sequence[Request],
     *,
     seed: int = 0,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    steps: int = 5,
+    **sampling: Any,
 ) -> list[tuple[Trace, ...]]:
-    return generate(
-        engine,
-        weights,
-        requests,
-        jax.random.key(seed),
-        stop_ids=engine.stop_ids,
-        temperature=temperature,
-        top_p=top_p,
-    )
+    if sampling:
+        requests = [request._replace(sampling=Sampling(**sampling)) for request in requests]
+    return generate(engine, weights, requests, jax.random.key(seed), steps=steps)
 
 
 def prompt(length: int, vocab_size: int = 64, seed: int = 0) -> np.ndarray:

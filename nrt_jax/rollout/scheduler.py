@@ -1,0 +1,455 @@
+"""Which sequence sits in which slot: continuous batching over an engine.
+
+Every decision follows from the requests and from what the engine returned, which all hosts read
+alike, so several processes that submit the same requests take the same decisions.
+
+Letters: B slots, K copies that start together, C decode steps of a dispatch, R most probable tokens.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from nrt_jax.errors import InputError
+from nrt_jax.rollout.cache import Sizes
+from nrt_jax.rollout.decode_state import (
+    DecodeState,
+    Prefix,
+    Sampled,
+    SlotRequests,
+    bucket,
+    sizes_of,
+    slot_sampling,
+)
+from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling
+
+SMALLEST_ROOM = 32
+"""Own tokens that a slot's cache has room for at first."""
+SPARE_PROMPTS = 4
+"""Rooms for prompts when stragglers hold some, in multiples of what full groups would need."""
+
+
+class Request(NamedTuple):
+    """Sample `copies` sequences after one prompt."""
+
+    prompt_tokens: np.ndarray
+    stream: int
+    """Names the prompt's random stream: with the key it fixes every draw."""
+    copies: int
+    max_tokens: int
+    sampling: Sampling = Sampling()
+    suffix_tokens: np.ndarray | None = None
+    """Scored after each finished sequence (t_end y*), and after none; None: nothing is."""
+
+
+class Event(NamedTuple):
+    """What one sequence got since it was last heard of."""
+
+    ticket: int
+    copy: int
+    tokens: Int[np.ndarray, "C"]
+    """A token that stopped it included."""
+    log_probs: Float[np.ndarray, "C"]
+    top_ids: Int[np.ndarray, "C R"]
+    top_log_probs: Float[np.ndarray, "C R"]
+    finished: Literal["stop", "length"] | None
+
+
+class SuffixScores(NamedTuple):
+    """log pi of suffix_tokens[1:], in nats, after each copy's tokens and after none."""
+
+    copies_KA: Float[np.ndarray, "K A"]
+    empty_A: Float[np.ndarray, "A"]
+
+
+@dataclass
+class _Job:
+    """A request under way."""
+
+    ticket: int
+    request: Request
+    key: Key[Array, ""]
+    started: int = 0
+    running: int = 0
+    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    stop_ids: frozenset[int] = frozenset()
+    prefix: Prefix | None = None
+    prefilled: int = 0
+    scores: SuffixScores | None = None
+
+
+class _Sequence(NamedTuple):
+    """Copy `copy` of a job, in a slot."""
+
+    job: _Job
+    copy: int
+
+
+class _Dispatch(NamedTuple):
+    """Decode steps whose results were not read, and the slots' sequences when they began."""
+
+    sampled: Sampled
+    sequences: list[_Sequence | None]
+
+
+class Scheduler:
+    """Starts waiting sequences in free slots, decodes, and reads one dispatch late.
+
+    A sequence depends on (key, request.stream, copy), its request and the weights alone: not on
+    the slot, its neighbours or the order. Prompts longer than the engine's prefill_chunk are run
+    part by part, between dispatches. `steps` tokens are decoded a dispatch; a dispatch ends early
+    when `enough` sequences ended while others wait (an eighth of the slots unless given).
+    """
+
+    def __init__(
+        self,
+        engine: DecoderEngine,
+        params: Any,
+        *,
+        steps: int = 16,
+        enough: int | None = None,
+        sizes: Sizes | None = None,
+    ):
+        self._engine, self._params, self._steps = engine, params, steps
+        self._slots = engine.max_concurrent_decodes
+        self._enough = max(1, self._slots // 8) if enough is None else enough
+        self._per_shard = self._slots // engine.shards
+        self._state = engine.init_decode_state(self._first_sizes() if sizes is None else sizes)
+        self._waiting: deque[_Job] = deque()
+        self._jobs: dict[int, _Job] = {}
+        self._sequences: list[_Sequence | None] = [None] * self._slots
+        # The slots of each prompt's rows, by prompt; prompts that no slot continues have no entry.
+        self._rows: dict[int, tuple[_Job, list[int | None]]] = {}
+        self._unread: _Dispatch | None = None
+        self._tickets = 0
+        self.decode_steps = 0
+        """Decode steps that were run."""
+
+    def _first_sizes(self) -> Sizes:
+        full_groups = -(-self._per_shard // self._engine.copies) * self._engine.shards
+        return Sizes(full_groups, bucket(1), min(SMALLEST_ROOM, self._largest.own_tokens))
+
+    @property
+    def _largest(self) -> Sizes:
+        return self._engine.largest_sizes
+
+    @property
+    def busy(self) -> bool:
+        """Whether anything waits, runs, or is not read yet."""
+        return bool(self._waiting or self._unread or self.slots_in_use)
+
+    @property
+    def slots_in_use(self) -> int:
+        """Slots with a sequence."""
+        return sum(sequence is not None for sequence in self._sequences)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that did not start yet."""
+        return sum(job.request.copies - job.started for job in self._waiting)
+
+    def submit(self, request: Request, key: Key[Array, ""]) -> int:
+        """Queue a request and return its ticket.
+
+        Raises InputError for a prompt longer than the engine takes, for a limit that is not
+        positive or beyond its cache, and for more stop tokens than a slot can hold.
+        """
+        check(self._engine, request)
+        job = _Job(self._tickets, request, key)
+        job.lengths = np.zeros(request.copies, np.int32)
+        job.stop_ids = self._engine.stop_ids | request.sampling.stop_ids
+        self._tickets += 1
+        if request.copies:
+            self._waiting.append(job)
+            self._jobs[job.ticket] = job
+        return job.ticket
+
+    def cancel(self, ticket: int) -> None:
+        """Stop a request: its slots are free at once, and no event follows."""
+        job = self._jobs.pop(ticket, None)
+        if job is None:
+            return
+        if job in self._waiting:
+            self._waiting.remove(job)
+        released_B = np.asarray([s is not None and s.job is job for s in self._sequences])
+        if released_B.any():
+            self._state = self._engine.release(self._state, released_B)
+        for slot in np.nonzero(released_B)[0]:
+            self._free(int(slot))
+
+    def step(self) -> list[Event]:
+        """Start what can start, dispatch some decode steps, and read the dispatch before."""
+        self._fill()
+        unread, self._unread = self._unread, None
+        if self.slots_in_use:
+            self._make_room(in_flight=0 if unread is None else self._steps)
+            self._state, sampled = self._engine.generate_steps(
+                self._params, self._state, self._steps, self._enough if self._waiting else None
+            )
+            jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
+            self._unread = _Dispatch(sampled, list(self._sequences))
+        return [] if unread is None else self._read(unread)
+
+    def scores(self, ticket: int) -> SuffixScores:
+        """The scores of a finished request's suffix; asked for once."""
+        scores = self._jobs.pop(ticket).scores
+        assert scores is not None, "the request has no suffix_tokens"
+        return scores
+
+    # Starting
+
+    def _fill(self) -> None:
+        """Start waiting sequences, in order, all copies of one prompt in as few shards as can be."""
+        while self._waiting:
+            job = self._waiting[0]
+            place = self._place(job)
+            if place is None or not self._prefilled(job):
+                return
+            self._start(job, *place)
+            if job.started == job.request.copies:
+                self._waiting.popleft()
+                job.prefix = None
+
+    def _place(self, job: _Job) -> tuple[int, list[int], list[int]] | None:
+        """A prompt's room, its free rows, and free slots of its shard, as many as can start."""
+        free = [s for s, sequence in enumerate(self._sequences) if sequence is None]
+        by_shard = [[s for s in free if s // self._per_shard == u] for u in range(self._engine.shards)]
+        wanted = job.request.copies - job.started
+        best: tuple[int, list[int], list[int]] | None = None
+        for shard in sorted(range(len(by_shard)), key=lambda u: -len(by_shard[u])):
+            for prompt in self._rooms(shard, job) if by_shard[shard] else []:
+                _, rows = self._rows.get(prompt, (job, [None] * self._engine.copies))
+                free_rows = [row for row, slot in enumerate(rows) if slot is None]
+                count = min(wanted, len(by_shard[shard]), len(free_rows))
+                if count and (best is None or count > len(best[1])):
+                    best = prompt, free_rows[:count], by_shard[shard][:count]
+        return best
+
+    def _rooms(self, shard: int, job: _Job) -> list[int]:
+        """The shard's rooms that hold this job's prompt, and one that is free."""
+        per_shard = sizes_of(self._state).prompts // self._engine.shards
+        rooms = range(shard * per_shard, (shard + 1) * per_shard)
+        own = [n for n in rooms if n in self._rows and self._rows[n][0] is job]
+        free = [n for n in rooms if n not in self._rows]
+        if not own and not free and self._grow_prompts():
+            return self._rooms(shard, job)
+        return own + free[:1]
+
+    def _grow_prompts(self) -> bool:
+        """More rooms for prompts, once, for groups whose last sequences hold theirs."""
+        sizes = sizes_of(self._state)
+        first, most = self._first_sizes().prompts, self._largest.prompts
+        prompts = min(most, SPARE_PROMPTS * first)
+        if sizes.prompts >= prompts:
+            return False
+        if self._rows or self.slots_in_use:
+            # Rooms are numbered shard after shard.
+            before, after = (n // self._engine.shards for n in (sizes.prompts, prompts))
+            self._rows = {n // before * after + n % before: r for n, r in self._rows.items()}
+        self._state = self._engine.resize(self._state, sizes._replace(prompts=prompts))
+        return True
+
+    def _prefilled(self, job: _Job) -> bool:
+        """Run the prompt, or its next part while others decode; whether it has been run whole."""
+        tokens, chunk = job.request.prompt_tokens, self._engine.prefill_chunk
+        if chunk is None or len(tokens) <= chunk:
+            if job.prefix is None:
+                job.prefix, job.prefilled = self._run_part(None, tokens), len(tokens)
+            return True
+        if job.prefix is None:
+            job.prefix = self._engine.empty_prefix(bucket(len(tokens)))
+        while job.prefilled < len(tokens):
+            part = tokens[job.prefilled : job.prefilled + chunk]
+            job.prefix = self._run_part(job.prefix, part)
+            job.prefilled += len(part)
+            if self.slots_in_use:
+                break
+        return job.prefilled == len(tokens)
+
+    def _run_part(self, prefix: Prefix | None, tokens: np.ndarray) -> Prefix:
+        padded = np.zeros(bucket(len(tokens)), np.int32)
+        padded[: len(tokens)] = tokens
+        return self._engine.prefill(
+            params=self._params,
+            existing_prefix=prefix,
+            padded_tokens=padded,
+            true_length=len(tokens),
+        )
+
+    def _start(self, job: _Job, prompt: int, rows: list[int], slots: list[int]) -> None:
+        assert job.prefix is not None
+        self._make_room_for_prompt(job.prefix.k_LSHd.shape[1])
+        copies = job.started + np.arange(len(slots))
+        requests = self._slot_requests(job, prompt, rows, slots, copies)
+        self._state = self._engine.insert_copies(job.prefix, self._state, requests)
+        _, of_rows = self._rows.setdefault(prompt, (job, [None] * self._engine.copies))
+        for row, slot, copy in zip(rows, slots, copies, strict=True):
+            of_rows[row] = slot
+            self._sequences[slot] = _Sequence(job, int(copy))
+        if job.request.suffix_tokens is not None and job.scores is None:
+            (empty_A,) = self._score([slots[0]], [0], job.request.suffix_tokens)
+            rest = np.zeros((job.request.copies, len(empty_A)), np.float32)
+            job.scores = SuffixScores(rest, empty_A)
+        job.started += len(slots)
+        job.running += len(slots)
+
+    def _slot_requests(
+        self,
+        job: _Job,
+        prompt: int,
+        rows: list[int],
+        slots: list[int],
+        copy_K: Int[np.ndarray, "K"],
+    ) -> SlotRequests:
+        """As wide as the engine's copies for all, so that one program is compiled."""
+        width, request = self._engine.copies, job.request
+        unused = (0, width - len(slots))
+        return SlotRequests(
+            slot_K=np.pad(np.asarray(slots, np.int32), unused, constant_values=-1),
+            row_K=np.pad(np.asarray(rows, np.int32), unused),
+            prompt=prompt,
+            key_K=_copy_keys(job.key, request.stream, np.pad(copy_K, unused)),
+            limit_K=np.full(width, request.max_tokens, np.int32),
+            sampling=slot_sampling([request.sampling] * width),
+        )
+
+    # Room
+
+    def _make_room_for_prompt(self, tokens: int) -> None:
+        sizes = sizes_of(self._state)
+        if tokens > sizes.prompt_tokens:
+            self._state = self._engine.resize(self._state, sizes._replace(prompt_tokens=tokens))
+
+    def _make_room(self, in_flight: int) -> None:
+        """Room for the longest sequence after the next dispatch, and not four times as much.
+
+        `in_flight` tokens a slot may have been written without having been read.
+        """
+        running = [s for s in self._sequences if s is not None]
+        longest = max(
+            min(s.job.request.max_tokens, int(s.job.lengths[s.copy]) + in_flight + self._steps)
+            for s in running
+        )
+        wanted = min(max(SMALLEST_ROOM, bucket(longest)), self._largest.own_tokens)
+        sizes = sizes_of(self._state)
+        if wanted > sizes.own_tokens or 4 * wanted <= sizes.own_tokens:
+            self._state = self._engine.resize(self._state, sizes._replace(own_tokens=wanted))
+
+    # Reading
+
+    def _read(self, dispatch: _Dispatch) -> list[Event]:
+        """Events of a dispatch; a sequence that is done frees its slot."""
+        sampled = Sampled(*(np.asarray(x) for x in dispatch.sampled))
+        self.decode_steps += int(sampled.steps)
+        events, done = [], []
+        for slot in np.nonzero(sampled.count_B)[0]:
+            sequence = dispatch.sequences[slot]
+            if sequence is None or self._sequences[slot] is not sequence:
+                continue  # It was cancelled.
+            event = self._event(sequence, sampled, int(slot))
+            events.append(event)
+            sequence.job.lengths[sequence.copy] += len(event.tokens)
+            if event.finished is not None:
+                done.append((int(slot), sequence, event))
+        self._score_done(done)
+        for slot, sequence, _ in done:
+            self._free(slot)
+            sequence.job.running -= 1
+            job = sequence.job
+            ended = not job.running and job.started == job.request.copies
+            if ended and job.request.suffix_tokens is None:
+                del self._jobs[job.ticket]
+        return events
+
+    def _event(self, sequence: _Sequence, sampled: Sampled, slot: int) -> Event:
+        n = int(sampled.count_B[slot])
+        tokens = np.asarray(sampled.token_CB[:n, slot])
+        stopped = int(tokens[-1]) in sequence.job.stop_ids
+        finished = None
+        if sampled.done_B[slot]:
+            finished = "stop" if stopped else "length"
+        return Event(
+            sequence.job.ticket,
+            sequence.copy,
+            tokens,
+            np.asarray(sampled.log_prob_CB[:n, slot]),
+            np.asarray(sampled.top_id_CBR[:n, slot]),
+            np.asarray(sampled.top_log_prob_CBR[:n, slot]),
+            finished,
+        )
+
+    def _score_done(self, done: Sequence[tuple[int, _Sequence, Event]]) -> None:
+        """Score the suffixes of sequences that ended, one job's together."""
+        for job in {id(s.job): s.job for _, s, _ in done}.values():
+            if job.scores is None or job.request.suffix_tokens is None:
+                continue
+            of_job = [(slot, s.copy, event) for slot, s, event in done if s.job is job]
+            lengths = [
+                int(job.lengths[copy]) - (event.finished == "stop") for _, copy, event in of_job
+            ]
+            slots = [slot for slot, _, _ in of_job]
+            scores = self._score(slots, lengths, job.request.suffix_tokens)
+            job.scores.copies_KA[[copy for _, copy, _ in of_job]] = scores
+
+    def _score(
+        self, slots: list[int], lengths: list[int], suffix: np.ndarray
+    ) -> Float[np.ndarray, "R A"]:
+        """Log-probs of suffix[1:], as many rows at a time as the engine has copies."""
+        rows, width = self._engine.copies, bucket(len(suffix))
+        suffix_RA = np.tile(np.pad(suffix.astype(np.int32), (0, width - len(suffix))), (rows, 1))
+        scores = []
+        for first in range(0, len(slots), rows):
+            slot_R = np.asarray(slots[first : first + rows], np.int32)
+            length_R = np.asarray(lengths[first : first + rows], np.int32)
+            padding = (0, rows - len(slot_R))
+            scores_RA = self._engine.score(
+                self._params,
+                self._state,
+                np.pad(slot_R, padding, mode="edge"),
+                np.pad(length_R, padding),
+                suffix_RA,
+            )
+            scores.append(np.asarray(scores_RA)[: len(slot_R), : len(suffix) - 1])
+        return np.concatenate(scores)
+
+    def _free(self, slot: int) -> None:
+        """Empty a slot, its row, and the room of a prompt that no other slot continues."""
+        self._sequences[slot] = None
+        for prompt, (_, rows) in list(self._rows.items()):
+            if slot in rows:
+                rows[rows.index(slot)] = None
+                if all(row is None for row in rows):
+                    del self._rows[prompt]
+
+
+def check(engine: DecoderEngine, request: Request, name: str = "prompt") -> None:
+    """Raise InputError for what the engine cannot take; `name` says whose request it is."""
+    length = len(request.prompt_tokens)
+    if not 1 <= length <= engine.max_prefill_length:
+        raise InputError(
+            f"{name}: {length} tokens; the engine takes 1 to "
+            f"{engine.max_prefill_length} (data.max_prompt_tokens)"
+        )
+    if not 1 <= request.max_tokens <= engine.max_new_tokens:
+        raise InputError(
+            f"{name}: a limit of {request.max_tokens} new tokens; the engine takes 1 "
+            f"to {engine.max_new_tokens}"
+        )
+    if len(request.sampling.stop_ids) > MAX_STOP_IDS:
+        raise InputError(
+            f"{name}: {len(request.sampling.stop_ids)} stop tokens; a request takes {MAX_STOP_IDS}"
+        )
+
+
+@jax.jit
+def _copy_keys(
+    key: Key[Array, ""], stream: int | Int[Array, ""], copy_K: Int[Array | np.ndarray, "K"]
+) -> Key[Array, "K"]:
+    prompt_key = jax.random.fold_in(key, stream)
+    return jax.vmap(lambda copy: jax.random.fold_in(prompt_key, copy))(copy_K)
