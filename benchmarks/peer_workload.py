@@ -27,6 +27,7 @@ import optax
 import tokenizers
 from flax import nnx
 
+from nrt_jax.models.config import ModelConfig
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.native import read_params
@@ -43,6 +44,7 @@ from nrt_jax.training.state import init_state, state_shardings
 from nrt_jax.training.step import make_update
 
 TRACES, NEW_TOKENS, EOS = 8, 128, 2
+CHUNK_TOKENS = ModelConfig.model_fields["log_prob_chunk_tokens"].default
 # Entries of the assets' vocabulary that no prompt has, in the place of think tokens.
 THINK_START, THINK_END = 0, 3
 
@@ -86,7 +88,7 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         stop_ids=frozenset(),
         copies=TRACES,
     )
-    settings = NrtSettings(definition, ObjectiveConfig(), THINK_START, THINK_END, 1.0, 2048)
+    settings = NrtSettings(definition, ObjectiveConfig(), THINK_START, THINK_END, 1.0, CHUNK_TOKENS)
     update = make_update(
         lambda params, batch: nrt_loss(
             params, *batch, sequences=len(texts) * TRACES, settings=settings

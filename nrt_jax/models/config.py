@@ -21,7 +21,7 @@ class ModelConfig(Section):
     """Dtype of the computation; the weights and the optimizer stay float32."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes in a layer: nothing, all, or all but matrix products."""
-    log_prob_chunk_tokens: int = Field(default=2048, ge=1)
+    log_prob_chunk_tokens: int = Field(default=512, ge=1)
     """Positions whose vocabulary-sized logits exist at the same time."""
 
     vocab_multiple: int = Field(default=128, ge=1)

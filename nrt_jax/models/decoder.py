@@ -78,7 +78,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `attend` makes of rotated queries, keys and values, projected back; and its extra."""
+        """What `attend` makes of rotated queries, keys and values, projected; and its extra."""
         dtype = x_BTD.dtype
         B, T, _ = x_BTD.shape
         frequencies = jnp.asarray(self.frequencies, jnp.float32)

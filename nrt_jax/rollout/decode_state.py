@@ -5,7 +5,7 @@ d head dim, V vocabulary, C decode steps, R most probable tokens that are report
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from nrt_jax.models.sharding import partition_spec
-from nrt_jax.rollout.cache import LayerCache, Places, Sizes
+from nrt_jax.rollout.cache import KVCache, Places, Sizes, fit_in_shards, gather_in_shards
+from nrt_jax.rollout.paged_cache import PagedCache
 from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling, SlotSampling
 
 SMALLEST_BUCKET = 16
@@ -23,20 +24,6 @@ SMALLEST_BUCKET = 16
 def bucket(length: int) -> int:
     """Smallest power of two, 16 or more, that holds `length` tokens."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
-
-
-class Prefix(NamedTuple):
-    """A prompt after prefill, or its first part: keys and values, and the logits of what follows.
-
-    Entries from `length` on are room for a later part.
-    """
-
-    k_LSHd: Float[Array, "L S H d"]
-    v_LSHd: Float[Array, "L S H d"]
-    logits_V: Float[Array, "V"]
-    seen_V: Bool[Array, "V"]
-    """Tokens of the prompt, for the repetition penalty."""
-    length: Int[Array, ""]
 
 
 class SlotRequests(NamedTuple):
@@ -55,7 +42,8 @@ class SlotRequests(NamedTuple):
 class DecodeState(NamedTuple):
     """Every slot's cache and the logits its next token will be drawn from."""
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[Any, ...]
+    """In the form of the engine's cache."""
     places: Places
     logits_BV: Float[Array, "B V"]
     seen_BV: Bool[Array, "B V"]
@@ -70,14 +58,24 @@ class DecodeState(NamedTuple):
 class Sampled(NamedTuple):
     """What some decode steps wrote: slot b's tokens are the first `count_B[b]` of its column."""
 
-    token_CB: Int[Array | np.ndarray, "C B"]
-    log_prob_CB: Float[Array | np.ndarray, "C B"]
-    top_id_CBR: Int[Array | np.ndarray, "C B R"]
-    top_log_prob_CBR: Float[Array | np.ndarray, "C B R"]
-    count_B: Int[Array | np.ndarray, "B"]
-    done_B: Bool[Array | np.ndarray, "B"]
+    token_CB: Int[Array, "C B"]
+    log_prob_CB: Float[Array, "C B"]
+    top_id_CBR: Int[Array, "C B R"]
+    top_log_prob_CBR: Float[Array, "C B R"]
+    count_B: Int[Array, "B"]
+    done_B: Bool[Array, "B"]
     """The last token ended the sequence, by itself or by the limit."""
-    steps: Int[Array | np.ndarray, ""]
+    steps: Int[Array, ""]
+
+
+class Moves(NamedTuple):
+    """More slots or fewer; who knows all sequences says where each of them is to be."""
+
+    from_B: Int[Array | np.ndarray, "B"]
+    """The old slot of each, counted within the shard; any for one that is free."""
+    free_B: Bool[Array | np.ndarray, "B"]
+    slots_NK: Int[Array | np.ndarray, "N K"]
+    place_B: Int[Array | np.ndarray, "B"]
 
 
 def slot_sampling(settings: Sequence[Sampling]) -> SlotSampling:
@@ -101,22 +99,16 @@ def slot_sampling(settings: Sequence[Sampling]) -> SlotSampling:
 
 def sizes_of(state: DecodeState) -> Sizes:
     """Room of the caches."""
-    layer = state.layers[0]
-    N, _, S, _ = layer.prompt_k_NHSd.values.shape
-    return Sizes(N, S, layer.own_v_BHTd.values.shape[2])
+    return state.layers[0].sizes
 
 
-def empty_state(
-    layers: tuple[LayerCache, ...], slots: int, copies: int, vocab_size: int
-) -> DecodeState:
+def empty_state(layers: tuple[Any, ...], slots: int, copies: int, vocab_size: int) -> DecodeState:
     """No slot is active."""
-    N, B = layers[0].prompt_k_NHSd.values.shape[0], slots
+    N, B = layers[0].sizes.prompts, slots
     zeros_B = jnp.zeros(B, jnp.int32)
     return DecodeState(
         layers=layers,
-        places=Places(
-            jnp.zeros(N, jnp.int32), jnp.zeros((N, copies), jnp.int32), zeros_B, zeros_B
-        ),
+        places=Places(jnp.zeros(N, jnp.int32), jnp.zeros((N, copies), jnp.int32), zeros_B, zeros_B),
         logits_BV=jnp.zeros((B, vocab_size), jnp.float32),
         seen_BV=jnp.zeros((B, vocab_size), bool),
         position_B=zeros_B,
@@ -131,6 +123,34 @@ def empty_state(
 def state_shardings(mesh: Mesh, shapes: DecodeState) -> DecodeState:
     """Slots and prompts over the batch axes, key/value heads over the tensor axis."""
     rows = NamedSharding(mesh, partition_spec(("batch",)))
-    heads = NamedSharding(mesh, partition_spec(("batch", "kv_heads")))
+    heads = NamedSharding(mesh, partition_spec(shapes.layers[0].logical_axes))
     everywhere_rows = jax.tree.map(lambda _: rows, shapes)
     return everywhere_rows._replace(layers=jax.tree.map(lambda _: heads, shapes.layers))
+
+
+def resized(
+    state: DecodeState, cache: KVCache | PagedCache, sizes: Sizes, shards: int
+) -> DecodeState:
+    """The same sequences with another room in their caches; what does not fit is cut off."""
+    places = state.places
+    return state._replace(
+        layers=tuple(cache.resize(layer, sizes) for layer in state.layers),
+        places=places._replace(
+            prompt_length_N=fit_in_shards(places.prompt_length_N, sizes.prompts, shards),
+            slots_NK=fit_in_shards(places.slots_NK, sizes.prompts, shards),
+        ),
+    )
+
+
+def moved(
+    state: DecodeState, cache: KVCache | PagedCache, moves: Moves, shards: int
+) -> DecodeState:
+    """The same sequences in other slots, of which there may be more or fewer."""
+    from_UI = moves.from_B.reshape(shards, -1)
+    rest = state._replace(layers=(), places=state.places.own_length_B)
+    rest = jax.tree.map(lambda x_B: gather_in_shards(x_B, from_UI), rest)
+    return rest._replace(
+        layers=tuple(cache.move_slots(layer, from_UI) for layer in state.layers),
+        places=Places(state.places.prompt_length_N, moves.slots_NK, moves.place_B, rest.places),
+        active_B=rest.active_B & ~moves.free_B,
+    )

@@ -15,7 +15,12 @@ from nrt_jax.rollout.scheduler import Event, Request, Scheduler, SuffixScores, c
 
 
 def generate(
-    engine: DecoderEngine, params: Any, requests: Sequence[Request], key: jax.Array, *, steps: int = 16
+    engine: DecoderEngine,
+    params: Any,
+    requests: Sequence[Request],
+    key: jax.Array,
+    *,
+    steps: int = 16,
 ) -> list[tuple[Trace, ...]]:
     """Traces of every request, in order; `steps` tokens are decoded a dispatch.
 
@@ -27,7 +32,12 @@ def generate(
 
 
 def generate_and_score(
-    engine: DecoderEngine, params: Any, requests: Sequence[Request], key: jax.Array, *, steps: int = 16
+    engine: DecoderEngine,
+    params: Any,
+    requests: Sequence[Request],
+    key: jax.Array,
+    *,
+    steps: int = 16,
 ) -> tuple[list[tuple[Trace, ...]], list[SuffixScores]]:
     """Traces, and the log-probs of each request's suffix after them, from their keys and values."""
     assert all(request.suffix_tokens is not None and request.copies for request in requests)

@@ -61,7 +61,9 @@ def sample(
     )
     scores_BV = jax.lax.cond(
         jnp.any(truncates_B),
-        lambda scores_BV: jnp.where(truncates_B[:, None], _truncate(scores_BV, sampling), scores_BV),
+        lambda scores_BV: jnp.where(
+            truncates_B[:, None], _truncate(scores_BV, sampling), scores_BV
+        ),
         lambda scores_BV: scores_BV,
         scores_BV,
     )

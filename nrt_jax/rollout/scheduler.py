@@ -1,14 +1,15 @@
 """Which sequence sits in which slot: continuous batching over an engine.
 
 Every decision follows from the requests and from what the engine returned, which all hosts read
-alike, so several processes that submit the same requests take the same decisions.
+alike, so processes that submit the same requests take the same decisions.
 
-Letters: B slots, K copies that start together, C decode steps of a dispatch, R most probable tokens.
+Letters: B slots, K copies that start together, C decode steps of a dispatch, R most probable
+tokens.
 """
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,8 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 from nrt_jax.errors import InputError
 from nrt_jax.rollout.cache import Sizes
 from nrt_jax.rollout.decode_state import (
-    DecodeState,
-    Prefix,
+    Moves,
     Sampled,
     SlotRequests,
     bucket,
@@ -27,6 +27,7 @@ from nrt_jax.rollout.decode_state import (
     slot_sampling,
 )
 from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.rollout.prefill import Prefix
 from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling
 
 SMALLEST_ROOM = 32
@@ -42,7 +43,8 @@ class Request(NamedTuple):
     stream: int
     """Names the prompt's random stream: with the key it fixes every draw."""
     copies: int
-    max_tokens: int
+    max_tokens: int | tuple[int, ...]
+    """Limit of every copy, or one for each."""
     sampling: Sampling = Sampling()
     suffix_tokens: np.ndarray | None = None
     """Scored after each finished sequence (t_end y*), and after none; None: nothing is."""
@@ -75,10 +77,12 @@ class _Job:
     ticket: int
     request: Request
     key: Key[Array, ""]
+    limits: Int[np.ndarray, "K"]
+    lengths: Int[np.ndarray, "K"]
+    """Tokens of each copy that were read."""
+    stop_ids: frozenset[int]
     started: int = 0
     running: int = 0
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
-    stop_ids: frozenset[int] = frozenset()
     prefix: Prefix | None = None
     prefilled: int = 0
     scores: SuffixScores | None = None
@@ -117,13 +121,12 @@ class Scheduler:
         sizes: Sizes | None = None,
     ):
         self._engine, self._params, self._steps = engine, params, steps
-        self._slots = engine.max_concurrent_decodes
-        self._enough = max(1, self._slots // 8) if enough is None else enough
-        self._per_shard = self._slots // engine.shards
         self._state = engine.init_decode_state(self._first_sizes() if sizes is None else sizes)
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
-        self._sequences: list[_Sequence | None] = [None] * self._slots
+        self._enough = max(1, engine.max_concurrent_decodes // 8) if enough is None else enough
+        self._sequences: list[_Sequence | None] = [None] * engine.max_concurrent_decodes
+        self._slot_of: dict[tuple[int, int], int] = {}
         # The slots of each prompt's rows, by prompt; prompts that no slot continues have no entry.
         self._rows: dict[int, tuple[_Job, list[int | None]]] = {}
         self._unread: _Dispatch | None = None
@@ -131,8 +134,13 @@ class Scheduler:
         self.decode_steps = 0
         """Decode steps that were run."""
 
+    @property
+    def _per_shard(self) -> int:
+        return len(self._sequences) // self._engine.shards
+
     def _first_sizes(self) -> Sizes:
-        full_groups = -(-self._per_shard // self._engine.copies) * self._engine.shards
+        per_shard = self._engine.max_concurrent_decodes // self._engine.shards
+        full_groups = -(-per_shard // self._engine.copies) * self._engine.shards
         return Sizes(full_groups, bucket(1), min(SMALLEST_ROOM, self._largest.own_tokens))
 
     @property
@@ -154,6 +162,11 @@ class Scheduler:
         """Sequences that did not start yet."""
         return sum(job.request.copies - job.started for job in self._waiting)
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values on all devices together."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self._state.layers))
+
     def submit(self, request: Request, key: Key[Array, ""]) -> int:
         """Queue a request and return its ticket.
 
@@ -161,9 +174,14 @@ class Scheduler:
         positive or beyond its cache, and for more stop tokens than a slot can hold.
         """
         check(self._engine, request)
-        job = _Job(self._tickets, request, key)
-        job.lengths = np.zeros(request.copies, np.int32)
-        job.stop_ids = self._engine.stop_ids | request.sampling.stop_ids
+        job = _Job(
+            self._tickets,
+            request,
+            key,
+            limits=np.broadcast_to(np.asarray(request.max_tokens, np.int32), request.copies),
+            lengths=np.zeros(request.copies, np.int32),
+            stop_ids=self._engine.stop_ids | request.sampling.stop_ids,
+        )
         self._tickets += 1
         if request.copies:
             self._waiting.append(job)
@@ -185,6 +203,7 @@ class Scheduler:
 
     def step(self) -> list[Event]:
         """Start what can start, dispatch some decode steps, and read the dispatch before."""
+        self._fit_slots()
         self._fill()
         unread, self._unread = self._unread, None
         if self.slots_in_use:
@@ -205,7 +224,7 @@ class Scheduler:
     # Starting
 
     def _fill(self) -> None:
-        """Start waiting sequences, in order, all copies of one prompt in as few shards as can be."""
+        """Start waiting sequences, in order, a prompt's copies in as few shards as can be."""
         while self._waiting:
             job = self._waiting[0]
             place = self._place(job)
@@ -218,17 +237,21 @@ class Scheduler:
 
     def _place(self, job: _Job) -> tuple[int, list[int], list[int]] | None:
         """A prompt's room, its free rows, and free slots of its shard, as many as can start."""
-        free = [s for s, sequence in enumerate(self._sequences) if sequence is None]
-        by_shard = [[s for s in free if s // self._per_shard == u] for u in range(self._engine.shards)]
+        free: list[list[int]] = [[] for _ in range(self._engine.shards)]
+        for slot, sequence in enumerate(self._sequences):
+            if sequence is None:
+                free[slot // self._per_shard].append(slot)
         wanted = job.request.copies - job.started
         best: tuple[int, list[int], list[int]] | None = None
-        for shard in sorted(range(len(by_shard)), key=lambda u: -len(by_shard[u])):
-            for prompt in self._rooms(shard, job) if by_shard[shard] else []:
+        for shard, slots in enumerate(free):
+            for prompt in self._rooms(shard, job):
                 _, rows = self._rows.get(prompt, (job, [None] * self._engine.copies))
                 free_rows = [row for row, slot in enumerate(rows) if slot is None]
-                count = min(wanted, len(by_shard[shard]), len(free_rows))
+                count = min(wanted, len(slots), len(free_rows))
                 if count and (best is None or count > len(best[1])):
-                    best = prompt, free_rows[:count], by_shard[shard][:count]
+                    best = prompt, free_rows[:count], slots[:count]
+        if best is None and any(free) and self._grow_prompts():
+            return self._place(job)
         return best
 
     def _rooms(self, shard: int, job: _Job) -> list[int]:
@@ -236,10 +259,7 @@ class Scheduler:
         per_shard = sizes_of(self._state).prompts // self._engine.shards
         rooms = range(shard * per_shard, (shard + 1) * per_shard)
         own = [n for n in rooms if n in self._rows and self._rows[n][0] is job]
-        free = [n for n in rooms if n not in self._rows]
-        if not own and not free and self._grow_prompts():
-            return self._rooms(shard, job)
-        return own + free[:1]
+        return own + [n for n in rooms if n not in self._rows][:1]
 
     def _grow_prompts(self) -> bool:
         """More rooms for prompts, once, for groups whose last sequences hold theirs."""
@@ -248,10 +268,9 @@ class Scheduler:
         prompts = min(most, SPARE_PROMPTS * first)
         if sizes.prompts >= prompts:
             return False
-        if self._rows or self.slots_in_use:
-            # Rooms are numbered shard after shard.
-            before, after = (n // self._engine.shards for n in (sizes.prompts, prompts))
-            self._rows = {n // before * after + n % before: r for n, r in self._rows.items()}
+        # Rooms are numbered shard after shard.
+        before, after = (n // self._engine.shards for n in (sizes.prompts, prompts))
+        self._rows = {n // before * after + n % before: r for n, r in self._rows.items()}
         self._state = self._engine.resize(self._state, sizes._replace(prompts=prompts))
         return True
 
@@ -292,6 +311,7 @@ class Scheduler:
         for row, slot, copy in zip(rows, slots, copies, strict=True):
             of_rows[row] = slot
             self._sequences[slot] = _Sequence(job, int(copy))
+            self._slot_of[job.ticket, int(copy)] = slot
         if job.request.suffix_tokens is not None and job.scores is None:
             (empty_A,) = self._score([slots[0]], [0], job.request.suffix_tokens)
             rest = np.zeros((job.request.copies, len(empty_A)), np.float32)
@@ -315,11 +335,56 @@ class Scheduler:
             row_K=np.pad(np.asarray(rows, np.int32), unused),
             prompt=prompt,
             key_K=_copy_keys(job.key, request.stream, np.pad(copy_K, unused)),
-            limit_K=np.full(width, request.max_tokens, np.int32),
+            limit_K=np.pad(job.limits[copy_K], unused),
             sampling=slot_sampling([request.sampling] * width),
         )
 
     # Room
+
+    def _fit_slots(self) -> None:
+        """A quarter of the slots, or less, when few sequences are left; all when more wait.
+
+        A decode step takes its time for every slot, with a sequence or without.
+        """
+        shards, most = self._engine.shards, self._engine.max_concurrent_decodes
+        free = len(self._sequences) - self.slots_in_use
+        if self.waiting > free and len(self._sequences) < most:
+            self._move_to(most // shards)
+        elif not self._waiting:
+            taken = [s // self._per_shard for s in self._slot_of.values()]
+            busiest, wanted = max(map(taken.count, range(shards))), most // shards
+            while wanted > 1 and wanted // 4 >= busiest:
+                wanted = max(1, wanted // 4)
+            if wanted < self._per_shard and self.slots_in_use:
+                self._move_to(wanted)
+
+    def _move_to(self, per_shard: int) -> None:
+        """Put the sequences of each shard into the first of `per_shard` slots."""
+        shards, copies = self._engine.shards, self._engine.copies
+        new: list[_Sequence | None] = [None] * (shards * per_shard)
+        from_B, place_B = np.zeros((2, len(new)), np.int32)
+        now: dict[int, int] = {}
+        for slot, sequence in enumerate(self._sequences):
+            if sequence is None:
+                continue
+            shard, old = divmod(slot, self._per_shard)
+            target = shard * per_shard + sum(s // per_shard == shard for s in now.values())
+            new[target], from_B[target], now[slot] = sequence, old, target
+        rooms = sizes_of(self._state).prompts
+        slots_NK = np.zeros((rooms, copies), np.int32)
+        for prompt, (_, rows) in self._rows.items():
+            for row, slot in enumerate(rows):
+                if slot is not None:
+                    rows[row] = now[slot]
+                    slots_NK[prompt, row] = now[slot] % per_shard
+                    place_B[now[slot]] = prompt % (rooms // shards) * copies + row
+        free_B = np.asarray([sequence is None for sequence in new])
+        moves = Moves(from_B, free_B, slots_NK, place_B)
+        self._state = self._engine.move_slots(self._state, moves)
+        self._sequences = new
+        self._slot_of = {
+            (s.job.ticket, s.copy): slot for slot, s in enumerate(new) if s is not None
+        }
 
     def _make_room_for_prompt(self, tokens: int) -> None:
         sizes = sizes_of(self._state)
@@ -333,7 +398,7 @@ class Scheduler:
         """
         running = [s for s in self._sequences if s is not None]
         longest = max(
-            min(s.job.request.max_tokens, int(s.job.lengths[s.copy]) + in_flight + self._steps)
+            min(int(s.job.limits[s.copy]), int(s.job.lengths[s.copy]) + in_flight + self._steps)
             for s in running
         )
         wanted = min(max(SMALLEST_ROOM, bucket(longest)), self._largest.own_tokens)
@@ -350,13 +415,16 @@ class Scheduler:
         events, done = [], []
         for slot in np.nonzero(sampled.count_B)[0]:
             sequence = dispatch.sequences[slot]
-            if sequence is None or self._sequences[slot] is not sequence:
-                continue  # It was cancelled.
+            assert sequence is not None, "only a slot with a sequence is active"
+            # It may have been cancelled since, or have moved to another slot.
+            slot_now = self._slot_of.get((sequence.job.ticket, sequence.copy))
+            if slot_now is None:
+                continue
             event = self._event(sequence, sampled, int(slot))
             events.append(event)
             sequence.job.lengths[sequence.copy] += len(event.tokens)
             if event.finished is not None:
-                done.append((int(slot), sequence, event))
+                done.append((slot_now, sequence, event))
         self._score_done(done)
         for slot, sequence, _ in done:
             self._free(slot)
@@ -420,7 +488,9 @@ class Scheduler:
 
     def _free(self, slot: int) -> None:
         """Empty a slot, its row, and the room of a prompt that no other slot continues."""
-        self._sequences[slot] = None
+        sequence, self._sequences[slot] = self._sequences[slot], None
+        assert sequence is not None
+        del self._slot_of[sequence.job.ticket, sequence.copy]
         for prompt, (_, rows) in list(self._rows.items()):
             if slot in rows:
                 rows[rows.index(slot)] = None
@@ -436,11 +506,12 @@ def check(engine: DecoderEngine, request: Request, name: str = "prompt") -> None
             f"{name}: {length} tokens; the engine takes 1 to "
             f"{engine.max_prefill_length} (data.max_prompt_tokens)"
         )
-    if not 1 <= request.max_tokens <= engine.max_new_tokens:
-        raise InputError(
-            f"{name}: a limit of {request.max_tokens} new tokens; the engine takes 1 "
-            f"to {engine.max_new_tokens}"
-        )
+    for limit in np.atleast_1d(request.max_tokens).tolist():
+        if not 1 <= limit <= engine.max_new_tokens:
+            raise InputError(
+                f"{name}: a limit of {limit} new tokens; the engine takes 1 "
+                f"to {engine.max_new_tokens}"
+            )
     if len(request.sampling.stop_ids) > MAX_STOP_IDS:
         raise InputError(
             f"{name}: {len(request.sampling.stop_ids)} stop tokens; a request takes {MAX_STOP_IDS}"

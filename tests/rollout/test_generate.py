@@ -72,7 +72,7 @@ def test_sliding_window_and_a_full_cache():
 def test_bfloat16_cache():
     request = Request(prompt(18), stream=0, copies=4, max_tokens=12)
     bf16 = engine(dtype=jnp.bfloat16)
-    assert bf16.init_decode_state().layers[0].own_k_BHdT.values.dtype == jnp.bfloat16
+    assert bf16.init_decode_state().layers[0].own_v_BHTd.values.dtype == jnp.bfloat16
     (group,) = sample(bf16, params(), [request])
     for trace in group:
         rows = logits_after(LLAMA_64, request.prompt_tokens, ids(trace), dtype=jnp.bfloat16)

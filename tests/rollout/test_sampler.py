@@ -1,12 +1,20 @@
-"""Temperature, top-p and the log-prob of what was drawn."""
+"""Penalty, temperature, truncation, and the log-prob of what was drawn."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.generation.logits_process import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from nrt_jax.rollout.decode_state import slot_sampling
-from nrt_jax.rollout.sampler import Sampling, sample
+from nrt_jax.rollout.sampler import Sampling, most_probable, sample
 from tests.rollout.toy import SETTINGS, assert_distributed, nucleus
 
 jitted = jax.jit(sample)
@@ -17,7 +25,9 @@ def draw(logits_BV, temperature=1.0, top_p=1.0, seed=0, seen=(), **settings):
     logits_BV = jnp.asarray(logits_BV, jnp.float32)
     B, V = logits_BV.shape
     columns = {"temperature": temperature, "top_p": top_p} | settings
-    rows = zip(*(np.broadcast_to(column, (B,)).tolist() for column in columns.values()), strict=True)
+    rows = zip(
+        *(np.broadcast_to(column, (B,)).tolist() for column in columns.values()), strict=True
+    )
     sampling = slot_sampling([Sampling(**dict(zip(columns, row, strict=True))) for row in rows])
     seen_BV = jnp.asarray(np.tile(np.isin(np.arange(V), list(seen)), (B, 1)))
     keys_B = jax.random.split(jax.random.key(seed), B)
@@ -101,3 +111,67 @@ def test_extreme_logits_stay_finite():
         token_B, log_prob_B = draw(logits_BV, temperature, top_p)
         assert list(token_B[:2]) == [0, 1]
         assert np.isfinite(log_prob_B).all()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"top_k": 7},
+        {"min_p": 0.2},
+        {"repetition_penalty": 1.4},
+        {"repetition_penalty": 0.7, "temperature": 0.8},
+        {"top_k": 9, "top_p": 0.8, "min_p": 0.1, "repetition_penalty": 1.2, "temperature": 1.3},
+    ],
+    ids=str,
+)
+def test_the_distribution_is_that_of_transformers(settings):
+    """Which tokens are kept, and the log-prob of each that is drawn."""
+    logits_V = 2 * np.random.default_rng(3).normal(size=40)
+    seen = [1, 5, 6, 20, 33]
+    chain = {
+        "repetition_penalty": RepetitionPenaltyLogitsProcessor,
+        "temperature": TemperatureLogitsWarper,
+        "top_k": TopKLogitsWarper,
+        "top_p": TopPLogitsWarper,
+        "min_p": MinPLogitsWarper,
+    }
+    scores = torch.tensor(logits_V, dtype=torch.float32)[None]
+    for name, processor in chain.items():
+        if name in settings:
+            scores = processor(settings[name])(torch.tensor([seen]), scores)
+    expected_V = torch.log_softmax(scores[0], dim=-1).numpy()
+    token_B, log_prob_B = draw(np.tile(logits_V, (4000, 1)), seen=seen, **settings)
+    np.testing.assert_allclose(log_prob_B, expected_V[token_B], atol=1e-5)
+    assert_distributed(np.bincount(token_B, minlength=40), np.exp(expected_V.astype(np.float64)))
+
+
+def test_rare_tokens_are_drawn_as_often_as_they_should_be():
+    """Of 40,000 entries, all but one share a probability of 1 in 100."""
+    V, B = 40_000, 4_000
+    p_V = np.full(V, 0.01 / (V - 1))
+    p_V[123] = 0.99
+    token_B, log_prob_B = draw(np.tile(np.log(p_V), (B, 1)))
+    rare_B = token_B != 123
+    assert 15 <= rare_B.sum() <= 70, "40 are expected, and 6.3 is their standard deviation"
+    assert len(set(token_B[rare_B])) > 0.9 * rare_B.sum()
+    np.testing.assert_allclose(log_prob_B, np.log(p_V)[token_B], atol=1e-4)
+
+
+def test_what_has_no_probability_is_never_drawn():
+    """Whole blocks of the vocabulary, and single entries of a block, also at either end."""
+    logits_V = np.full(700, -np.inf)
+    possible = [130, 131, 255, 256, 390, 511, 640]
+    logits_V[possible] = [0.0, -3.0, 1.0, 0.5, -1.0, 2.0, -6.0]
+    token_B, _ = draw(np.tile(logits_V, (20_000, 1)))
+    assert_distributed(np.bincount(token_B, minlength=700), nucleus(logits_V, 1.0, 1.0))
+
+
+def test_most_probable_tokens_are_those_of_the_softmax():
+    logits_BV = np.random.default_rng(4).normal(size=(5, 300)).astype(np.float32)
+    id_BR, log_prob_BR = most_probable(jnp.asarray(logits_BV), 4)
+    log_pi_BV = logits_BV - np.log(np.exp(logits_BV.astype(np.float64)).sum(1, keepdims=True))
+    expected_BR = np.argsort(-log_pi_BV, axis=1)[:, :4]
+    np.testing.assert_array_equal(id_BR, expected_BR)
+    np.testing.assert_allclose(
+        log_prob_BR, np.take_along_axis(log_pi_BV, expected_BR, 1), atol=1e-5
+    )

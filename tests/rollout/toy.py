@@ -44,19 +44,20 @@ def engine(
     slots: int = 4,
     *,
     copies: int = 4,
+    max_new_tokens: int = 12,
     mesh: Mesh | None = None,
     stop_ids: frozenset[int] = STOPS,
     dtype: Any = jnp.float32,
     **options: Any,
 ) -> DecoderEngine:
-    """Takes prompts of up to 32 tokens and writes up to 12; shared by all tests."""
+    """Takes prompts of up to 32 tokens; shared by all tests."""
     return DecoderEngine(
         nnx.split(decoder(a, dtype=dtype))[0],
         a,
         mesh or one_device(),
         slots=slots,
         max_prompt_tokens=20,
-        max_new_tokens=12,
+        max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         dtype=dtype,
         copies=copies,
@@ -117,7 +118,7 @@ def logits_after(
 ) -> np.ndarray:
     """Logits before each of `tokens`, from one forward over the whole sequence."""
     whole = np.concatenate([prompt, tokens]).astype(np.int32)
-    padded = np.zeros(48, np.int32)
+    padded = np.zeros(-(-len(whole) // 48) * 48, np.int32)
     padded[: len(whole)] = whole
     logits = np.asarray(_forward(decoder(a, **options), jnp.asarray(padded)[None]))[0]
     return logits[len(prompt) - 1 : len(whole) - 1]

@@ -1,0 +1,202 @@
+"""What a smaller cache dtype costs in accuracy, on traces that the float32 cache wrote.
+
+    python benchmarks/cache_dtype.py
+    python benchmarks/cache_dtype.py --model DIR
+
+Traces are sampled at temperature 1 with a float32 cache. Their tokens are then decoded again, one
+at a time, with each dtype of the cache, and the distributions before every token are compared with
+those of the float32 cache: |log-prob of the trace's token - that with float32| in nats, and the
+share of places where the most probable token is the same. Without --model the weights are random,
+spread wide enough that the tokens have some 3 nats of entropy.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from nrt_jax.models.decoder import Decoder, abstract_decoder
+from nrt_jax.models.huggingface_config import read_architecture
+from nrt_jax.models.native import read_params
+from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
+from nrt_jax.models.variants import Architecture
+from nrt_jax.rollout.cache import Sizes
+from nrt_jax.rollout.decode_state import DecodeState, SlotRequests, bucket, slot_sampling
+from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.rollout.generate import generate
+from nrt_jax.rollout.sampler import Sampling
+from nrt_jax.rollout.scheduler import Request
+
+DTYPES = ("float32", "bfloat16", "int8")
+RANDOM_MODEL = Architecture(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    initializer_range=0.13,
+)
+
+
+class Loss(NamedTuple):
+    """How far one dtype is from float32."""
+
+    bytes_a_token: int
+    """Keys and values of all layers, with the factors of int8."""
+    mean_difference: float
+    """|log-prob difference| of the traces' tokens, nats."""
+    largest_difference: float
+    greedy_agreement: float
+    """Share of places where the most probable token is that with float32."""
+    entropy: float
+    """Mean over the places, nats."""
+
+
+def main() -> None:
+    """Measure and print a line a dtype."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a Hugging Face directory; random without one")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--trace-tokens", type=int, default=128)
+    args = parser.parse_args()
+    architecture, definition, params = _model(args.model)
+    rng = np.random.default_rng(0)
+    shape = (args.prompts, args.prompt_tokens)
+    tokens_PS = rng.integers(0, architecture.vocab_size, shape, np.int32)
+    make = partial(
+        DecoderEngine,
+        definition,
+        architecture,
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        slots=args.prompts * args.copies,
+        max_prompt_tokens=args.prompt_tokens,
+        max_new_tokens=args.trace_tokens,
+        stop_ids=frozenset(),
+        copies=args.copies,
+        attention="xla",
+    )
+    engines = {dtype: make(cache_dtype=jnp.dtype(dtype)) for dtype in DTYPES}
+    requests = [
+        Request(tokens, p, args.copies, args.trace_tokens) for p, tokens in enumerate(tokens_PS)
+    ]
+    traces = generate(engines["float32"], params, requests, jax.random.key(0))
+    tokens_BT = np.stack([trace.tokens for group in traces for trace in group])
+    for dtype, loss in measure(engines, params, tokens_PS, tokens_BT).items():
+        print(
+            f"{dtype:9s} {loss.bytes_a_token:6d} bytes a token  |log-prob difference| mean "
+            f"{loss.mean_difference:.2e} max {loss.largest_difference:.2e} nats  greedy tokens "
+            f"that agree {100 * loss.greedy_agreement:6.2f} %  entropy {loss.entropy:.2f} nats"
+        )
+
+
+def _model(directory: Path | None) -> tuple[Architecture, nnx.GraphDef, Any]:
+    if directory is None:
+        definition, state = nnx.split(Decoder(RANDOM_MODEL, nnx.Rngs(0)))
+        return RANDOM_MODEL, definition, nnx.to_pure_dict(state)
+    architecture = read_architecture(directory)
+    decoder = abstract_decoder(architecture)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    params = read_params(directory, abstract_params(mesh, decoder))
+    return architecture, nnx.split(decoder)[0], params
+
+
+def measure(
+    engines: dict[str, DecoderEngine], params: Any, tokens_PS: np.ndarray, tokens_BT: np.ndarray
+) -> dict[str, Loss]:
+    """Every engine's loss against the one named float32, on the traces `tokens_BT`.
+
+    Rows of `tokens_BT` are the copies of prompt 0, then those of prompt 1, and so on.
+    """
+    states = {
+        name: _inserted(engine, params, tokens_PS, tokens_BT) for name, engine in engines.items()
+    }
+    bytes_a_token = {name: _bytes_a_token(state) for name, state in states.items()}
+    differences: dict[str, list[np.ndarray]] = {name: [] for name in engines}
+    agreements: dict[str, list[np.ndarray]] = {name: [] for name in engines}
+    entropies = []
+    for token_B in tokens_BT.T:
+        exact = _distribution(states["float32"].logits_BV, token_B)
+        entropies.append(exact.entropy_B)
+        for name in engines:
+            here = _distribution(states[name].logits_BV, token_B)
+            differences[name].append(np.abs(here.log_prob_B - exact.log_prob_B))
+            agreements[name].append(np.asarray(here.best_B == exact.best_B))
+        for name, engine in engines.items():
+            states[name] = _decode(engine, params, states[name], token_B)
+    return {
+        name: Loss(
+            bytes_a_token[name],
+            float(np.mean(differences[name])),
+            float(np.max(differences[name])),
+            float(np.mean(agreements[name])),
+            float(np.mean(entropies)),
+        )
+        for name in engines
+    }
+
+
+class _Distribution(NamedTuple):
+    log_prob_B: Array
+    best_B: Array
+    entropy_B: Array
+
+
+@jax.jit
+def _distribution(logits_BV: Float[Array, "B V"], token_B: Array) -> _Distribution:
+    log_pi_BV = jax.nn.log_softmax(logits_BV)
+    return _Distribution(
+        jnp.take_along_axis(log_pi_BV, token_B[:, None], axis=1)[:, 0],
+        jnp.argmax(logits_BV, axis=1),
+        -jnp.sum(jnp.exp(log_pi_BV) * log_pi_BV, axis=1),
+    )
+
+
+def _inserted(
+    engine: DecoderEngine, params: Any, tokens_PS: np.ndarray, tokens_BT: np.ndarray
+) -> DecodeState:
+    """All slots after their prompts, greedy, so that they take the token they are given."""
+    (P, S), (B, T) = tokens_PS.shape, tokens_BT.shape
+    copies = B // P
+    state = engine.init_decode_state(Sizes(P, bucket(S), bucket(T)))
+    for p, tokens_S in enumerate(tokens_PS):
+        padded = np.pad(tokens_S, (0, bucket(S) - S))
+        prefix = engine.prefill(params=params, padded_tokens=padded, true_length=S)
+        requests = SlotRequests(
+            slot_K=p * copies + np.arange(copies, dtype=np.int32),
+            row_K=np.arange(copies, dtype=np.int32),
+            prompt=p,
+            key_K=jax.random.split(jax.random.key(0), copies),
+            limit_K=np.full(copies, T, np.int32),
+            sampling=slot_sampling([Sampling(temperature=0.0)] * copies),
+        )
+        state = engine.insert_copies(prefix, state, requests)
+    return state
+
+
+def _decode(
+    engine: DecoderEngine, params: Any, state: DecodeState, token_B: np.ndarray
+) -> DecodeState:
+    """Run a given token in every slot."""
+    given_BV = jax.nn.one_hot(token_B, state.logits_BV.shape[1])
+    state, _ = engine.generate_steps(params, state._replace(logits_BV=given_BV), 1)
+    return state
+
+
+def _bytes_a_token(state: DecodeState) -> int:
+    slots, (prompts, prompt_tokens, own_tokens) = len(state.active_B), state.layers[0].sizes
+    tokens = prompts * prompt_tokens + slots * own_tokens
+    return sum(x.nbytes for x in jax.tree.leaves(state.layers)) // tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Decoding with each prompt's keys and values stored once, against a copy for every trace.
+
+    python benchmarks/prompt_sharing_decode.py
+
+An engine of the comparison model's shape decodes 8 traces of each prompt: once with `copies=8`, so
+that the traces of a prompt share its room, and once with `copies=1`, a room for each trace. Bytes
+are those of the keys and values of all slots, the traces' own included; times are CPU seconds of a
+decode step, the least of several dispatches of 16 steps.
+"""
+
+import argparse
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from nrt_jax.models.decoder import Decoder
+from nrt_jax.models.sharding import MeshConfig, make_mesh
+from nrt_jax.models.variants import Architecture
+from nrt_jax.rollout.cache import Sizes
+from nrt_jax.rollout.decode_state import DecodeState, SlotRequests, bucket, slot_sampling
+from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.rollout.sampler import Sampling
+
+ARCHITECTURE = Architecture(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+)
+COPIES = 8
+STEPS = 16
+
+
+class Cost(NamedTuple):
+    """What decoding all slots takes."""
+
+    cache_bytes: int
+    step_cpu_s: float
+
+
+def main() -> None:
+    """Measure and print a line for each prompt length."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--prompt-tokens", type=int, nargs="+", default=[256, 1024])
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    args = parser.parse_args()
+    for prompt_tokens in args.prompt_tokens:
+        shared, copied = measure(ARCHITECTURE, prompt_tokens, args.prompts, args.new_tokens)
+        print(readable(prompt_tokens, shared, copied), flush=True)
+
+
+def measure(
+    architecture: Architecture, prompt_tokens: int, prompts: int, new_tokens: int
+) -> tuple[Cost, Cost]:
+    """Costs with a room for each prompt, and with one for each of its 8 copies."""
+    definition, state = nnx.split(Decoder(architecture, nnx.Rngs(0)))
+    params = nnx.to_pure_dict(state)
+    rng = np.random.default_rng(0)
+    shape = (prompts, prompt_tokens)
+    tokens_PS = rng.integers(0, architecture.vocab_size, shape, np.int32)
+
+    def cost(copies: int) -> Cost:
+        engine = DecoderEngine(
+            definition,
+            architecture,
+            make_mesh(MeshConfig(), jax.devices()[:1]),
+            slots=prompts * COPIES,
+            max_prompt_tokens=prompt_tokens,
+            max_new_tokens=new_tokens,
+            stop_ids=frozenset(),
+            copies=copies,
+        )
+        return _decode_cost(engine, params, _started(engine, params, tokens_PS), new_tokens)
+
+    return cost(COPIES), cost(1)
+
+
+def _started(engine: DecoderEngine, params: Any, tokens_PS: np.ndarray) -> DecodeState:
+    """Eight traces of every prompt, in rooms of as many copies as the engine has."""
+    (P, S), K = tokens_PS.shape, engine.copies
+    rooms = COPIES // K
+    sizes = Sizes(P * rooms, bucket(S), bucket(engine.max_new_tokens))
+    state = engine.init_decode_state(sizes)
+    for p, tokens_S in enumerate(tokens_PS):
+        padded = np.pad(tokens_S, (0, bucket(S) - S))
+        prefix = engine.prefill(params=params, padded_tokens=padded, true_length=S)
+        for room in range(p * rooms, (p + 1) * rooms):
+            requests = SlotRequests(
+                slot_K=room * K + np.arange(K, dtype=np.int32),
+                row_K=np.arange(K, dtype=np.int32),
+                prompt=room,
+                key_K=jax.random.split(jax.random.key(room), K),
+                limit_K=np.full(K, engine.max_new_tokens, np.int32),
+                sampling=slot_sampling([Sampling()] * K),
+            )
+            state = engine.insert_copies(prefix, state, requests)
+    return state
+
+
+def _decode_cost(engine: DecoderEngine, params: Any, state: DecodeState, new_tokens: int) -> Cost:
+    cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.layers))
+    seconds = []
+    for _ in range(new_tokens // STEPS):
+        start = time.process_time()
+        state, sampled = engine.generate_steps(params, state, STEPS)
+        jax.block_until_ready(sampled)
+        seconds.append((time.process_time() - start) / STEPS)
+    return Cost(cache_bytes, min(seconds[1:]))  # The first compiles.
+
+
+def readable(prompt_tokens: int, shared: Cost, copied: Cost) -> str:
+    """One line, with the ratios."""
+    return (
+        f"prompts of {prompt_tokens:5d} tokens, {COPIES} traces each: "
+        f"{shared.cache_bytes / 2**20:7.1f} MiB against {copied.cache_bytes / 2**20:7.1f} MiB "
+        f"({copied.cache_bytes / shared.cache_bytes:.2f} times), "
+        f"{1e3 * shared.step_cpu_s:6.2f} CPU-ms a step against {1e3 * copied.step_cpu_s:6.2f} "
+        f"({copied.step_cpu_s / shared.step_cpu_s:.2f} times)"
+    )
+
+
+if __name__ == "__main__":
+    main()

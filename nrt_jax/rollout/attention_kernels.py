@@ -1,0 +1,59 @@
+"""Which attention decodes: XLA's own, or the Pallas kernel of the platform."""
+
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from nrt_jax.errors import InputError
+from nrt_jax.models.variants import Architecture
+from nrt_jax.rollout.cache import KVCache
+from nrt_jax.rollout.paged_cache import PagedCache
+from nrt_jax.rollout.triton_cache import TritonCache
+
+AttentionKernel = Literal["auto", "xla", "pallas"]
+
+TPU_LANES = 128
+GPU_SMALLEST_HEAD = 16
+
+
+def kv_cache(
+    attention: AttentionKernel,
+    platform: str,
+    mesh: Mesh,
+    architecture: Architecture,
+    dtype: DTypeLike,
+) -> KVCache | PagedCache:
+    """The form of the cache for a platform; auto is XLA's where its kernel cannot be used.
+
+    Raises InputError when `attention` is pallas and the platform, the model's heads or the cache's
+    dtype are none that its kernel takes.
+    """
+    reason = _why_not(platform, mesh, architecture, jnp.dtype(dtype))
+    if attention == "pallas" and reason is not None:
+        raise InputError(f"rollout.attention: pallas: {reason}; set it to xla or auto")
+    if attention == "xla" or reason is not None:
+        return KVCache(mesh, architecture.sliding_window)
+    form = PagedCache if platform == "tpu" else TritonCache
+    return form(mesh, architecture.sliding_window)
+
+
+def _why_not(platform: str, mesh: Mesh, architecture: Architecture, dtype: jnp.dtype) -> str | None:
+    """What of all this the platform's kernel does not take; None when it takes it."""
+    if platform not in ("tpu", "gpu"):
+        return f"there is no kernel for the {platform}"
+    if dtype not in (jnp.float32, jnp.bfloat16):
+        return f"the kernels take float32 and bfloat16, not rollout.cache_dtype {dtype}"
+    d = architecture.head_dim
+    if platform == "gpu":
+        fits = d >= GPU_SMALLEST_HEAD and d & (d - 1) == 0
+        return None if fits else f"head_dim {d} is no power of two of {GPU_SMALLEST_HEAD} or more"
+    if d % TPU_LANES:
+        return f"head_dim {d} is no multiple of {TPU_LANES}"
+    heads = architecture.num_key_value_heads // mesh.shape["tensor"]
+    # A page's keys and values of one token fill 32-bit rows, of which a tile has 1, 2, 4 or 8.
+    rows, rest = divmod(2 * heads * dtype.itemsize, 4)
+    if rest or not (rows in (1, 2, 4) or rows % 8 == 0):
+        return f"{heads} key/value heads a device do not fill the tiles of its memory"
+    return None

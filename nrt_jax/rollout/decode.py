@@ -1,0 +1,175 @@
+"""What a decode state goes through: sequences start in slots, tokens are drawn and run.
+
+Pure functions, which the engine compiles. Letters: those of decode_state.py, and G query heads a
+key/value head.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from nrt_jax.models.decoder import Decoder
+from nrt_jax.rollout.cache import KVCache, Places
+from nrt_jax.rollout.decode_state import DecodeState, Sampled, SlotRequests, sizes_of
+from nrt_jax.rollout.paged_cache import PagedCache
+from nrt_jax.rollout.prefill import Prefix
+from nrt_jax.rollout.sampler import most_probable, sample
+
+
+class Decoding(NamedTuple):
+    """What is the same in every step."""
+
+    cache: KVCache | PagedCache
+    shards: int
+    copies: int
+    is_stop_V: Bool[np.ndarray, "V"]
+    """The tokens that end any sequence."""
+    top_log_probs: int
+    """R: most probable tokens that are reported for each token drawn."""
+    dtype: DTypeLike
+    unstacks_once: bool
+    """Slice the stacked weights before the steps and not in each: on CPU a slice is a copy."""
+
+
+def insert_copies(
+    prefix: Prefix,
+    state: DecodeState,
+    prompts: list[Any],
+    requests: SlotRequests,
+    decoding: Decoding,
+) -> tuple[DecodeState, list[Any]]:
+    """Start K sequences after one prompt; `prompts` is what that changes of the layers' caches."""
+    places, prompt = state.places, jnp.asarray(requests.prompt)
+    B, copies, shards = len(state.active_B), decoding.copies, decoding.shards
+    slot_K = jnp.where(requests.slot_K < 0, B, requests.slot_K)
+    row_K = jnp.where(requests.slot_K < 0, copies, requests.row_K)
+    per_shard = places.prompt_length_N.shape[0] // shards
+    prompts = [
+        decoding.cache.insert(layer, k, v, prompt, prefix.length, slot_K)
+        for layer, k, v in zip(prompts, prefix.k_LSHd, prefix.v_LSHd, strict=True)
+    ]
+
+    def put(all_slots: Array, value: Array | int | bool) -> Array:
+        return all_slots.at[slot_K].set(value, mode="drop")
+
+    state = state._replace(
+        places=Places(
+            places.prompt_length_N.at[prompt].set(prefix.length),
+            places.slots_NK.at[prompt, row_K].set(slot_K % (B // shards), mode="drop"),
+            put(places.place_B, prompt % per_shard * copies + row_K),
+            put(places.own_length_B, 0),
+        ),
+        logits_BV=put(state.logits_BV, prefix.logits_V[None]),
+        seen_BV=put(state.seen_BV, prefix.seen_V[None]),
+        position_B=put(state.position_B, prefix.length),
+        generated_B=put(state.generated_B, 0),
+        limit_B=put(state.limit_B, requests.limit_K),
+        active_B=put(state.active_B, requests.limit_K > 0),
+        key_B=put(state.key_B, requests.key_K),
+        sampling=jax.tree.map(put, state.sampling, requests.sampling),
+    )
+    return state, prompts
+
+
+def decode_steps(
+    decoder: Decoder, state: DecodeState, enough: Int[Array, ""], steps: int, decoding: Decoding
+) -> tuple[DecodeState, Sampled]:
+    """Up to `steps` tokens in every slot, until none is active or `enough` sequences ended."""
+    layers = decoder.split_layers() if decoding.unstacks_once else None
+    started_B = state.active_B
+
+    def goes_on(carry: tuple[DecodeState, Sampled]) -> Array:
+        state, sampled = carry
+        ended = jnp.sum(started_B & ~state.active_B)
+        return (sampled.steps < steps) & (ended < enough) & jnp.any(state.active_B)
+
+    def step(carry: tuple[DecodeState, Sampled]) -> tuple[DecodeState, Sampled]:
+        state, sampled = carry
+        token_B, sampled = _draw(state, sampled, decoding)
+        weights = decoder.split_layers() if layers is None else layers
+        return _run(decoder, weights, state, token_B, sampled.done_B, decoding), sampled
+
+    nothing = _nothing_sampled(steps, len(started_B), decoding.top_log_probs)
+    return jax.lax.while_loop(goes_on, step, (state, nothing))
+
+
+def _nothing_sampled(steps: int, slots: int, top: int) -> Sampled:
+    return Sampled(
+        jnp.zeros((steps, slots), jnp.int32),
+        jnp.zeros((steps, slots), jnp.float32),
+        jnp.zeros((steps, slots, top), jnp.int32),
+        jnp.zeros((steps, slots, top), jnp.float32),
+        jnp.zeros(slots, jnp.int32),
+        jnp.zeros(slots, bool),
+        jnp.int32(0),
+    )
+
+
+def _draw(
+    state: DecodeState, sampled: Sampled, decoding: Decoding
+) -> tuple[Int[Array, "B"], Sampled]:
+    """A token for every slot, and whether it ends the sequence."""
+    keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
+    token_B, log_prob_B = sample(state.logits_BV, state.seen_BV, keys_B, state.sampling)
+    stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] | (state.generated_B + 1 >= state.limit_B)
+    stopped_B |= jnp.any(state.sampling.stop_BX == token_B[:, None], axis=1)
+    i = sampled.steps
+    if decoding.top_log_probs:
+        top_id_BR, top_log_prob_BR = most_probable(state.logits_BV, decoding.top_log_probs)
+        sampled = sampled._replace(
+            top_id_CBR=sampled.top_id_CBR.at[i].set(top_id_BR),
+            top_log_prob_CBR=sampled.top_log_prob_CBR.at[i].set(top_log_prob_BR),
+        )
+    return token_B, sampled._replace(
+        token_CB=sampled.token_CB.at[i].set(token_B),
+        log_prob_CB=sampled.log_prob_CB.at[i].set(log_prob_B),
+        count_B=sampled.count_B + state.active_B,
+        done_B=sampled.done_B | (state.active_B & stopped_B),
+        steps=i + 1,
+    )
+
+
+def _run(
+    decoder: Decoder,
+    layers: list[nnx.State],
+    state: DecodeState,
+    token_B: Int[Array, "B"],
+    done_B: Bool[Array, "B"],
+    decoding: Decoding,
+) -> DecodeState:
+    """Run the token of every slot; slots that are not active stay as they are."""
+    logits_BV, caches = _next_logits(decoder, layers, state, token_B, decoding)
+    return state._replace(
+        layers=caches,
+        places=state.places._replace(own_length_B=state.places.own_length_B + state.active_B),
+        logits_BV=logits_BV,
+        seen_BV=state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True),
+        position_B=state.position_B + state.active_B,
+        generated_B=state.generated_B + state.active_B,
+        active_B=state.active_B & ~done_B,
+    )
+
+
+def _next_logits(
+    decoder: Decoder,
+    layers: list[nnx.State],
+    state: DecodeState,
+    token_B: Int[Array, "B"],
+    decoding: Decoding,
+) -> tuple[Float[Array, "B V"], tuple[Any, ...]]:
+    """Logits after one token a slot, and the caches with its keys and values."""
+    cache_step = decoding.cache.begin_step(state.places, sizes_of(state), state.active_B)
+
+    def attend(layer, q_B1HGd, k_B1Hd, v_B1Hd):
+        out_BHGd, layer = decoding.cache.attend(
+            layer, q_B1HGd[:, 0], k_B1Hd[:, 0], v_B1Hd[:, 0], cache_step
+        )
+        return out_BHGd[:, None].astype(decoding.dtype), layer
+
+    hidden_BD, caches = decoder.next_hidden(token_B, state.position_B, layers, state.layers, attend)
+    return decoder.logits(hidden_BD), caches

@@ -1,0 +1,69 @@
+"""The slots' own keys and values, for the decode attention kernel of GPUs.
+
+Letters: those of cache.py. The prompts' part stays XLA's product of many queries with keys they
+share; the kernel takes what is left, one query against keys that no other query meets, and reads
+of each slot's room only what is filled.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.decode_attention import gqa
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+
+from nrt_jax.models.sharding import partition_spec
+from nrt_jax.rollout.cache import KVCache, LayerCache, Masks, Partial
+
+BLOCK_TOKENS = 128
+MOST_SPLITS = 16
+"""Blocks of one slot's tokens that are worked on side by side."""
+
+
+class TritonCache(KVCache):
+    """The form for GPUs; `interpret` runs the kernel on any platform."""
+
+    own_k_tokens_last = False
+
+    def __init__(self, mesh: Mesh, window: int | None = None, *, interpret: bool = False):
+        super().__init__(mesh, window)
+        self._interpret = interpret
+
+    def _attend_own(
+        self, layer: LayerCache, q_BHGd: Float[Array, "B H G d"], step: Masks
+    ) -> Partial:
+        rows, slots = partition_spec(("batch", "kv_heads")), partition_spec(("batch",))
+        attend = jax.shard_map(
+            self._attend_in_shard,
+            mesh=self._mesh,
+            in_specs=(rows, rows, rows, slots),
+            out_specs=rows,
+            check_vma=False,
+        )
+        k_BHTd, v_BHTd = layer.own_k.values, layer.own_v_BHTd.values
+        return attend(q_BHGd.astype(k_BHTd.dtype), k_BHTd, v_BHTd, step.places.own_length_B)
+
+    def _attend_in_shard(self, q_BHGd: Any, k_BHTd: Any, v_BHTd: Any, length_B: Any) -> Partial:
+        (B, H, G, d), T = q_BHGd.shape, k_BHTd.shape[2]
+        # A slot that is done may hold more than its room, cut off when the rooms shrank.
+        end_B = jnp.minimum(length_B + 1, T)
+        start_B = None if self._window is None else jnp.maximum(end_B - self._window, 0)
+        splits = max(1, min(MOST_SPLITS, T // BLOCK_TOKENS))
+        out, (total, highest) = gqa(
+            q_BHGd.reshape(B, H * G, d),
+            k_BHTd.swapaxes(1, 2),
+            v_BHTd.swapaxes(1, 2),
+            start_idx=start_B,
+            kv_seq_len=end_B,
+            k_splits=splits,
+            block_k=min(BLOCK_TOKENS, T // splits),
+            return_residuals=True,
+            normalize_output=False,
+            interpret=self._interpret,
+        )
+        return Partial(
+            out.astype(jnp.float32).reshape(B, H, G, d),
+            total.reshape(B, H, G),
+            highest.reshape(B, H, G),
+        )

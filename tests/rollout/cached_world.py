@@ -1,0 +1,164 @@
+"""A cache of one layer beside a plain list of what every slot has seen, and float64 attention.
+
+Letters: those of nrt_jax/rollout/cache.py.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from nrt_jax.models.sharding import partition_spec
+from nrt_jax.rollout.cache import KVCache, Places, Sizes, fit_in_shards, shards_of
+from nrt_jax.rollout.decode_state import bucket
+
+LIKE_ROWS = ("batch", "kv_heads")
+
+
+class World:
+    """What the engine does to a layer's cache, done to a cache and to lists of keys and values."""
+
+    def __init__(
+        self,
+        cache: KVCache,
+        sizes: Sizes,
+        *,
+        slots: int = 8,
+        copies: int = 4,
+        kv_heads: int = 2,
+        groups: int = 3,
+        head_dim: int = 16,
+        dtype: Any = jnp.float32,
+        window: int | None = None,
+        seed: int = 0,
+    ):
+        self.cache, self.slots, self.copies, self.window = cache, slots, copies, window
+        self.mesh, self.shards = cache._mesh, shards_of(cache._mesh)
+        self.heads = (kv_heads, groups, head_dim)
+        self.layer = self._placed(cache.empty(sizes, slots, kv_heads, head_dim, dtype))
+        B, N = slots, sizes.prompts
+        self.places = Places(np.zeros(N, int), np.zeros((N, copies), int), *np.zeros((2, B), int))
+        self.places = jax.tree.map(lambda x: x.astype(np.int32), self.places)
+        self.random = np.random.default_rng(seed)
+        self.seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """Keys and values [tokens, H, d] of each slot that was started."""
+        self._programs: dict[Any, Any] = {}
+
+    def _placed(self, layer: Any) -> Any:
+        sharding = NamedSharding(self.mesh, partition_spec(layer.logical_axes))
+        return jax.tree.map(lambda x: jax.device_put(x, sharding), layer)
+
+    def _draw(self, *shape: int) -> np.ndarray:
+        return self.random.normal(size=shape).astype(np.float32)
+
+    def insert(self, prompt: int, length: int, slots: list[int]) -> None:
+        """Start `slots`, all of the shard of `prompt`, after a prompt of random keys and values."""
+        H, _, d = self.heads
+        k, v = self._draw(bucket(length), H, d), self._draw(bucket(length), H, d)
+        slot_K = np.asarray([*slots, *[self.slots] * (self.copies - len(slots))], np.int32)
+        prompts = self.cache.prompts_of(self.layer)
+        prompts = jax.jit(self.cache.insert)(prompts, k, v, prompt, length, slot_K)
+        self.layer = self.cache.with_prompts(self.layer, prompts)
+        places = self.places
+        places.prompt_length_N[prompt] = length
+        per_shard = len(places.prompt_length_N) // self.shards
+        for row, slot in enumerate(slots):
+            places.slots_NK[prompt, row] = slot % (self.slots // self.shards)
+            places.place_B[slot] = prompt % per_shard * self.copies + row
+            places.own_length_B[slot] = 0
+            self.seen[slot] = k[:length], v[:length]
+
+    def step(self, active: list[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Run a token in the active slots; outputs of theirs, and what they must be, in float64."""
+        active = sorted(self.seen) if active is None else active
+        (H, G, d), B = self.heads, self.slots
+        q, k, v = self._draw(B, H, G, d), self._draw(B, H, d), self._draw(B, H, d)
+        is_active_B = np.isin(np.arange(B), active)
+        out, self.layer = self._attend(self.layer, self.places, is_active_B, q, k, v)
+        self.places.own_length_B[active] += 1
+        for slot in active:
+            keys, values = self.seen[slot]
+            self.seen[slot] = np.append(keys, k[None, slot], 0), np.append(values, v[None, slot], 0)
+        expected = np.stack([plain_attention(q[b], *self.seen[b], self.window) for b in active])
+        return np.asarray(out, np.float64)[active], expected
+
+    def _attend(self, layer: Any, places: Places, is_active_B: Any, *qkv: Any) -> Any:
+        sizes = layer.sizes
+
+        def attend(layer, places, is_active_B, q, k, v):
+            step = self.cache.begin_step(places, sizes, is_active_B)
+            return self.cache.attend(layer, q, k, v, step)
+
+        if sizes not in self._programs:
+            self._programs[sizes] = jax.jit(attend)
+        return self._programs[sizes](layer, jax.tree.map(jnp.asarray, places), is_active_B, *qkv)
+
+    def resize(self, sizes: Sizes) -> None:
+        """As the engine does it."""
+        self.layer = self._placed(jax.jit(self.cache.resize, static_argnums=1)(self.layer, sizes))
+        prompts = [
+            fit_in_shards(jnp.asarray(x), sizes.prompts, self.shards) for x in self.places[:2]
+        ]
+        self.places = Places(*map(np.array, prompts), *self.places[2:])
+
+    def move(self, to: dict[int, int], slots: int) -> None:
+        """Another number of slots, in which `to` says where each started one goes."""
+        per_shard, places = slots // self.shards, self.places
+        from_B, place_B, own_B = np.zeros((3, slots), np.int32)
+        for old, new in to.items():
+            from_B[new] = old % (self.slots // self.shards)
+            place_B[new], own_B[new] = places.place_B[old], places.own_length_B[old]
+            prompt, row = divmod(int(place_B[new]), self.copies)
+            rooms = len(places.prompt_length_N) // self.shards
+            places.slots_NK[new // per_shard * rooms + prompt, row] = new % per_shard
+        from_UI = jnp.asarray(from_B.reshape(self.shards, -1))
+        self.layer = self._placed(jax.jit(self.cache.move_slots)(self.layer, from_UI))
+        self.places = places._replace(place_B=place_B, own_length_B=own_B)
+        self.seen, self.slots = {new: self.seen[old] for old, new in to.items()}, slots
+        self._programs.clear()
+
+    def assert_reads(self, tolerance: float = 0.0) -> None:
+        """Everything that the started slots have seen can be read, in order of position."""
+        slots = sorted(self.seen)
+        slot_R, places = jnp.asarray(slots), jax.tree.map(jnp.asarray, self.places)
+        k, v = jax.jit(self.cache.read)(self.layer, places, slot_R)
+        own_R = places.own_length_B[slot_R]
+        positions, valid = self.cache.read_positions(places, self.layer.sizes, slot_R, own_R)
+        for r, slot in enumerate(slots):
+            held = np.asarray(valid[r])
+            expected_k, expected_v = self.seen[slot]
+            np.testing.assert_array_equal(positions[r][held], np.arange(len(expected_k)))
+            for actual, expected in ((k, expected_k), (v, expected_v)):
+                actual = np.asarray(actual[r], np.float64)[held]
+                np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=0)
+
+
+def plain_attention(
+    q_HGd: np.ndarray, k_THd: np.ndarray, v_THd: np.ndarray, window: int | None
+) -> np.ndarray:
+    """softmax(q k / sqrt(d)) v over the last `window` tokens, in float64."""
+    first = 0 if window is None else max(0, len(k_THd) - window)
+    q, k, v = (np.asarray(x, np.float64) for x in (q_HGd, k_THd[first:], v_THd[first:]))
+    scores = np.einsum("hgd,thd->hgt", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("hgt,thd->hgd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def close(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
+    """Within `tolerance` of the largest value."""
+    error, scale = np.abs(actual - expected).max(), np.abs(expected).max()
+    assert error <= tolerance * scale, f"{error} of {scale}"
+
+
+def busy_world(cache: KVCache, sizes: Sizes, longest: int, **options: Any) -> World:
+    """Every shard: a prompt with several slots, one with a single slot, and rooms that are free."""
+    world = World(cache, sizes, **options)
+    per_shard, rooms = world.slots // world.shards, sizes.prompts // world.shards
+    lengths = (longest, longest // 2 + 1, 1)
+    for shard in range(world.shards):
+        slot, room = shard * per_shard, shard * rooms
+        world.insert(room, lengths[shard % 3], [slot + 1, slot + 3])
+        world.insert(room + 1, lengths[(shard + 1) % 3], [slot])
+    return world
