@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
 from nrt_jax.config import Section
+from nrt_jax.serving.config import ServingConfig
 from nrt_jax.training.config import RunConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
@@ -37,12 +38,15 @@ nrt-jax config schema
 - An unknown key, a value out of range and a clash between two settings are errors of one line that
   name the file or the override, the key, the value and what is allowed.
 - A run directory holds the resolved config as `config.yaml`; training from it repeats the run.
+
+The settings of `nrt-jax serve` are no part of a run's config: they stand on its command line, as
+`field=value`, and in the [last table](#nrt-jax-serve).
 """
 
 
 def render() -> str:
     """The whole page as Markdown."""
-    parts = [INTRODUCTION, *_section("", RunConfig)]
+    parts = [INTRODUCTION, *_section("", RunConfig), *_section("nrt-jax serve", ServingConfig)]
     return "\n".join(parts)
 
 
@@ -95,6 +99,8 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
         for item in more:
             metadata = metadata + (item.metadata if isinstance(item, FieldInfo) else [item])
         return _values(inner, metadata)
+    if get_origin(annotation) in (list, tuple):
+        return f"list of {_values(get_args(annotation)[0], metadata)}"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, Section):
@@ -114,6 +120,8 @@ def _default(field: FieldInfo) -> str:
     value = field.default
     if value is None or isinstance(value, bool):
         return {None: "`null`", True: "`true`", False: "`false`"}[value]
+    if isinstance(value, tuple):
+        return f"`{list(value)}`"
     if isinstance(value, float):
         return f"`{value:g}`"
     return f"`{value}`"

@@ -112,7 +112,20 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
         "--temperature", type=_temperature, default=0.0, help="of the trace; 0 is greedy"
     )
     generate.add_argument("--seed", type=_seed, default=0)
+    generate.add_argument(
+        "--score",
+        action="append",
+        metavar="ANSWER",
+        help="print the reward of this answer after the trace; one for each --prompt",
+    )
     generate.set_defaults(verb=_generate)
+
+    serve = verbs.add_parser("serve", help="answer over HTTP like OpenAI, and over gRPC")
+    serve.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    serve.add_argument(
+        "overrides", nargs="*", metavar="FIELD=VALUE", help="settings, such as port=8001 slots=32"
+    )
+    serve.set_defaults(verb=_serve)
 
 
 def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
@@ -239,8 +252,15 @@ def _train(args: argparse.Namespace) -> None:
 def _generate(args: argparse.Namespace) -> None:
     from nrt_jax.training.inference import answer_prompts
 
-    for result in answer_prompts(args.run, args.prompt, args.temperature, args.seed):
+    results = answer_prompts(args.run, args.prompt, args.temperature, args.seed, args.score)
+    for result in results:
         print(result)
+
+
+def _serve(args: argparse.Namespace) -> None:
+    from nrt_jax.serving.server import serve
+
+    serve(args.run, args.overrides)
 
 
 def _import(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from nrt_jax.training.config import RunConfig
 from nrt_jax.training.stop import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-VERBS = ("train", "generate", "export", "report", "config", "config show", "config schema")
+VERBS = ("train", "generate", "serve", "export", "report", "config", "config show", "config schema")
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:

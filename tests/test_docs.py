@@ -114,6 +114,7 @@ def test_the_checks_find_something_to_check():
     assert {command.split()[1] for command in commands("nrt-jax")} >= {
         "train",
         "generate",
+        "serve",
         "import",
         "export",
         "data",

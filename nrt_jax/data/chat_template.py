@@ -45,6 +45,11 @@ class PromptTemplate:
         self._template = None if source is None else compile_template(*source)
         self._controls = ControlSplit(tokenizer)
 
+    @property
+    def is_chat(self) -> bool:
+        """Whether there is a chat template."""
+        return self._template is not None
+
     def render(self, fields: dict) -> Rendered:
         """Apply the template to a row; BadRow when it lacks what the template needs."""
         config = self._config

@@ -42,17 +42,37 @@ class RowTokenizer:
 
     def of_question(self, question: str) -> np.ndarray:
         """x of a row with this question, int32; BadRow when it would be a bad one."""
-        rendered = self._template.render(self._fields(question, "any"))
+        return self._of_prompt(self._fields(question, "any"), question)
+
+    def of_messages(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
+        """x of a row with these turns before its answer, int32; BadRow when it would be a bad one.
+
+        Without a chat template the turns must be one question of the user.
+        """
+        if self._template.is_chat:
+            turns = [*messages, {"role": "assistant", "content": "any"}]
+            contents = "".join(str(turn.get("content", "")) for turn in messages)
+            return self._of_prompt({self._config.messages_field: turns}, contents)
+        if len(messages) != 1 or messages[0]["role"] != "user":
+            raise BadRow(
+                "not one question",
+                f"{len(messages)} messages, and data.template=plain has no place for other turns; "
+                "send one message of the role 'user'",
+            )
+        return self.of_question(messages[0]["content"])
+
+    def _of_prompt(self, fields: dict, shown: str) -> np.ndarray:
+        rendered = self._template.render(fields)
         (ids,) = self._encode([rendered])
         self._check_controls(rendered, ids)
         prompt = self._prompt(rendered, ids)
         unknown = self._tokenizer.unk_id
         if unknown is not None and unknown in prompt:
-            shown = [c for c in dict.fromkeys(question) if unknown in self._tokenizer.encode(c)]
+            strange = [c for c in dict.fromkeys(shown) if unknown in self._tokenizer.encode(c)]
             raise BadRow(
                 "prompt not in the vocabulary",
-                f"the prompt {shorten(question)} has characters that the tokenizer cannot spell "
-                f"({shorten(''.join(shown))}); use those of its vocabulary",
+                f"the prompt {shorten(shown)} has characters that the tokenizer cannot spell "
+                f"({shorten(''.join(strange))}); use those of its vocabulary",
             )
         return np.array(prompt, np.int32)
 

@@ -1,0 +1,217 @@
+"""`POST /v1/chat/completions`: a conversation in, a trace and an answer out.
+
+A run that reasons is asked twice, as evaluation does: x t_start for a trace z, which any special
+token or its limit ends, then x t_start z t_end for the answer.
+"""
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from nrt_jax.errors import InputError
+from nrt_jax.rollout.scheduler import Request
+from nrt_jax.serving.api_errors import bad_request
+from nrt_jax.serving.call import Call, join, merge
+from nrt_jax.serving.engine_loop import Generation
+from nrt_jax.serving.log_probs import chat_logprobs
+from nrt_jax.serving.sampling import check_stop_ids, sampling_of, usage
+from nrt_jax.serving.schemas import ChatMessage, ChatRequest
+from nrt_jax.serving.served_model import ServedModel
+from nrt_jax.serving.text import Piece, TextWriter
+
+FIELDS = {"trace": "reasoning_content", "answer": "content"}
+
+
+class Part(NamedTuple):
+    """A piece of one choice, and which of the two it belongs to."""
+
+    of: Literal["trace", "answer"]
+    piece: Piece
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A checked request; `run` answers it as a whole, `stream` in chunks."""
+
+    served: ServedModel
+    body: ChatRequest
+    prompt: np.ndarray
+    """x, int32, with t_start where the run reasons."""
+    trace_limit: int
+    """0 where the run does not reason."""
+    limit: int
+    """Most tokens of trace and answer together."""
+
+    @classmethod
+    def prepare(cls, served: ServedModel, body: ChatRequest, *, sequences: int, top: int) -> "Chat":
+        """Build the prompt and check it; ApiError 400 when it cannot be served."""
+        if body.n > sequences:
+            raise bad_request("n", f"{body.n}; this server writes up to {sequences}")
+        if body.top_logprobs > top:
+            raise bad_request("top_logprobs", f"{body.top_logprobs}; this server gives up to {top}")
+        if body.top_logprobs and not body.logprobs:
+            raise bad_request("top_logprobs", "needs logprobs=true")
+        check_stop_ids(served, body)
+        prompt = _prompt(served, body.messages)
+        most = served.limits.new - (2 if served.reasons else 0)
+        trace = _at_most(body, "max_reasoning_tokens", served.limits.trace)
+        if body.max_completion_tokens is not None:
+            return cls(served, body, prompt, trace, _at_most(body, "max_completion_tokens", most))
+        return cls(served, body, prompt, trace, _at_most(body, "max_tokens", most))
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the one prompt."""
+        return len(self.prompt)
+
+    async def run(self, call: Call) -> dict[str, Any]:
+        """The whole answer."""
+        parts: list[list[Part]] = [[] for _ in range(self.body.n)]
+        async with aclosing(self._parts(call)) as written:
+            async for index, part in written:
+                parts[index].append(part)
+        choices = [self._choice(index, of_choice) for index, of_choice in enumerate(parts)]
+        return self._chunk(call, "chat.completion", int(time.time()), choices) | {
+            "usage": self._usage([part for of_choice in parts for part in of_choice])
+        }
+
+    async def stream(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
+        """The same in chunks, whose texts and log-probs join to those of the whole."""
+        created, parts = int(time.time()), []
+        kind = "chat.completion.chunk"
+        begun: set[int] = set()
+        async with aclosing(self._parts(call)) as written:
+            async for index, part in written:
+                parts.append(part)
+                if index not in begun:
+                    begun.add(index)
+                    delta = {"role": "assistant", "content": ""}
+                    yield self._chunk(call, kind, created, [self._delta(index, delta)])
+                if part.piece.text or part.piece.scores:
+                    delta = {FIELDS[part.of]: part.piece.text}
+                    scores = part.piece.scores if part.of == "answer" else None
+                    yield self._chunk(call, kind, created, [self._delta(index, delta, scores)])
+                if part.of == "answer" and part.piece.finish:
+                    last = self._delta(index, {}) | {"finish_reason": part.piece.finish}
+                    yield self._chunk(call, kind, created, [last])
+        if self.body.include_usage:
+            yield self._chunk(call, kind, created, []) | {"usage": self._usage(parts)}
+
+    async def _parts(self, call: Call) -> AsyncGenerator[tuple[int, Part], None]:
+        n, limit = self.body.n, min(self.trace_limit or self.limit, self.limit)
+        sampling = sampling_of(self.body)
+        if self.served.reasons:
+            # What the client says of ends is about the answer.
+            sampling = sampling._replace(stop_ids=self.served.trace_stop_ids)
+        request = Request(self.prompt, 0, n, limit, sampling)
+        first = call.submit(request, self.body.seed)
+        choices = [self._of_choice(call, first, copy) for copy in range(n)]
+        async with aclosing(merge(choices)) as merged:
+            async for item in merged:
+                yield item
+
+    async def _of_choice(
+        self, call: Call, first: Generation, copy: int
+    ) -> AsyncGenerator[Part, None]:
+        tokenizer = self.served.tokenizer
+        if not self.served.reasons:
+            writer = TextWriter(tokenizer, self.body.stops)
+            async for piece in call.pieces(first, copy, writer):
+                yield Part("answer", piece)
+            return
+        pieces = []
+        async for piece in call.pieces(first, copy, TextWriter(tokenizer)):
+            pieces.append(piece)
+            yield Part("trace", piece)
+        trace = join(pieces)
+        limit = self.limit - trace.sampled
+        if limit <= 0:
+            # The trace has used up what the request allows; there is no answer.
+            yield Part("answer", Piece("", (), trace.tokens[:0], 0, "length"))
+            return
+        closed = np.concatenate([self.prompt, trace.tokens, [tokenizer.think_end_id]])
+        # A stream of its own, so that no draw of the answer shares its noise with the trace's.
+        request = Request(closed.astype(np.int32), 1 + copy, 1, limit, sampling_of(self.body))
+        second = call.submit(request, self.body.seed)
+        async for piece in call.pieces(second, 0, TextWriter(tokenizer, self.body.stops)):
+            yield Part("answer", piece)
+
+    def _choice(self, index: int, parts: Sequence[Part]) -> dict[str, Any]:
+        answer = join([part.piece for part in parts if part.of == "answer"])
+        message = {"role": "assistant", "content": answer.text}
+        if self.served.reasons:
+            trace = join([part.piece for part in parts if part.of == "trace"])
+            message["reasoning_content"] = trace.text
+        scores = self._scores(answer.scores)
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": scores,
+            "finish_reason": answer.finish,
+        }
+
+    def _delta(self, index: int, delta: dict[str, str], scores: Any = None) -> dict[str, Any]:
+        shown = None if scores is None else self._scores(scores)
+        return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}
+
+    def _scores(self, scores: Any) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+        return chat_logprobs(self.served.token_texts, scores, self.body.top_logprobs)
+
+    def _chunk(
+        self, call: Call, kind: str, created: int, choices: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        return {
+            "id": f"chatcmpl-{call.id}",
+            "object": kind,
+            "created": created,
+            "model": self.served.name,
+            "choices": choices,
+        }
+
+    def _usage(self, parts: Sequence[Part]) -> dict[str, Any]:
+        trace = sum(part.piece.sampled for part in parts if part.of == "trace")
+        sampled = sum(part.piece.sampled for part in parts)
+        details = {"completion_tokens_details": {"reasoning_tokens": trace}}
+        return usage(len(self.prompt), sampled) | details
+
+
+def _prompt(served: ServedModel, messages: Sequence[ChatMessage]) -> np.ndarray:
+    turns = [_turn(index, message) for index, message in enumerate(messages)]
+    try:
+        x = served.chat_prompt(turns)
+    except InputError as error:
+        raise bad_request("messages", str(error)) from None
+    if len(x) > served.limits.prompt:
+        raise bad_request(
+            "messages", f"prompt 0 has {len(x)} tokens; {served.limits.prompt} are the most"
+        )
+    opened = [*x, served.tokenizer.think_start_id] if served.reasons else x
+    return np.asarray(opened, np.int32)
+
+
+def _turn(index: int, message: ChatMessage) -> dict[str, str]:
+    role = "system" if message.role == "developer" else message.role
+    if isinstance(message.content, str):
+        return {"role": role, "content": message.content}
+    texts = []
+    for part in message.content:
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise bad_request(f"messages.{index}.content", "has a part that is no text; send texts")
+        texts.append(part["text"])
+    return {"role": role, "content": "".join(texts)}
+
+
+def _at_most(body: ChatRequest, name: str, most: int) -> int:
+    """The field's value, or all there is; ApiError 400 when that is less."""
+    value = getattr(body, name)
+    if value is None:
+        return most
+    if value > most:
+        raise bad_request(name, f"{value}; {most} are the most")
+    return value

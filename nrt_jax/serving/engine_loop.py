@@ -1,0 +1,328 @@
+"""The one thread that owns the engine: requests in, events out to asyncio.
+
+A failure of the engine ends the requests that it had, and nothing else: the scheduler is built anew
+and the thread goes on.
+"""
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import AsyncIterator, Callable
+from queue import SimpleQueue
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from nrt_jax.errors import InputError
+from nrt_jax.rollout.scheduler import Event, Request
+
+log = logging.getLogger(__name__)
+
+
+class EngineFailed(Exception):
+    """The engine raised while it had this request; the log has the traceback."""
+
+
+class Scheduling(Protocol):
+    """What the loop needs of a `rollout.scheduler.Scheduler`."""
+
+    def submit(self, request: Request, key: jax.Array) -> int: ...
+    def cancel(self, ticket: int) -> None: ...
+    def step(self) -> list[Event]: ...
+    @property
+    def busy(self) -> bool: ...
+    @property
+    def slots_in_use(self) -> int: ...
+    @property
+    def waiting(self) -> int: ...
+
+
+class PromptScores(NamedTuple):
+    """log pi(token i + 1 | tokens <= i) of a prompt of n tokens, in nats."""
+
+    log_probs: np.ndarray
+    """float32 [n - 1]."""
+    top_ids: np.ndarray
+    """int32 [n - 1, top]: the most probable tokens of each place."""
+    top_log_probs: np.ndarray
+    """float32 [n - 1, top]."""
+
+
+class Generation:
+    """The events of one request, a queue a copy; used on the thread of its asyncio loop."""
+
+    def __init__(self, engine: "EngineLoop", copies: int, request_id: str):
+        self.request_id = request_id
+        self.loop = asyncio.get_running_loop()
+        self._engine = engine
+        self._queues: list[asyncio.Queue[Event | Exception]]
+        self._queues = [asyncio.Queue() for _ in range(copies)]
+        self._unfinished = set(range(copies))
+
+    async def events(self, copy: int) -> AsyncIterator[Event]:
+        """The events of one copy up to its last; raises what ended the request instead."""
+        while True:
+            event = await self._queues[copy].get()
+            if isinstance(event, Exception):
+                raise event
+            yield event
+            if event.finished is not None:
+                return
+
+    def give_up(self, copy: int) -> None:
+        """One copy needs no more tokens; the slots are free when none does."""
+        if self._unfinished == {copy}:
+            self.close()
+        self._unfinished.discard(copy)
+
+    def close(self) -> None:
+        """Free the slots of whatever still runs."""
+        if self._unfinished:
+            self._unfinished.clear()
+            self._engine.cancel(self)
+
+    def fail(self, error: Exception) -> None:
+        """End every copy with `error`, and free its slots."""
+        self.close()
+        for queue in self._queues:
+            queue.put_nowait(error)
+
+    def deliver(self, event: Event | Exception) -> None:
+        """Pass on what the engine says; a failure goes to every copy."""
+        if isinstance(event, Exception):
+            self._unfinished.clear()
+            for queue in self._queues:
+                queue.put_nowait(event)
+            return
+        if event.finished is not None:
+            self._unfinished.discard(event.copy)
+        self._queues[event.copy].put_nowait(event)
+
+
+class _Submit(NamedTuple):
+    generation: Generation
+    request: Request
+    seed: int
+
+
+class _Cancel(NamedTuple):
+    generation: Generation
+
+
+class _Score(NamedTuple):
+    future: "asyncio.Future[PromptScores]"
+    request_id: str
+    tokens: np.ndarray
+
+
+_Message = _Submit | _Cancel | _Score | None
+
+
+class EngineLoop:
+    """Runs a scheduler in a thread of its own, from `start` to `stop`.
+
+    `make_scheduler` gives a new scheduler, `score` the fields of a prompt's `PromptScores`. Both
+    are called in the thread, but for the first scheduler. `on_failure` is called once for each
+    failure of the engine.
+    """
+
+    def __init__(
+        self,
+        make_scheduler: Callable[[], Scheduling],
+        score: Callable[[np.ndarray], tuple[Any, Any, Any]],
+        *,
+        seed: int = 0,
+        on_failure: Callable[[], object] = lambda: None,
+    ):
+        self._make_scheduler, self._score = make_scheduler, score
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._scheduler: Scheduling | None = make_scheduler()
+        self._running: dict[int, Generation] = {}
+        """By the ticket of the scheduler there is."""
+        self._copies_left: dict[int, int] = {}
+        self._tickets: dict[Generation, int | None] = {}
+        """Of every request that a failure has to reach; None before it has a ticket."""
+        self._draws = np.random.default_rng(seed)
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._stopping = False
+        self._on_failure = on_failure
+        self.slots_in_use = self.waiting = 0
+        """Sequences that are decoded, and that wait for a slot."""
+
+    def start(self) -> None:
+        """Begin to work."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after the step under way; what runs is given up."""
+        self._stopping = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    @property
+    def healthy(self) -> bool:
+        """Whether there is an engine to ask."""
+        return self._thread.is_alive() and self._scheduler is not None
+
+    def submit(self, request: Request, seed: int | None, request_id: str) -> Generation:
+        """Start a request; without a seed one is drawn. Called on a thread of asyncio."""
+        if seed is None:
+            seed = int(self._draws.integers(2**31))
+        generation = Generation(self, request.copies, request_id)
+        self._inbox.put(_Submit(generation, request, seed))
+        return generation
+
+    def cancel(self, generation: Generation) -> None:
+        """Free its slots at the next step."""
+        self._inbox.put(_Cancel(generation))
+
+    async def score(self, tokens: np.ndarray, request_id: str) -> PromptScores:
+        """Log-probs of a prompt's tokens, each given those before it."""
+        future: asyncio.Future[PromptScores] = asyncio.get_running_loop().create_future()
+        self._inbox.put(_Score(future, request_id, tokens))
+        return await future
+
+    # --- in the thread ----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._turn()
+            except Exception:
+                self._recover()
+
+    def _turn(self) -> None:
+        """Read the inbox, which is waited for when there is nothing else to do; then one step."""
+        scheduler = self._scheduler
+        idle = scheduler is None or not scheduler.busy
+        while idle or not self._inbox.empty():
+            message = self._inbox.get()
+            idle = False
+            if message is None:
+                return
+            self._handle(message)
+            if isinstance(message, _Score):
+                break  # a long prompt to score must not keep the others waiting for the next
+        scheduler = self._scheduler
+        if scheduler is None:
+            return
+        events = scheduler.step() if scheduler.busy else []
+        # First, so that whoever has got its last token finds its slot free.
+        self.slots_in_use, self.waiting = scheduler.slots_in_use, scheduler.waiting
+        self._fan_out(events)
+
+    def _handle(self, message: "_Submit | _Cancel | _Score") -> None:
+        match message:
+            case _Submit():
+                self._start(message)
+            case _Cancel(generation):
+                self._end(generation, cancel=True)
+            case _Score(future, request_id, tokens):
+                self._answer_score(future, request_id, tokens)
+
+    def _start(self, message: _Submit) -> None:
+        generation, request, seed = message
+        self._tickets[generation] = None
+        if self._scheduler is None:
+            self._scheduler = self._make_scheduler()
+        try:
+            ticket = self._scheduler.submit(request, jax.random.key(seed))
+        except InputError as error:
+            self._end(generation)
+            _post({generation: [error]})
+            return
+        self._tickets[generation], self._running[ticket] = ticket, generation
+        self._copies_left[ticket] = request.copies
+
+    def _end(self, generation: Generation, *, cancel: bool = False) -> None:
+        """Forget a request, if it is not forgotten yet."""
+        ticket = self._tickets.pop(generation, None)
+        if ticket is None:
+            return
+        del self._running[ticket], self._copies_left[ticket]
+        if cancel and self._scheduler is not None:
+            self._scheduler.cancel(ticket)
+
+    def _answer_score(
+        self,
+        future: "asyncio.Future[PromptScores]",
+        request_id: str,
+        tokens: np.ndarray,
+    ) -> None:
+        """A failure ends this request alone: scoring shares no state with the others."""
+        if future.cancelled():
+            return
+        result: PromptScores | Exception
+        try:
+            result = PromptScores(*map(np.asarray, self._score(tokens)))
+        except InputError as error:
+            result = error
+        except Exception as error:
+            log.exception("scoring the prompt of request %s failed", request_id)
+            self._on_failure()
+            result = EngineFailed(f"{type(error).__name__}")
+        _call(future.get_loop(), _resolve, future, result)
+
+    def _fan_out(self, events: list[Event]) -> None:
+        """One call into each asyncio loop for all events of a step."""
+        posts: dict[Generation, list[Event | Exception]] = {}
+        for event in events:
+            generation = self._running.get(event.ticket)
+            if generation is None:
+                continue  # cancelled
+            posts.setdefault(generation, []).append(event)
+            if event.finished is not None:
+                self._copies_left[event.ticket] -= 1
+                if not self._copies_left[event.ticket]:
+                    self._end(generation)
+        _post(posts)
+
+    def _recover(self) -> None:
+        """Fail every request there is, and build a new scheduler."""
+        failed = list(self._tickets)
+        names = ", ".join(generation.request_id for generation in failed) or "none"
+        log.exception("the engine failed; requests that end with it: %s", names)
+        self._on_failure()
+        self._running, self._copies_left, self._tickets = {}, {}, {}
+        self.slots_in_use = self.waiting = 0
+        # Before the new one is built, or the memory of both would be needed.
+        self._scheduler = None
+        _post({generation: [EngineFailed("the engine failed")] for generation in failed})
+        try:
+            self._scheduler = self._make_scheduler()
+        except Exception:
+            log.exception("the engine cannot be built anew; the next request tries again")
+
+
+def new_id(prefix: str) -> str:
+    """A name for a request that no other has."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def _post(posts: "dict[Generation, list[Event | Exception]]") -> None:
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Event | Exception]]] = {}
+    for generation, events in posts.items():
+        by_loop.setdefault(generation.loop, []).extend((generation, event) for event in events)
+    for loop, deliveries in by_loop.items():
+        _call(loop, _deliver, deliveries)
+
+
+def _deliver(deliveries: "list[tuple[Generation, Event | Exception]]") -> None:
+    for generation, event in deliveries:
+        generation.deliver(event)
+
+
+def _resolve(future: "asyncio.Future[PromptScores]", result: PromptScores | Exception) -> None:
+    if future.done():
+        return  # the client went away
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(function, *args)

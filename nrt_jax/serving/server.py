@@ -1,0 +1,159 @@
+"""`nrt-jax serve`: open a checkpoint, listen, and drain when told to stop."""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import uvicorn
+
+from nrt_jax.config import load_config
+from nrt_jax.errors import InputError
+from nrt_jax.rollout.scheduler import Scheduler
+from nrt_jax.serving.admission import Admission
+from nrt_jax.serving.config import ServingConfig
+from nrt_jax.serving.engine_loop import EngineLoop
+from nrt_jax.serving.metrics import Metrics
+from nrt_jax.serving.openai_api import OpenAIServer
+from nrt_jax.serving.served_model import ServedModel, open_checkpoint
+from nrt_jax.training.stop import StopRequest
+
+if TYPE_CHECKING:
+    # It brings grpc and JetStream's orchestrator, which grpc_port=null leaves alone.
+    from nrt_jax.serving.jetstream_server import GrpcServer
+
+log = logging.getLogger(__name__)
+
+
+def serve(checkpoint: Path, overrides: Sequence[str]) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then end what is under way and return.
+
+    Raises InputError for a bad setting, a missing checkpoint and a port that is taken.
+    """
+    with StopRequest():
+        config = load_config(ServingConfig, [], overrides)
+        listening = listen(config.host, config.port, "port")
+        grpc_port = None if config.grpc_port is None else free_port(config)
+        served = open_checkpoint(checkpoint, config)
+        grpc = None if grpc_port is None else start_grpc(served, config, grpc_port)
+        try:
+            asyncio.run(_serve(served, config, listening, grpc))
+        finally:
+            if grpc is not None:
+                grpc.stop()
+
+
+def listen(host: str, port: int, name: str) -> socket.socket:
+    """A socket bound to the port; InputError when it cannot be."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise InputError(f"{name}={port}: {reason} on host={host}; choose another") from None
+    return bound
+
+
+def free_port(config: ServingConfig) -> int:
+    """The port of the gRPC server, which takes a number and not a socket."""
+    assert config.grpc_port is not None
+    with listen(config.host, config.grpc_port, "grpc_port") as found:
+        return found.getsockname()[1]
+
+
+def start_grpc(served: ServedModel, config: ServingConfig, port: int) -> "GrpcServer":
+    """The gRPC side of a model, listening."""
+    from nrt_jax.serving.jetstream_server import GrpcServer
+
+    server = GrpcServer(served, config.host, port, slots=config.grpc_slots, most=config.grpc_queue)
+    server.start()
+    return server
+
+
+def make_server(served: ServedModel, config: ServingConfig) -> OpenAIServer:
+    """The HTTP side of a model, its engine built and not yet started."""
+    decoder = served.engine(config.slots, config.top_log_probs)
+    params, metrics = served.trained.params, Metrics()
+
+    def score(tokens: np.ndarray) -> tuple[Any, Any, Any]:
+        return decoder.score_prompt(params, tokens, config.top_log_probs)
+
+    engine = EngineLoop(
+        lambda: Scheduler(decoder, params, steps=config.decode_steps),
+        score,
+        seed=config.seed,
+        on_failure=metrics.errors.inc,
+    )
+    admission = Admission(config.max_concurrent_requests, config.queue)
+    return OpenAIServer(served, engine, config, admission, metrics)
+
+
+class _Uvicorn(uvicorn.Server):
+    """Leaves signals to us: it would close the door before /health could say so."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def _serve(
+    served: ServedModel,
+    config: ServingConfig,
+    listening: socket.socket,
+    grpc: "GrpcServer | None",
+) -> None:
+    api = make_server(served, config)
+    http = _Uvicorn(
+        uvicorn.Config(
+            api.app(),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    api.engine.start()
+    running = asyncio.create_task(http.serve([listening]))
+    while not (http.started or running.done()):
+        await asyncio.sleep(0.01)
+    host, port = listening.getsockname()[:2]
+    also = "" if grpc is None else f" and grpc://{host}:{grpc.port}"
+    step = served.trained.step
+    print(f"serving {served.name} (step {step}) on http://{host}:{port}{also}", flush=True)
+    try:
+        await asyncio.wait(
+            (running, asyncio.create_task(asked.wait())), return_when=asyncio.FIRST_COMPLETED
+        )
+        await _drain(api, grpc, config.drain_s)
+        http.should_exit = True
+        await running
+    finally:
+        api.engine.stop()
+
+
+async def _drain(api: OpenAIServer, grpc: "GrpcServer | None", seconds: float) -> None:
+    """Take on nothing more, and wait for what is under way, but no longer than `seconds`."""
+
+    def left() -> int:
+        over_grpc = 0 if grpc is None else grpc.drivers.active
+        return api.admission.running + api.admission.waiting + over_grpc
+
+    log.info("draining: %d requests are under way", left())
+    drains = [api.admission.drain()] if grpc is None else [api.admission.drain(), grpc.drain()]
+    try:
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*drains)
+    except TimeoutError:
+        log.warning("drain_s=%g is over; %d requests are cut off", seconds, left())

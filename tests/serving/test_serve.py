@@ -1,0 +1,141 @@
+"""`nrt-jax serve` as a process: what it prints, how it ends, what it refuses."""
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from nrt_jax.cli import main
+from tests.serving.live import wait_until
+from tests.serving.runs import STEP, write_run
+from tests.training.runs import REPOSITORY, Process
+
+SMALL = ("slots=4", "decode_steps=4")
+READY = re.compile(r"serving (\S+) \(step (\d+)\) on http://127\.0\.0\.1:(\d+)(.*)\n")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("served"))
+
+
+@contextlib.contextmanager
+def serving(run: Path, folder: Path, *overrides: str) -> Iterator[tuple[Process, int, str]]:
+    """A server process, its port, and what it says besides."""
+    process = Process(["serve", str(run), "port=0", *overrides], folder)
+    out = folder / "out"
+    assert process.wait_until(lambda: READY.search(out.read_text()) is not None), process.end()
+    found = READY.search(out.read_text())
+    assert found is not None
+    assert found.groups()[:2] == ("run", str(STEP))
+    try:
+        yield process, int(found[3]), found[4]
+    finally:
+        process.process.kill()
+        process.process.wait()
+
+
+def connect(port: int, body: dict) -> http.client.HTTPConnection:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps({"model": "run"} | body))
+    return connection
+
+
+def health(port: int) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", "/health")
+        return connection.getresponse().status
+
+
+LONG = {"prompt": [[7, 16, 8]] * 8, "max_tokens": 32, "n": 16, "temperature": 1, "stream": True}
+
+
+def test_sigterm_drains(run, tmp_path):
+    with serving(run, tmp_path, *SMALL, "grpc_port=0") as (
+        process,
+        port,
+        also,
+    ):
+        assert re.fullmatch(r" and grpc://127\.0\.0\.1:\d+", also)
+        under_way = connect(port, LONG).getresponse()
+        text = under_way.read(50)
+        process.signal(signal.SIGTERM)
+        wait_until(lambda: health(port) == 503)
+        refused = connect(port, {"prompt": "1"}).getresponse()
+        assert refused.status == 503
+        assert json.loads(refused.read())["error"]["code"] == "draining"
+        # What is under way ends as it would have.
+        text += under_way.read()
+        assert text.endswith(b"data: [DONE]\n\n")
+        outcome = process.end()
+        assert outcome.status == 0
+        assert "draining: 1 requests are under way" in outcome.err
+        assert "cut off" not in outcome.err
+
+
+def test_a_drain_that_takes_too_long_is_cut_off(run, tmp_path):
+    settings = (*SMALL, "grpc_port=null", "drain_s=0.2")
+    with serving(run, tmp_path, *settings) as (process, port, _):
+        response = connect(port, LONG).getresponse()
+        response.read(50)
+        process.signal(signal.SIGTERM)
+        outcome = process.end()
+        assert outcome.status == 0
+        assert "drain_s=0.2 is over; 1 requests are cut off" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("prot=1", "override prot=1: unknown key; did you mean 'port'?"),
+        ("port=70000", "override port=70000: must be less than or equal to 65535"),
+        ("slots=0", "override slots=0: must be greater than or equal to 1"),
+        ("slots", "override slots: must look like section.field=value"),
+        ("host=nowhere.invalid", "on host=nowhere.invalid; choose another"),
+        ("max_new_tokens=3", "max_new_tokens=3: t_start, trace, t_end and answer need 4 tokens"),
+    ],
+)
+def test_settings(run, override, said, capsys):
+    assert main(["serve", str(run), "port=0", "grpc_port=null", override]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("nrt-jax: error: ")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["port", "grpc_port"])
+def test_a_port_that_is_taken(run, name, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = {"port": "0", "grpc_port": "0"} | {name: str(port)}
+        words = [f"{key}={value}" for key, value in settings.items()]
+        assert main(["serve", str(run), *words]) == 2
+    assert f"{name}={port}: Address already in use on host=127.0.0.1" in capsys.readouterr().err
+
+
+def test_no_run(tmp_path, capsys):
+    assert main(["serve", str(tmp_path / "none"), "port=0", "grpc_port=0"]) == 2
+    assert "no config.yaml in it" in capsys.readouterr().err
+
+
+def test_a_small_soak(run):
+    words = [str(run), "--requests", "60", "--questions", "15", "--clients", "8"]
+    # So few requests meet lengths that are compiled for the first time to the end, even short ones.
+    words += ["max_prompt_tokens=20", "max_new_tokens=12"]
+    command = [sys.executable, "benchmarks/serve_soak.py", *words, "--growth-mb", "200", *SMALL]
+    one_device = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=one_device, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(result.stdout)
+    assert figures["requests"] == sum(figures["by_kind"].values()) == 60
+    assert figures["slots_in_use_at_the_end"] == 0

@@ -1,0 +1,92 @@
+"""Prompts as training builds them, and limits that follow from the run."""
+
+import dataclasses
+
+import pytest
+import transformers
+
+from nrt_jax.data.pipeline import tokenize_prompt
+from nrt_jax.errors import InputError
+from nrt_jax.serving.config import ServingConfig
+from nrt_jax.serving.served_model import find_limits, open_checkpoint, serve_trained
+from tests.data.templates import TEMPLATES
+from tests.serving.models import NEW, PROMPT, TRACE
+from tests.serving.runs import STEP, write_run
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Zürich <|eot_id|> 🙂"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "  why?\n"},
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run whose template is plain, from its directory."""
+    run = write_run(tmp_path_factory.mktemp("plain"), "sft")
+    return open_checkpoint(run / "checkpoints" / str(STEP), ServingConfig())
+
+
+@pytest.mark.parametrize("turns", [1, 2, 4])
+def test_a_conversation_is_that_of_transformers(served, turns):
+    theirs = transformers.AutoTokenizer.from_pretrained(served.tokenizer.directory)
+    messages = CONVERSATION[-1:] if turns == 1 else CONVERSATION[:turns]
+    if turns != 1:
+        # There the name of a special token inside a text is that token.
+        messages = [m | {"content": m["content"].replace("<|eot_id|>", "")} for m in messages]
+    expected = theirs.apply_chat_template(
+        messages,
+        chat_template=TEMPLATES["llama3"],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert served.chat_prompt(messages).tolist() == expected
+
+
+def test_a_text_spells_no_control_token(served):
+    prompt = served.chat_prompt(CONVERSATION).tolist()
+    clean = [turn | {"content": turn["content"].replace("<|eot_id|>", "")} for turn in CONVERSATION]
+    ends = served.tokenizer.eos_id
+    assert prompt.count(ends) == served.chat_prompt(clean).tolist().count(ends)
+
+
+def test_a_plain_run_takes_one_question(plain):
+    question = [{"role": "user", "content": "1+2+3"}]
+    data = plain.trained.config.data
+    expected = tokenize_prompt("1+2+3", data, plain.tokenizer).tolist()
+    assert plain.chat_prompt(question).tolist() == expected
+    assert plain.text_prompt("1+2+3").tolist() == expected
+    for messages in (question * 2, [{"role": "system", "content": "1"}], []):
+        with pytest.raises(InputError, match="no place for other turns"):
+            plain.chat_prompt(messages)
+    with pytest.raises(InputError, match="cannot spell"):
+        plain.chat_prompt([{"role": "user", "content": "1+x"}])
+    with pytest.raises(InputError, match="cannot spell"):
+        plain.text_prompt("1+x")
+
+
+def test_a_run_goes_by_the_name_of_its_directory(plain):
+    assert plain.name == "run"
+    assert plain.trained.step == STEP
+    assert not plain.reasons
+
+
+def test_limits(served):
+    run = served.trained.config
+    limits = find_limits(run, ServingConfig())
+    assert (limits.prompt, limits.new, limits.trace) == (PROMPT, NEW, TRACE)
+    assert limits.context == PROMPT + NEW
+    small = find_limits(run, ServingConfig(max_prompt_tokens=5, max_new_tokens=8))
+    # t_start, a trace of 5, t_end and one token of an answer.
+    assert (small.prompt, small.new, small.trace) == (5, 8, 5)
+    with pytest.raises(InputError, match="max_new_tokens=3: t_start, trace, t_end and answer"):
+        find_limits(run, ServingConfig(max_new_tokens=3))
+
+
+def test_too_many_stop_tokens(served):
+    rollout = served.trained.config.rollout.model_copy(update={"stop_tokens": list("abcdefghi")})
+    config = served.trained.config.model_copy(update={"rollout": rollout})
+    trained = dataclasses.replace(served.trained, config=config)
+    with pytest.raises(InputError, match=r"rollout.stop_tokens: 9 tokens .* 8 are the most"):
+        serve_trained(trained, "tiny", ServingConfig())

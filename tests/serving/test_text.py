@@ -1,0 +1,193 @@
+"""Tokens to text: the pieces join to the whole, and no piece ends inside a character."""
+
+import itertools
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.rollout.scheduler import Event
+from nrt_jax.serving.text import (
+    REPLACEMENT,
+    Detokenizer,
+    Piece,
+    TextWriter,
+    TokenTexts,
+    bytes_of,
+    prompt_offsets,
+)
+from tests.data.made_tokenizers import KINDS, MULTILINGUAL, write_made_tokenizer
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tokenizer(request, tmp_path_factory) -> Tokenizer:
+    return Tokenizer.load(
+        write_made_tokenizer(request.param, tmp_path_factory.mktemp("made") / request.param)
+    )
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.load(write_made_tokenizer("llama3", tmp_path_factory.mktemp("bytes") / "t"))
+
+
+def event(tokens: list[int], finished=None) -> Event:
+    """Every token with a log-prob of its own, and itself as the only alternative."""
+    log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+    return Event(
+        0,
+        0,
+        np.array(tokens, np.int32),
+        log_probs,
+        np.array(tokens, np.int32)[:, None],
+        log_probs[:, None],
+        finished,
+    )
+
+
+def pieces_of(text: list[int], cuts: list[int], writer: TextWriter, end="length") -> list[Piece]:
+    """Feed the tokens in parts, until one of the pieces is the last."""
+    bounds = sorted({0, *(cut % (len(text) + 1) for cut in cuts)})
+    spans = [*itertools.pairwise(bounds), (bounds[-1], len(text))]
+    pieces = []
+    for begin, stop in spans:
+        pieces.append(writer.write(event(text[begin:stop], end if stop == len(text) else None)))
+        if pieces[-1].finish:
+            return pieces
+    return pieces
+
+
+@pytest.mark.parametrize("text", MULTILINGUAL)
+def test_pieces_of_a_text_are_whole_characters(tokenizer, text):
+    tokens = tokenizer.encode(text)
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.feed(token) for token in tokens]
+    assert not any(REPLACEMENT in piece for piece in pieces)
+    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(tokens)
+
+
+@given(data=st.data())
+def test_any_bytes(byte_level, data):
+    """What a model draws need be no text: it decodes as a whole would."""
+    ordinary = st.integers(0, byte_level.vocab_size - 1).filter(
+        lambda token: token not in byte_level.special_ids
+    )
+    tokens = data.draw(st.lists(ordinary, max_size=30))
+    detokenizer = Detokenizer(byte_level)
+    pieces = [detokenizer.feed(token) for token in tokens]
+    assert not any(piece.endswith(REPLACEMENT) for piece in pieces)
+    assert "".join(pieces) + detokenizer.flush() == byte_level.decode(tokens)
+
+
+TEXT = st.text(alphabet="abü€ ", min_size=1, max_size=24)
+
+
+@given(text=TEXT, stops=st.lists(st.text(alphabet="abü€ ", min_size=1, max_size=4), max_size=4))
+def test_a_text_ends_before_the_first_stop_text(byte_level, text, stops):
+    tokens = byte_level.encode(text)
+    (whole,) = pieces_of(tokens, [], TextWriter(byte_level, stops))
+    # Tokens come one at a time: the text at hand is searched after each.
+    ends = [byte_level.decode(tokens[: n + 1]) for n in range(len(tokens))]
+    shown = [t.rstrip(REPLACEMENT) for t in ends]
+    found = next((t for t in shown if any(stop in t for stop in stops)), None)
+    expected = text if found is None else found[: min(found.find(s) for s in stops if s in found)]
+    assert whole.text == expected
+    assert whole.finish == ("length" if found is None else "stop")
+
+
+@given(
+    text=TEXT,
+    stops=st.lists(st.text(alphabet="abü€ ", min_size=1, max_size=4), max_size=4),
+    cuts=st.lists(st.integers(0, 100), max_size=5),
+    end=st.sampled_from(["length", "stop"]),
+)
+def test_pieces_do_not_depend_on_how_tokens_come(byte_level, text, stops, cuts, end):
+    tokens = byte_level.encode(text) + ([byte_level.eos_id] if end == "stop" else [])
+    (whole,) = pieces_of(tokens, [], TextWriter(byte_level, stops), end)
+    parts = pieces_of(tokens, cuts, TextWriter(byte_level, stops), end)
+    assert "".join(part.text for part in parts) == whole.text
+    scores = [(score.token, score.offset) for part in parts for score in part.scores]
+    assert scores == [(score.token, score.offset) for score in whole.scores]
+    assert sum(part.sampled for part in parts) == whole.sampled
+    assert parts[-1].finish == whole.finish
+    assert np.concatenate([part.tokens for part in parts]).tolist() == whole.tokens.tolist()
+
+
+def test_the_token_that_ended_a_sequence_is_scored_and_not_shown(byte_level):
+    tokens = [*byte_level.encode("ab"), byte_level.eos_id]
+    piece = TextWriter(byte_level).write(event(tokens, "stop"))
+    assert (piece.text, piece.sampled, piece.finish) == ("ab", len(tokens), "stop")
+    assert piece.tokens.tolist() == tokens[:-1]
+    # Its log-prob is, after the text: lm-evaluation-harness drops the last one of an echo.
+    assert [score.token for score in piece.scores] == tokens
+    assert piece.scores[-1].offset == 2
+
+
+def test_offsets_continue_an_echo(byte_level):
+    piece = TextWriter(byte_level, offset=10).write(event(byte_level.encode("a €"), "length"))
+    assert piece.scores[0].offset == 10
+    assert [score.offset for score in piece.scores] == sorted(s.offset for s in piece.scores)
+
+
+def test_what_cannot_be_drawn_is_no_alternative(byte_level):
+    tokens = byte_level.encode("a")
+    top_ids = np.array([[tokens[0], 5]], np.int32)
+    top = np.array([[-0.5, -np.inf]], np.float32)
+    one = Event(
+        0, 0, np.array(tokens, np.int32), np.array([-0.5], np.float32), top_ids, top, "length"
+    )
+    (score,) = TextWriter(byte_level).write(one).scores
+    assert score.top == ((tokens[0], -0.5),)
+
+
+def test_prompt_offsets(byte_level):
+    text = "Die Straße 🙂"
+    ids = byte_level.encode(text)
+    shown, offsets = prompt_offsets(byte_level, [byte_level.bos_id, *ids])
+    assert shown == text
+    assert offsets[:2] == [0, 0]
+    begun = [0]
+    for n in range(1, len(ids)):
+        # A character is begun with the first of its tokens, and the space in front of it too.
+        before = byte_level.decode(ids[:n])
+        begun.append(begun[-1] if before.endswith(REPLACEMENT) else len(before))
+    assert offsets[1:] == begun
+    inside, _ = prompt_offsets(byte_level, [*ids, byte_level.think_start_id])
+    assert inside == text + "<|think_start|>"
+
+
+# --- single tokens --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", MULTILINGUAL)
+def test_the_bytes_of_tokens_join_to_the_text(tokenizer, text):
+    texts = TokenTexts(tokenizer)
+    raw = b"".join(bytes(texts.in_bytes(token) or []) for token in tokenizer.encode(text))
+    # Some tokenizers put a space in front of a text, and take U+2581 for one.
+    assert raw.decode("utf-8") in (text, f" {text}".replace("▁", " "))
+
+
+def test_bytes_have_the_names_that_tokenizers_give_them(byte_level):
+    alphabet = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    for byte in range(0x80):
+        ((name, _),) = alphabet.pre_tokenize_str(chr(byte))
+        assert bytes_of(name) == bytes([byte])
+    for text in ("é", "€", "🙂"):
+        ((name, _),) = alphabet.pre_tokenize_str(text)
+        assert bytes_of(name) == text.encode("utf-8")
+    assert bytes_of("<0xE2>") == b"\xe2"
+    assert bytes_of("▁") is None
+
+
+def test_parts_of_characters_and_special_tokens(byte_level):
+    texts = TokenTexts(byte_level)
+    (first, *_) = byte_level.encode("\U0001f9ff\U0001f9ff"[:1])
+    assert texts[byte_level.eos_id] == "<|eot_id|>"
+    parts = [t for t in range(256) if texts[t].startswith("bytes:")]
+    assert len(parts) == 128
+    assert len({texts[t] for t in parts}) == 128
+    assert texts.in_bytes(first) is not None
+    assert texts[byte_level.vocab_size] == ""
