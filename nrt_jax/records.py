@@ -48,3 +48,9 @@ class Group:
 
     example: TokenizedExample
     traces: tuple[Trace, ...]
+    version: int = 0
+    """Step whose update made the weights that drew the traces; 0: those before the first."""
+    rewards: np.ndarray | None = None
+    """R of each trace under the weights that drew it, float32; None: not scored."""
+    baseline: float = 0.0
+    """R of the empty trace under the same weights, where there are rewards."""

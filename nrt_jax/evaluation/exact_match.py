@@ -1,18 +1,25 @@
-"""Exact match: let the model reason and answer, and compare with the reference answer."""
+"""Exact match: let the model reason and answer, and compare with the reference answer.
 
-from collections.abc import Sequence
+Letters: P prompts, K traces a prompt.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.records import TokenizedExample, Trace
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate
+from nrt_jax.rollout.generate import generate, generate_and_score
 from nrt_jax.rollout.sampler import Sampling
-from nrt_jax.rollout.scheduler import Request
+from nrt_jax.rollout.scheduler import Request, SuffixScores
+
+Judge = Callable[[Sequence[SuffixScores]], tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]]
+"""Rewards after each trace and after the empty one, from the log-probs of the answers."""
 
 
 @dataclass(frozen=True)
@@ -26,35 +33,78 @@ class Answerer:
     max_answer_tokens: int
     trace_temperature: float
     """Of the trace; the answer is always the most probable one."""
+    decode_steps: int = 16
+    """Tokens that are decoded a dispatch."""
+    judge: Judge | None = None
+    """Rewards of the reference answer after each trace, where evaluation is to measure them."""
 
     def answer(
         self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array
     ) -> list[tuple[Trace | None, Trace]]:
         """Trace and answer of every prompt; t_end is appended to whatever trace there is."""
         if self.trace_engine is None:
-            answers = self._generate(self.answer_engine, params, prompts, key)
+            requests = self._requests(prompts, self.max_answer_tokens, Sampling(0.0))
+            answers = self._generate(self.answer_engine, params, requests, key)
             return [(None, answer) for answer in answers]
-        start, end = self.tokenizer.think_start_id, self.tokenizer.think_end_id
-        opened = [np.append(prompt, start).astype(np.int32) for prompt in prompts]
         trace_key, answer_key = jax.random.split(key)
-        traces = self._generate(self.trace_engine, params, opened, trace_key)
+        requests = self._trace_requests(prompts)
+        traces = self._generate(self.trace_engine, params, requests, trace_key)
+        return self._answer_after(params, requests, traces, answer_key)
+
+    def answer_and_score(
+        self,
+        params: Any,
+        prompts: Sequence[np.ndarray],
+        references: Sequence[np.ndarray],
+        key: jax.Array,
+    ) -> tuple[list[tuple[Trace | None, Trace]], list[SuffixScores]]:
+        """The same, and log-probs of each reference answer (eos included) after its trace."""
+        assert self.trace_engine is not None, "without a trace there is nothing to score after"
+        trace_key, answer_key = jax.random.split(key)
+        requests = self._trace_requests(prompts, references)
+        groups, scores = generate_and_score(
+            self.trace_engine, params, requests, trace_key, steps=self.decode_steps
+        )
+        traces = [trace for (trace,) in groups]
+        return self._answer_after(params, requests, traces, answer_key), scores
+
+    def _answer_after(
+        self, params: Any, requests: Sequence[Request], traces: Sequence[Trace], key: jax.Array
+    ) -> list[tuple[Trace | None, Trace]]:
+        end = self.tokenizer.think_end_id
         closed = [
-            np.concatenate([prompt, trace.tokens, [end]]).astype(np.int32)
-            for prompt, trace in zip(opened, traces, strict=True)
+            np.concatenate([request.prompt_tokens, trace.tokens, [end]]).astype(np.int32)
+            for request, trace in zip(requests, traces, strict=True)
         ]
-        answers = self._generate(self.answer_engine, params, closed, answer_key)
+        after = self._requests(closed, self.max_answer_tokens, Sampling(0.0))
+        answers = self._generate(self.answer_engine, params, after, key)
         return list(zip(traces, answers, strict=True))
 
-    def _generate(
-        self, engine: DecoderEngine, params: Any, prompts: Sequence[np.ndarray], key: jax.Array
-    ) -> list[Trace]:
-        traces_it = engine is self.trace_engine
-        limit = self.max_trace_tokens if traces_it else self.max_answer_tokens
-        sampling = Sampling(temperature=self.trace_temperature if traces_it else 0.0)
-        requests = [
-            Request(prompt, index, 1, limit, sampling) for index, prompt in enumerate(prompts)
+    def _trace_requests(
+        self, prompts: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
+    ) -> list[Request]:
+        start, end = self.tokenizer.think_start_id, self.tokenizer.think_end_id
+        opened = [np.append(prompt, start).astype(np.int32) for prompt in prompts]
+        sampling = Sampling(self.trace_temperature)
+        requests = self._requests(opened, self.max_trace_tokens, sampling)
+        if references is None:
+            return requests
+        suffixes = [np.concatenate([[end], answer]).astype(np.int32) for answer in references]
+        return [
+            request._replace(suffix_tokens=suffix)
+            for request, suffix in zip(requests, suffixes, strict=True)
         ]
-        return [trace for (trace,) in generate(engine, params, requests, key)]
+
+    def _requests(
+        self, prompts: Sequence[np.ndarray], limit: int, sampling: Sampling
+    ) -> list[Request]:
+        return [Request(prompt, index, 1, limit, sampling) for index, prompt in enumerate(prompts)]
+
+    def _generate(
+        self, engine: DecoderEngine, params: Any, requests: Sequence[Request], key: jax.Array
+    ) -> list[Trace]:
+        groups = generate(engine, params, requests, key, steps=self.decode_steps)
+        return [trace for (trace,) in groups]
 
 
 def evaluate(
@@ -68,9 +118,17 @@ def evaluate(
     """Metrics over all examples, and the first `samples` of them as readable records.
 
     An answer is right when its text equals the reference after both are stripped of white space
-    and the model ended it with eos.
+    and the model ended it with eos. With a judge: the mean reward of the reference answer after the
+    trace and after none, and its log-probability after the trace, in nats a token.
     """
-    answered = answerer.answer(params, [e.prompt_tokens for e in examples], key)
+    prompts = [example.prompt_tokens for example in examples]
+    scored = {}
+    if answerer.judge is None:
+        answered = answerer.answer(params, prompts, key)
+    else:
+        references = [example.answer_tokens for example in examples]
+        answered, scores = answerer.answer_and_score(params, prompts, references, key)
+        scored = _reference_metrics(scores, answerer.judge)
     records = [
         _record(answerer.tokenizer, example, trace, answer)
         for example, (trace, answer) in zip(examples, answered, strict=True)
@@ -81,7 +139,17 @@ def evaluate(
         ended = [trace.end_token == answerer.tokenizer.think_end_id for trace in traces]
         metrics["eval/trace_tokens"] = float(np.mean([len(trace.tokens) for trace in traces]))
         metrics["eval/think_end_share"] = float(np.mean(ended))
-    return metrics, records[:samples]
+    return metrics | scored, records[:samples]
+
+
+def _reference_metrics(scores: Sequence[SuffixScores], judge: Judge) -> dict[str, float]:
+    reward_PK, baseline_P = judge(scores)
+    log_c_P = [score.copies_KA.mean() for score in scores]
+    return {
+        "eval/reward": float(np.mean(reward_PK)),
+        "eval/baseline": float(np.mean(baseline_P)),
+        "eval/reference_log_prob": float(np.mean(log_c_P)),
+    }
 
 
 def _record(

@@ -36,6 +36,8 @@ class TrainBatch(NamedTuple):
     answer_length_P: Int[Array, "P"]
     sampler_log_prob_PKT: Float[Array, "P K T"]
     """The engine's log-probs of z, and of t_end where the model wrote it; 0 elsewhere."""
+    kept_P: Bool[Array, "P"] | None = None
+    """Groups that the loss is of, the others being padding; None: all."""
 
 
 class SftBatch(NamedTuple):
@@ -91,6 +93,24 @@ def nrt_batch(groups: Sequence[Group], *, think_start: int, think_end: int) -> T
     )
 
 
+def kept_first(
+    kept_P: Bool[np.ndarray, "P"], *, mini_batch: int, micro_count: int
+) -> Int[np.ndarray, "P"]:
+    """Order of the groups in which each mini-batch's first micro-batches hold those that are kept.
+
+    Micro-batch i of a mini-batch takes its rows i, i + micro_count, ... (step.micro_batches):
+
+        kept                 no   yes  no   yes
+        order, 2 micro-batches   1    0    3    2      micro-batch 0: groups 1, 3; 1: groups 0, 2
+    """
+    order_P = np.arange(len(kept_P))
+    for start in range(0, len(kept_P), mini_batch):
+        rows = slice(start, start + mini_batch)
+        sorted_rows = start + np.argsort(~kept_P[rows], kind="stable")
+        order_P[rows] = sorted_rows.reshape(micro_count, -1).T.reshape(-1)
+    return order_P
+
+
 def sft_batch(examples: Sequence[TokenizedExample]) -> SftBatch:
     """Lay x y* out as rows."""
     rows = [np.concatenate([e.prompt_tokens, e.answer_tokens]) for e in examples]
@@ -119,14 +139,22 @@ class TargetMasks(NamedTuple):
 def target_masks(batch: TrainBatch) -> TargetMasks:
     """Masks over the targets, from the lengths alone (see the table at the top of the file)."""
     order_T = jnp.arange(batch.branch_PKW.shape[2] - 1)[None, None]
-    n_PK1 = batch.trace_length_PK[:, :, None]
+    n_PK1, kept_P11 = batch.trace_length_PK[:, :, None], kept_mask(batch)[:, None, None]
     valid_PKT = order_T <= n_PK1 + batch.answer_length_P[:, None, None]
-    return TargetMasks(order_T < n_PK1, order_T == n_PK1, valid_PKT)
+    return TargetMasks(
+        (order_T < n_PK1) & kept_P11, (order_T == n_PK1) & kept_P11, valid_PKT & kept_P11
+    )
+
+
+def kept_mask(batch: TrainBatch) -> Bool[Array, "P"]:
+    """True for the groups that the loss is of."""
+    return jnp.ones(batch.prompt_PS.shape[0], bool) if batch.kept_P is None else batch.kept_P
 
 
 def answer_mask(batch: TrainBatch) -> Bool[Array, "P A"]:
     """True at the tokens of y*, its eos included."""
-    return jnp.arange(batch.answer_PA.shape[1])[None] < batch.answer_length_P[:, None]
+    order_A = jnp.arange(batch.answer_PA.shape[1])[None]
+    return (order_A < batch.answer_length_P[:, None]) & kept_mask(batch)[:, None]
 
 
 def at_answer(x_PKT: Float[Array, "P K T"], batch: TrainBatch) -> Float[Array, "P K A"]:

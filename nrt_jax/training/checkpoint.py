@@ -15,6 +15,7 @@ from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.models.orbax_noise import silence_abandoned_io, without_messages
 from nrt_jax.training.config import CheckpointConfig
 from nrt_jax.training.fingerprint import by_path, fingerprints
+from nrt_jax.training.saved_groups import read_arrays
 from nrt_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -189,6 +190,8 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
             state, progress = restored["state"], restored["progress"]
             now, then = fingerprints(state), progress["fingerprints"]
+            if "groups" in progress:
+                read_arrays(progress["groups"])
         changed = [name for name in now if now[name] != then.get(name)]
         if changed:
             raise _Damaged(f"{changed[0]} is not what was saved")

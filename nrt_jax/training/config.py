@@ -92,6 +92,8 @@ class EvaluationConfig(Section):
     """Longest answer to generate, in tokens."""
     trace_temperature: float = Field(default=0.0, ge=0)
     """Temperature of the traces; 0 is greedy, 1 samples as training does. Answers are greedy."""
+    score_references: bool = False
+    """Also score the reference answer after each trace (eval/reward and others); not for sft."""
     samples: int = Field(default=10, ge=0)
     """Examples whose trace and answer are written to samples.jsonl."""
 
@@ -184,10 +186,22 @@ class RunConfig(Section):
                 f"beside an answer of data.max_answer_tokens {self.data.max_answer_tokens}; "
                 "raise the first, or lower the second, until they differ by 3"
             )
-        if self.rollout.top_p < 1 and self.objective.old_log_probs == "sampler":
+        truncation = self._truncation
+        if truncation is not None and self.objective.old_log_probs == "sampler":
             raise ValueError(
-                f"rollout.top_p {self.rollout.top_p} with objective.old_log_probs sampler: the "
-                "trainer's log-probs are not truncated; set objective.old_log_probs=recompute"
+                f"{truncation} with objective.old_log_probs sampler: the trainer's log-probs are "
+                "those of the plain softmax; set objective.old_log_probs=recompute"
+            )
+        if self.rollout.staleness and self.objective.importance_cap is None:
+            raise ValueError(
+                f"rollout.staleness {self.rollout.staleness} without an importance ratio: the "
+                "traces are of older weights; set objective.old_log_probs=recompute and "
+                "objective.importance_cap=2"
+            )
+        if self.rollout.drop_groups_without_spread and self.rollout.traces_per_prompt == 1:
+            raise ValueError(
+                "rollout.drop_groups_without_spread with rollout.traces_per_prompt 1: a single "
+                "trace has no spread, so nothing is left to train on; sample 2 or more"
             )
         if self.rollout.temperature != 1 and self.objective.trace_covers == "z_and_end":
             raise ValueError(
@@ -195,3 +209,13 @@ class RunConfig(Section):
                 "z_and_end: t_end is scored at temperature 1; set objective.trace_covers=z"
             )
         return self
+
+    @property
+    def _truncation(self) -> str | None:
+        """The first setting under which traces are not drawn from the whole softmax."""
+        rollout = self.rollout
+        neutral = {"top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1}
+        for name, value in neutral.items():
+            if getattr(rollout, name) != value:
+                return f"rollout.{name} {getattr(rollout, name)}"
+        return None

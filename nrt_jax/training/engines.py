@@ -1,18 +1,33 @@
 """The engines of a run: one that samples traces, one that writes answers."""
 
+from functools import partial
+
 from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.evaluation.exact_match import Answerer
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.training.config import RunConfig
-from nrt_jax.training.model import Model
+from nrt_jax.training.model import Model, token_id
+from nrt_jax.training.rewards import judge
 
 
 def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> DecoderEngine:
     """Prompts `x t_start`, up to the longest trace."""
     return _engine(
-        config, model, tokenizer, config.data.max_prompt_tokens + 1, config.rollout.max_trace_tokens
+        config,
+        model,
+        tokenizer,
+        longest_prompt=config.data.max_prompt_tokens + 1,
+        new_tokens=config.rollout.max_trace_tokens,
+        stop_ids=trace_stop_ids(config, tokenizer),
+        copies=config.rollout.traces_per_prompt,
     )
+
+
+def trace_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """What ends a trace; InputError for a stop token that the tokenizer does not have."""
+    names = config.rollout.stop_tokens
+    return tokenizer.special_ids | {token_id(tokenizer, n, "rollout.stop_tokens") for n in names}
 
 
 def make_answerer(
@@ -31,27 +46,50 @@ def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
     if reasons:
         longest += config.rollout.max_trace_tokens + 2
     answer_tokens = config.evaluation.max_answer_tokens
+    answers = _engine(
+        config,
+        model,
+        tokenizer,
+        longest_prompt=longest,
+        new_tokens=answer_tokens,
+        stop_ids=tokenizer.special_ids,
+        copies=1,
+    )
+    scores = reasons and config.evaluation.score_references
     return Answerer(
         tokenizer,
         trace_engine(config, model, tokenizer) if reasons else None,
-        _engine(config, model, tokenizer, longest, answer_tokens),
+        answers,
         config.rollout.max_trace_tokens,
         answer_tokens,
         config.evaluation.trace_temperature,
+        decode_steps=config.rollout.decode_steps,
+        judge=partial(judge, objective=config.objective) if scores else None,
     )
 
 
 def _engine(
-    config: RunConfig, model: Model, tokenizer: Tokenizer, longest_prompt: int, new_tokens: int
+    config: RunConfig,
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    longest_prompt: int,
+    new_tokens: int,
+    stop_ids: frozenset[int],
+    copies: int,
 ) -> DecoderEngine:
+    rollout = config.rollout
     return DecoderEngine(
         model.definition,
         model.architecture,
         model.mesh,
-        slots=config.rollout.slots,
+        slots=rollout.slots,
         max_prompt_tokens=longest_prompt,
         max_new_tokens=new_tokens,
-        stop_ids=tokenizer.special_ids,
-        dtype=config.model.jax_dtype,
+        stop_ids=stop_ids,
+        dtype=rollout.dtype or config.model.jax_dtype,
+        cache_dtype=rollout.cache_dtype,
+        copies=copies,
+        prefill_chunk=rollout.prefill_chunk,
         tokenizer_path=str(tokenizer.directory),
     )

@@ -17,7 +17,7 @@ from nrt_jax.training.files import append, open_to_append, write_atomically
 from nrt_jax.training.tensorboard import EventFile
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
-TIMING_PREFIXES = ("time/", "speed/")
+TIMING_PREFIXES = ("time/", "speed/", "weights/seconds")
 """Metrics that differ between two otherwise equal runs."""
 
 SHOWN = ("loss/total", "reward/mean", "trace/tokens", "eval/exact_match", "speed/tokens_per_second")

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,11 +14,13 @@ from jax.sharding import Mesh
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.models import native
+from nrt_jax.models.config import ModelConfig
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.sharding import abstract_params, make_mesh
+from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
 from nrt_jax.models.token_rows import copy_token_rows
 from nrt_jax.models.variants import Architecture
+from nrt_jax.rollout.config import RolloutConfig
 from nrt_jax.training.config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ class Model:
     """Its vocabulary holds every token of the run, those that the checkpoint lacks included."""
     mesh: Mesh
     target: dict[str, Any]
-    """Shape, dtype (float32) and sharding of every weight."""
+    """Shape, dtype (float32 in training) and sharding of every weight."""
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
@@ -62,12 +64,58 @@ def open_model(
     _check_vocabulary(config, tokenizer, architecture)
     vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     architecture = architecture.model_copy(update={"vocab_size": vocab_size})
-    mesh = make_mesh(config.mesh) if make is None else make(architecture)
+    if make is not None:
+        mesh = make(architecture)
+    else:
+        mesh = make_mesh(config.mesh, _devices(config.rollout)[0])
+    return _on_mesh(model, architecture, mesh, model.jax_dtype)
+
+
+def engine_model(config: RunConfig, model: Model) -> Model:
+    """The model as the engines hold it: on the rollouts' mesh, in the rollouts' dtype.
+
+    Raises InputError for a rollout.mesh that does not cover the rollouts' devices, or that the
+    weights do not divide over.
+    """
+    rollout = config.rollout
+    if rollout.mesh is None and rollout.devices is None and rollout.dtype is None:
+        return model
+    mesh = model.mesh
+    dtype = config.model.jax_dtype if rollout.dtype is None else jnp.dtype(rollout.dtype)
+    try:
+        if rollout.mesh is not None or rollout.devices is not None:
+            mesh = make_mesh(rollout.mesh or MeshConfig(), _devices(rollout)[1])
+        engine = _on_mesh(config.model, model.architecture, mesh, dtype)
+    except InputError as error:
+        raise InputError(f"rollout.{error}") from None
+    if rollout.dtype is None:
+        return engine
+
+    def cast(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        # The norms' scales, which are computed with in float32, are no weight to speak of.
+        return leaf if path[-1].key == "scale" else leaf.update(dtype=dtype)
+
+    return replace(engine, target=jax.tree_util.tree_map_with_path(cast, engine.target))
+
+
+def _devices(rollout: RolloutConfig) -> tuple[list[Any], list[Any]]:
+    """The devices of training and those of the rollouts."""
+    devices = jax.devices()
+    if rollout.devices is None:
+        return devices, devices
+    if rollout.devices >= len(devices):
+        raise InputError(
+            f"rollout.devices={rollout.devices}: there are {len(devices)} devices, and training "
+            "needs one or more of its own; give fewer, or null to share all"
+        )
+    return devices[: -rollout.devices], devices[-rollout.devices :]
+
+
+def _on_mesh(
+    config: ModelConfig, architecture: Architecture, mesh: Mesh, dtype: jnp.dtype
+) -> Model:
     decoder = abstract_decoder(
-        architecture,
-        dtype=model.jax_dtype,
-        remat=model.remat,
-        vocab_multiple=model.vocab_multiple,
+        architecture, dtype=dtype, remat=config.remat, vocab_multiple=config.vocab_multiple
     )
     definition, _ = nnx.split(decoder)
     return Model(definition, architecture, mesh, abstract_params(mesh, decoder, jnp.float32))

@@ -1,78 +1,66 @@
 """Native Reasoning Training: examples, traces, one jitted step, new weights (Algorithm 1)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
-from nrt_jax.evaluation.exact_match import end_name
-from nrt_jax.records import Group, TokenizedExample
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate
-from nrt_jax.rollout.sampler import Sampling
-from nrt_jax.rollout.scheduler import Request
-from nrt_jax.training.batch import TrainBatch, nrt_batch
-from nrt_jax.training.engines import trace_engine
+from nrt_jax.training.batch import TrainBatch
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.nrt_loss import nrt_loss
-from nrt_jax.training.run import Run, mean_over_updates
+from nrt_jax.training.rollouts import make_batch, rollout_engine, rollout_metrics, sample_groups
+from nrt_jax.training.run import Ahead, Run, mean_over_updates
 from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.step import make_update
 
 
 def train_nrt(run: Run) -> None:
     """Take examples, sample K traces each, build the batch, update; the frame logs and saves."""
-    tokenizer = run.tokenizer
-    engine = _rollout_engine(run)
-    step_functions = make_step_functions(run)
+    engine, step_functions = rollout_engine(run), make_step_functions(run)
+    if run.config.rollout.staleness:
+        return _train_one_ahead(run, engine, step_functions)
     for step in run.steps():
         with run.timer("data"):
             examples = next(run.batches)
         with run.timer("generate"):
-            groups = sample_groups(run, engine, examples, run.sampling_key(step))
-            batch = nrt_batch(
-                groups, think_start=tokenizer.think_start_id, think_end=tokenizer.think_end_id
-            )
+            groups = sample_groups(run, engine, run.engine_weights(), examples, step)
+            batch = make_batch(run, groups)
         with run.timer("update"):
             run.state, updates = step_functions.run_mini_batches(run, batch)
-            metrics = _step_metrics(updates)
-        run.finish_step(metrics | _trace_metrics(run, groups))
+            metrics = _step_metrics(updates, mini_batches_kept(run, batch))
+        run.finish_step(metrics | rollout_metrics(run, groups, step))
 
 
-def _rollout_engine(run: Run) -> DecoderEngine:
-    """The engine that evaluation samples traces with, so that its programs are compiled once."""
-    if run.answerer is not None and run.answerer.trace_engine is not None:
-        return run.answerer.trace_engine
-    return trace_engine(run.config, run.model, run.tokenizer)
+def _train_one_ahead(run: Run, engine: DecoderEngine, step_functions: "StepFunctions") -> None:
+    """The same, but the next step's rollouts are driven while this step's update runs.
+
+    jax dispatches the update and returns at once. The rollouts follow it on the same devices, or
+    run beside it on devices of their own; its metrics are read when they are done.
+    """
+    for step in run.steps():
+        # Of this step: the first, or one that follows what was the run's last.
+        run.ahead = run.ahead or _sample_ahead(run, engine, step)
+        groups = run.ahead.groups
+        batch = make_batch(run, groups)
+        with run.timer("update"):
+            # The weights of the next rollouts: the update consumes the training's.
+            run.engine_weights()
+            run.state, updates = step_functions.run_mini_batches(run, batch)
+        last = step == run.config.train.steps
+        run.ahead = None if last else _sample_ahead(run, engine, step + 1)
+        with run.timer("update"):
+            metrics = _step_metrics(updates, mini_batches_kept(run, batch))
+        run.finish_step(metrics | rollout_metrics(run, groups, step))
 
 
-def sample_groups(
-    run: Run, engine: DecoderEngine, examples: Sequence[TokenizedExample], key: jax.Array
-) -> list[Group]:
-    """K traces of every example under the current weights; a long answer leaves room for itself."""
-    rollout, tokenizer = run.config.rollout, run.tokenizer
-    sampling = Sampling(temperature=rollout.temperature, top_p=rollout.top_p)
-    requests = [
-        Request(
-            np.append(example.prompt_tokens, tokenizer.think_start_id).astype(np.int32),
-            example.example.index,
-            rollout.traces_per_prompt,
-            _trace_limit(run, example),
-            sampling,
-        )
-        for example in examples
-    ]
-    traces = generate(engine, run.state.params, requests, key)
-    return [Group(example, group) for example, group in zip(examples, traces, strict=True)]
-
-
-def _trace_limit(run: Run, example: TokenizedExample) -> int:
-    """Tokens that z may have so that t_start, z, t_end and y* fit the response."""
-    rollout = run.config.rollout
-    room = rollout.max_response_tokens - len(example.answer_tokens) - 2
-    return min(rollout.max_trace_tokens, room)
+def _sample_ahead(run: Run, engine: DecoderEngine, step: int) -> Ahead:
+    with run.timer("data"):
+        position, examples = run.batches.get_state(), next(run.batches)
+    with run.timer("generate"):
+        return Ahead(position, sample_groups(run, engine, run.engine_weights(), examples, step))
 
 
 @dataclass(frozen=True)
@@ -108,7 +96,7 @@ def make_step_functions(run: Run) -> StepFunctions:
         config.rollout.temperature,
         config.model.log_prob_chunk_tokens,
     )
-    train = config.train
+    train, drops = config.train, config.rollout.drop_groups_without_spread
     micro_count = train.mini_batch_prompts // train.micro_batch_prompts
     sequences = train.mini_batch_prompts * config.rollout.traces_per_prompt
 
@@ -116,42 +104,49 @@ def make_step_functions(run: Run) -> StepFunctions:
         return nrt_loss(params, *batch, sequences=sequences, settings=settings)
 
     return StepFunctions(
-        update=make_update(loss_fn, run.optimizer, micro_count, run.shardings),
+        update=make_update(
+            loss_fn,
+            run.optimizer,
+            micro_count,
+            run.shardings,
+            wanted=(lambda batch: any_kept(batch[0])) if drops else None,
+        ),
         score=make_scorer(
             settings,
             micro_count,
             several_updates=train.batch_prompts > train.mini_batch_prompts,
             reference=run.reference_params,
+            wanted=any_kept if drops else None,
         ),
     )
+
+
+def any_kept(batch: TrainBatch) -> Bool[Array, ""]:
+    """Whether a micro-batch has a group that the loss is of."""
+    assert batch.kept_P is not None, "make_batch says which groups are kept"
+    return jnp.any(batch.kept_P)
 
 
 def _slices(total: int, size: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, total, size)]
 
 
-def _step_metrics(updates: list[dict[str, Any]]) -> dict[str, float]:
-    """Means over the updates; the mismatch is that of the first, before the weights moved."""
+def mini_batches_kept(run: Run, batch: TrainBatch) -> list[bool]:
+    """Which mini-batches have a group that the loss is of."""
+    train = run.config.train
+    slices = _slices(train.batch_prompts, train.mini_batch_prompts)
+    return [batch.kept_P is None or bool(batch.kept_P[rows].any()) for rows in slices]
+
+
+def _step_metrics(updates: list[dict[str, Any]], kept: list[bool]) -> dict[str, float]:
+    """Means over the updates; the mismatch is that of the first, before the weights moved.
+
+    An update without any group has a loss and a gradient of 0, and nothing to say of the policy.
+    """
     metrics = mean_over_updates(updates)
-    first = mean_over_updates(updates[:1])
+    telling = [update for update, any_group in zip(updates, kept, strict=True) if any_group]
+    telling = telling or updates
+    policy, first = mean_over_updates(telling), mean_over_updates(telling[:1])
+    of_all = ("loss/", "update/")
+    metrics |= {name: policy[name] for name in policy if not name.startswith(of_all)}
     return metrics | {name: first[name] for name in first if name.startswith("mismatch/")}
-
-
-def _trace_metrics(run: Run, groups: Sequence[Group]) -> dict[str, float]:
-    """Length and endings of the traces."""
-    traces = [trace for group in groups for trace in group.traces]
-    lengths = np.asarray([len(trace.tokens) for trace in traces])
-    names = [end_name(run.tokenizer, trace) for trace in traces]
-    think_end = run.tokenizer.token(run.tokenizer.think_end_id)
-    other = sum(name not in (think_end, "length") for name in names)
-    prompt_tokens = sum(len(group.example.prompt_tokens) for group in groups)
-    answer_tokens = sum(len(group.example.answer_tokens) for group in groups)
-    per_group = run.config.rollout.traces_per_prompt
-    return {
-        "trace/tokens": float(lengths.mean()),
-        "trace/tokens_max": float(lengths.max()),
-        "trace/end_think_end_share": names.count(think_end) / len(names),
-        "trace/end_length_share": names.count("length") / len(names),
-        "trace/end_other_share": other / len(names),
-        "speed/tokens": float(lengths.sum() + prompt_tokens + per_group * answer_tokens),
-    }

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from nrt_jax.objective import losses
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.masked import masked_fill, masked_sum
-from nrt_jax.training.batch import TrainBatch, answer_mask, at_answer
+from nrt_jax.training.batch import TrainBatch, answer_mask, at_answer, kept_mask
 from nrt_jax.training.forward import (
     Branches,
     NrtSettings,
@@ -35,7 +35,8 @@ def nrt_loss(
     """Share of these groups in the loss of a mini-batch of `sequences` traces (Algorithm 1).
 
     One forward pass gives log pi(z), c and, unless it was scored before, c_base. Sums over tokens
-    are divided by length_constant * sequences, so the shares of micro-batches add up to one loss.
+    are divided by length_constant * sequences, so the shares of micro-batches add up to one loss;
+    groups that are not kept are among the sequences, and have no part in any sum.
     """
     objective = settings.objective
     decoder = nnx.merge(settings.definition, params)
@@ -47,7 +48,7 @@ def nrt_loss(
     if log_c_base_PA is None:
         log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
     judged_PKA = log_c_PKA if scored.log_c_PKA is None else scored.log_c_PKA
-    rewards = compute_rewards(judged_PKA, log_c_base_PA, batch, objective)
+    rewards = compute_rewards(judged_PKA, log_c_base_PA, answer_mask(batch), objective)
 
     policy = _policy_terms(branches, rewards, objective)
     start_log_prob_P = score_start(decoder, settings, prompts)
@@ -120,12 +121,13 @@ def _format_terms(
 ) -> Float[Array, " B"]:
     """Cross-entropy of t_start and t_end of each trace (Eq. 11)."""
     K = batch.end_emitted_PK.shape[1]
-    return losses.format_loss(
+    format_B = losses.format_loss(
         jnp.repeat(start_log_prob_P, K),
         masked_sum(branches.log_prob_BT, branches.end_BT, axis=1),
         batch.end_emitted_PK.reshape(-1),
         where=objective.format_where,
     )
+    return masked_fill(format_B, jnp.repeat(kept_mask(batch), K))
 
 
 def _regularisers(

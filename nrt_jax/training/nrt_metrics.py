@@ -3,16 +3,18 @@
 Letters: P prompts, K traces a prompt, B = P * K sequences, A answer tokens.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nrt_jax.objective.advantages import has_spread
 from nrt_jax.objective.aggregation import WS_SCHEMES, ws_weights
 from nrt_jax.objective.config import ObjectiveConfig
-from nrt_jax.objective.losses import PolicyTerms
+from nrt_jax.objective.losses import PolicyTerms, truncated_importance
 from nrt_jax.objective.masked import masked_count, masked_fill, masked_sum
-from nrt_jax.training.batch import TrainBatch, answer_mask
+from nrt_jax.training.batch import TrainBatch, answer_mask, kept_mask
 from nrt_jax.training.forward import Branches
 from nrt_jax.training.rewards import Rewards
 from nrt_jax.training.step import Metrics
@@ -31,6 +33,7 @@ def measure(
     objective: ObjectiveConfig,
 ) -> Metrics:
     """Everything but the losses; `policy/format_nats` is the loss of Eq. 11 before its weight."""
+    K = batch.end_emitted_PK.shape[1]
     gap_BT = jnp.abs(branches.log_prob_BT - branches.sampler_log_prob_BT)
     gap_BT = masked_fill(gap_BT, branches.covered_BT)
 
@@ -41,26 +44,46 @@ def measure(
         "policy/entropy": mean_over_tokens(branches.entropy_BT),
         "policy/ratio": mean_over_tokens(policy.ratio_BT),
         "policy/clip_share": mean_over_tokens(policy.clipped_BT),
-        "policy/format_nats": (jnp.sum(format_B), jnp.float32(format_B.size)),
+        "policy/format_nats": (jnp.sum(format_B), masked_count(kept_mask(batch)) * K),
         "mismatch/mean": mean_over_tokens(gap_BT),
     }
-    means |= _reward_means(rewards, objective)
+    maxima = {"mismatch/max": jnp.max(gap_BT)}
+    means |= reward_means(rewards.reward_PK, rewards.baseline_P, kept_mask(batch), objective)
+    if objective.importance_cap is not None:
+        importance_BT = masked_fill(_importance(branches), branches.covered_BT)
+        truncated_BT = importance_BT > objective.importance_cap
+        means["importance/ratio"] = mean_over_tokens(importance_BT)
+        means["importance/truncated_share"] = mean_over_tokens(truncated_BT)
+        maxima["importance/ratio_max"] = jnp.max(importance_BT)
     if objective.scheme in WS_SCHEMES:
         means["reward/capped_weight_share"] = _capped(log_c_base_PA, batch, objective)
-    means, maxima = jax.lax.stop_gradient((means, {"mismatch/max": jnp.max(gap_BT)}))
+    means, maxima = jax.lax.stop_gradient((means, maxima))
     return Metrics(sums={}, means=means, maxima=maxima)
 
 
-def _reward_means(rewards: Rewards, objective: ObjectiveConfig) -> dict[str, Pair]:
-    P, K = rewards.reward_PK.shape
-    traces, prompts = jnp.float32(P * K), jnp.float32(P)
-    spread_P = has_spread(rewards.reward_PK, rewards.baseline_P, objective.estimator)
-    above_PK = rewards.reward_PK > rewards.baseline_P[:, None]
+def _importance(branches: Branches) -> Float[Array, "B T"]:
+    """pi_old / pi_sampler of each token, before the truncation."""
+    return truncated_importance(branches.old_log_prob_BT, branches.sampler_log_prob_BT, math.inf)
+
+
+def reward_means(
+    reward_PK: Float[ArrayLike, "P K"],
+    baseline_P: Float[ArrayLike, " P"],
+    kept_P: Bool[ArrayLike, " P"],
+    objective: ObjectiveConfig,
+) -> dict[str, Pair]:
+    """Rewards, and how many groups tell their traces apart, over the groups that are kept."""
+    reward_PK, baseline_P = jnp.asarray(reward_PK), jnp.asarray(baseline_P)
+    prompts = masked_count(kept_P)
+    traces, kept_P1 = prompts * reward_PK.shape[1], jnp.asarray(kept_P)[:, None]
+    kept_PK = jnp.broadcast_to(kept_P1, reward_PK.shape)
+    spread_P = has_spread(reward_PK, baseline_P, objective.estimator)
+    above_PK = reward_PK > baseline_P[:, None]
     return {
-        "reward/mean": (jnp.sum(rewards.reward_PK), traces),
-        "reward/baseline": (jnp.sum(rewards.baseline_P), prompts),
-        "reward/above_baseline_share": (jnp.sum(above_PK, dtype=jnp.float32), traces),
-        "reward/no_spread_share": (jnp.sum(~spread_P, dtype=jnp.float32), prompts),
+        "reward/mean": (masked_sum(reward_PK, kept_PK), traces),
+        "reward/baseline": (masked_sum(baseline_P, kept_P), prompts),
+        "reward/above_baseline_share": (masked_sum(above_PK, kept_PK), traces),
+        "reward/no_spread_share": (masked_sum(~spread_P, kept_P), prompts),
     }
 
 

@@ -3,16 +3,20 @@
 Letters: P prompts, K traces a prompt, B = P * K sequences, A answer tokens.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float
 
 from nrt_jax.objective.advantages import advantages
 from nrt_jax.objective.aggregation import aggregate
 from nrt_jax.objective.config import ObjectiveConfig
-from nrt_jax.training.batch import TrainBatch, answer_mask
+from nrt_jax.rollout.scheduler import SuffixScores
+from nrt_jax.training.batch import padded_length
 
 
 class Rewards(NamedTuple):
@@ -27,12 +31,11 @@ class Rewards(NamedTuple):
 def compute_rewards(
     log_c_PKA: Float[Array, "P K A"],
     log_c_base_PA: Float[Array, "P A"],
-    batch: TrainBatch,
+    mask_PA: Bool[Array, "P A"],
     objective: ObjectiveConfig,
 ) -> Rewards:
     """R, R_base, A and S from the answer's confidences (Eq. 6, 9, 10; Table 1)."""
     P, K, A = log_c_PKA.shape
-    mask_PA = answer_mask(batch)
     log_c_base_BA = jnp.repeat(log_c_base_PA, K, axis=0)
     mask_BA = jnp.repeat(mask_PA, K, axis=0)
     how = {"ws_normalisation": objective.ws_normalisation, "weight_cap": objective.weight_cap}
@@ -46,3 +49,27 @@ def compute_rewards(
     advantage_PK = advantages(reward_PK, baseline_P, estimator=objective.estimator)
     rewards = Rewards(reward_PK, baseline_P, advantage_PK, signal_BA.reshape(P, K, A))
     return jax.lax.stop_gradient(rewards)
+
+
+class Judged(NamedTuple):
+    """R of each trace and of the empty one, under the weights that drew them."""
+
+    reward_PK: Float[np.ndarray, "P K"]
+    baseline_P: Float[np.ndarray, " P"]
+
+
+def judge(scores: Sequence[SuffixScores], objective: ObjectiveConfig) -> Judged:
+    """The rewards of groups from log-probs of y* that an engine read off its cache."""
+    lengths_P = np.asarray([len(score.empty_A) for score in scores])
+    P, K, A = len(scores), len(scores[0].copies_KA), padded_length(int(lengths_P.max()))
+    log_c_PKA = np.zeros((P, K, A), np.float32)
+    log_c_base_PA = np.zeros((P, A), np.float32)
+    for p, score in enumerate(scores):
+        log_c_PKA[p, :, : lengths_P[p]] = score.copies_KA
+        log_c_base_PA[p, : lengths_P[p]] = score.empty_A
+    mask_PA = np.arange(A)[None] < lengths_P[:, None]
+    rewards = _compute_rewards(log_c_PKA, log_c_base_PA, mask_PA, objective=objective)
+    return Judged(np.asarray(rewards.reward_PK), np.asarray(rewards.baseline_P))
+
+
+_compute_rewards = partial(jax.jit, static_argnames="objective")(compute_rewards)

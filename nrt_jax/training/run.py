@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,30 @@ from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.exact_match import Answerer, evaluate
 from nrt_jax.models.sharding import batch_sharding
+from nrt_jax.records import Group
+from nrt_jax.rollout.weights import EngineWeights, WeightTransfer
 from nrt_jax.training import run_dir
-from nrt_jax.training.checkpoint import Checkpoints
+from nrt_jax.training.checkpoint import Checkpoints, Restored
 from nrt_jax.training.config import RunConfig
-from nrt_jax.training.engines import make_answerer
+from nrt_jax.training.engines import make_answerer, trace_stop_ids
 from nrt_jax.training.metrics import MetricsWriter, PhaseTimer
-from nrt_jax.training.model import Model, init_params, load_tokenizer, open_model
+from nrt_jax.training.model import Model, engine_model, init_params, load_tokenizer, open_model
 from nrt_jax.training.optimizer import make_optimizer
+from nrt_jax.training.saved_groups import pack_groups, unpack_groups
 from nrt_jax.training.state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.training.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
 SAMPLING_STREAM, EVALUATION_STREAM = 0, 1
+
+
+class Ahead(NamedTuple):
+    """Rollouts of the step after the one under way."""
+
+    data: dict[str, Any]
+    """Position of the data before their examples were taken."""
+    groups: list[Group]
 
 
 @dataclass
@@ -41,6 +52,9 @@ class Run:
     dataset: Dataset
     batches: BatchIterator
     model: Model
+    engine_model: Model
+    """The same model on the mesh and in the dtype of the rollouts."""
+    transfer: WeightTransfer
     optimizer: optax.GradientTransformation
     shardings: TrainState
     state: TrainState
@@ -55,11 +69,22 @@ class Run:
     timer: PhaseTimer = field(default_factory=PhaseTimer)
     measured: dict[str, float] = field(default_factory=dict)
     """The metrics of this step, those of its evaluation among them."""
+    ahead: Ahead | None = None
+    """The next step's rollouts, where they were sampled during this one."""
+    _engine_weights: EngineWeights | None = None
 
     def sampling_key(self, step: int) -> jax.Array:
         """Key of a step's rollouts: a function of the seed and the step alone."""
         key = jax.random.fold_in(jax.random.key(self.config.seed), SAMPLING_STREAM)
         return jax.random.fold_in(key, step)
+
+    def engine_weights(self) -> EngineWeights:
+        """The weights after the last step that is finished, brought to the engines once."""
+        if self._engine_weights is None or self._engine_weights.version != self.step:
+            # Those before are let go first, so that there are never two copies.
+            self._engine_weights = None
+            self._engine_weights = self.transfer(self.state.params, self.step)
+        return self._engine_weights
 
     def to_device(self, batch: Any) -> Any:
         """A batch of numpy arrays, split over the mesh by prompts."""
@@ -110,7 +135,7 @@ class Run:
         with self.timer("evaluate"):
             metrics, samples = evaluate(
                 self.answerer,
-                self.state.params,
+                self.engine_weights().params,
                 self.dataset.eval[: self.config.evaluation.examples],
                 key,
                 samples=self.config.evaluation.samples,
@@ -133,6 +158,8 @@ class Run:
         # Whatever a checkpoint's step has written is on the disk before the checkpoint is.
         self.metrics.sync()
         progress = {"step": self.step, "seed": self.config.seed, "data": self.batches.get_state()}
+        if self.ahead is not None:
+            progress |= {"data": self.ahead.data, "groups": pack_groups(self.ahead.groups)}
         self.checkpoints.save(self.step, self.state, progress, self.measured)
 
 
@@ -141,7 +168,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     """Everything a loop needs, continued from the newest checkpoint where there is one."""
     tokenizer = load_tokenizer(config)
     model = open_model(config, tokenizer)
-    _check_batch_fits(config, model.mesh)
+    on_engine = engine_model(config, model)
+    _check_batch_fits(config, model.mesh, on_engine.mesh)
     dataset = load_dataset(config.data, tokenizer)
     batches = BatchIterator(
         dataset.train,
@@ -153,7 +181,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
     optimizer = make_optimizer(config.optimizer, config.train.updates)
     shardings = state_shardings(optimizer, model.target, model.mesh)
     wants_reference = config.method == "nrt" and config.objective.kl_coefficient > 0
-    # A mistake in the weights is found before the run directory is made.
+    # A mistake in names or weights is found before the run directory is made.
+    trace_stop_ids(config, tokenizer)
     params = None
     if wants_reference or not run_dir.has_checkpoint(config.run_dir):
         params = init_params(config, model, tokenizer)
@@ -166,7 +195,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             )
         )
         target = abstract_state(optimizer, model.target, shardings)
-        step, state = _restore(checkpoints, target, batches, config)
+        restored = _restore(checkpoints, target, batches, config)
+        step, state = (None, None) if restored is None else (restored.step, restored.state)
         if state is None:
             if params is None:
                 params = init_params(config, model, tokenizer)
@@ -180,33 +210,44 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             dataset,
             batches,
             model,
+            on_engine,
+            WeightTransfer(on_engine.target, outlives_update=config.rollout.staleness > 0),
             optimizer,
             shardings,
             state,
             params if wants_reference else None,
-            make_answerer(config, model, tokenizer, dataset),
+            make_answerer(config, on_engine, tokenizer, dataset),
             checkpoints,
             opened.enter_context(closing(_open_metrics(config, step))),
             stop,
             step=step or 0,
             resumed=step is not None,
+            ahead=None if restored is None else _restore_ahead(restored, batches),
         )
 
 
 def _restore(
     checkpoints: Checkpoints, target: TrainState, batches: BatchIterator, config: RunConfig
-) -> tuple[int | None, TrainState | None]:
-    """The step and the state of the newest checkpoint; None and None without one."""
+) -> Restored | None:
+    """The newest checkpoint, and the data where it was then; None without one."""
     restored = checkpoints.restore_newest(target)
     if restored is None:
-        return None, None
+        return None
     batches.set_state(restored.progress["data"])
     checkpoints.remove_after(restored.step)
     if restored.step >= config.train.steps:
         log.info("%s is complete, with %d steps", config.run_dir, restored.step)
     else:
         log.info("continuing %s from step %d", config.run_dir, restored.step)
-    return restored.step, restored.state
+    return restored
+
+
+def _restore_ahead(restored: Restored, batches: BatchIterator) -> Ahead | None:
+    """The rollouts that were sampled ahead, with their examples, which are taken once more."""
+    progress = restored.progress
+    if "groups" not in progress:
+        return None
+    return Ahead(progress["data"], unpack_groups(progress["groups"], next(batches)))
 
 
 def _open_metrics(config: RunConfig, step: int | None) -> MetricsWriter:
@@ -225,18 +266,20 @@ def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
     """Metrics of a step from those of its mini-batches: the mean, or of counts the most."""
     rows = [to_floats(update) for update in updates]
     merged = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    merged |= {n: max(row[n] for row in rows) for n in rows[0] if n.endswith("_max")}
     merged["update/skipped"] = rows[-1]["update/skipped"]
     merged["update/skipped_in_row"] = max(row["update/skipped_in_row"] for row in rows)
     return merged
 
 
-def _check_batch_fits(config: RunConfig, mesh: Mesh) -> None:
+def _check_batch_fits(config: RunConfig, mesh: Mesh, engine_mesh: Mesh) -> None:
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.train.micro_batch_prompts % shards:
         raise InputError(
             f"train.micro_batch_prompts={config.train.micro_batch_prompts} does not divide over "
             f"mesh data*fsdp={shards}; use a multiple of {shards}"
         )
+    shards = engine_mesh.shape["data"] * engine_mesh.shape["fsdp"]
     if config.rollout.slots % shards:
         raise InputError(
             f"rollout.slots={config.rollout.slots} does not divide over mesh data*fsdp={shards}; "

@@ -21,19 +21,25 @@ from nrt_jax.training.forward import (
     score_baseline,
     score_branches,
 )
-from nrt_jax.training.step import micro_batches
+from nrt_jax.training.step import Wanted, micro_batches, run_where
 
 Scorer = Callable[[Any, TrainBatch], SamplingScores]
 
 
 def make_scorer(
-    settings: NrtSettings, micro_count: int, *, several_updates: bool, reference: Any | None
+    settings: NrtSettings,
+    micro_count: int,
+    *,
+    several_updates: bool,
+    reference: Any | None,
+    wanted: Wanted | None = None,
 ) -> Scorer:
     """A function of (weights, mini-batch) that scores what the objective asks for.
 
     c_base once a prompt when several updates share a rollout or the reward is the sampling
     policy's; c of every trace for `reward_policy: sampling`; log pi of z for
-    `old_log_probs: recompute`; and log pi of z under the `reference` weights for a KL term.
+    `old_log_probs: recompute`; and log pi of z under the `reference` weights for a KL term. For
+    micro-batches that are not wanted all of these are 0.
     """
     objective = settings.objective
     wants_c = objective.reward_policy == "sampling"
@@ -66,7 +72,8 @@ def make_scorer(
         @jax.jit
         def run(params: Any, batch: TrainBatch) -> Any:
             stacked = micro_batches(batch, micro_count)
-            scores = jax.lax.map(lambda micro: function(params, micro), stacked)
+            score_wanted = run_where(wanted, function)
+            scores = jax.lax.map(lambda micro: score_wanted(params, micro), stacked)
             return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), scores)
 
         return run

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from nrt_jax.training.state import TrainState
 
@@ -22,6 +22,8 @@ class Metrics(NamedTuple):
 
 
 LossFn = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
+Wanted = Callable[[Any], Bool[Array, ""]]
+"""Whether a micro-batch has any part in the loss."""
 
 
 def combine(first: Metrics, second: Metrics) -> Metrics:
@@ -48,9 +50,27 @@ def micro_batches(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def accumulate(loss_fn: LossFn, params: Any, batch: Any, micro_count: int) -> tuple[Any, Metrics]:
-    """Float32 gradient and metrics of the sum of the micro-batches' losses."""
-    gradient_of = jax.grad(loss_fn, has_aux=True)
+def run_where(wanted: Wanted | None, function: Callable[[Any, Any], Any]) -> Callable[..., Any]:
+    """`function(params, micro)`, which is not run for a micro-batch that is not wanted: zeros."""
+    if wanted is None:
+        return function
+
+    def run(params: Any, micro: Any) -> Any:
+        shapes = jax.eval_shape(function, params, micro)
+
+        def nothing(*_: Any) -> Any:
+            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+        return jax.lax.cond(wanted(micro), function, nothing, params, micro)
+
+    return run
+
+
+def accumulate(
+    loss_fn: LossFn, params: Any, batch: Any, micro_count: int, wanted: Wanted | None = None
+) -> tuple[Any, Metrics]:
+    """Float32 gradient and metrics of the sum of the wanted micro-batches' losses."""
+    gradient_of = run_where(wanted, jax.grad(loss_fn, has_aux=True))
     if micro_count == 1:
         return gradient_of(params, batch)
     stacked = micro_batches(batch, micro_count)
@@ -71,9 +91,10 @@ def update(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     micro_count: int,
+    wanted: Wanted | None = None,
 ) -> tuple[TrainState, dict[str, Array]]:
     """New state and metrics; a gradient that is not finite leaves weights and moments alone."""
-    gradient, metrics = accumulate(loss_fn, state.params, batch, micro_count)
+    gradient, metrics = accumulate(loss_fn, state.params, batch, micro_count, wanted)
     norm = optax.global_norm(gradient)
     finite = jnp.isfinite(norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -101,7 +122,10 @@ def make_update(
     optimizer: optax.GradientTransformation,
     micro_count: int,
     shardings: TrainState,
+    wanted: Wanted | None = None,
 ) -> Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]:
     """The jitted update; the state passed in is consumed."""
-    step = partial(update, loss_fn=loss_fn, optimizer=optimizer, micro_count=micro_count)
+    step = partial(
+        update, loss_fn=loss_fn, optimizer=optimizer, micro_count=micro_count, wanted=wanted
+    )
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,5 +1,7 @@
 """Exact match of models rigged to answer as we say, and of one that has to be followed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -208,6 +210,35 @@ def test_answers_are_greedy_whatever_the_temperature_of_the_trace(reasoning, tok
         closed = np.concatenate([prompts[0], *think])
         expected = greedy(a, closed, 3, tokenizer.special_ids)
         assert (answer.tokens.tolist(), answer.end_token) == expected
+
+
+def judge_am(scores):
+    """Means of the probabilities, in plain NumPy."""
+    rewards = np.asarray([np.exp(score.copies_KA).mean(axis=1) for score in scores])
+    return rewards, np.asarray([np.exp(score.empty_A).mean() for score in scores])
+
+
+def test_references_are_scored_after_the_trace(reasoning, rig, examples, a):
+    """x t_start 1 t_end =3 eos: right answers are all but sure, others all but impossible."""
+    model = rig({START: "1", "1": END, END: "=", "=": "3", "3": EOS})
+    judged = dataclasses.replace(reasoning, judge=judge_am)
+    rows = examples(("1+2", "=3"), ("1+1", "=2"))
+    metrics, records = score(judged, model, rows)
+    plain, plain_records = score(reasoning, model, rows)
+    assert records == plain_records
+    assert plain.items() <= metrics.items()
+    assert metrics.keys() - plain.keys() == {
+        "eval/reward",
+        "eval/baseline",
+        "eval/reference_log_prob",
+    }
+    # A score of 10 times the norm of a one-hot row; after "2", which nothing follows, 25 are alike.
+    gap, alike = 10 * np.sqrt(a.hidden_size), np.log(a.vocab_size)
+    log_c = np.asarray([[0, 0, 0], [0, -gap, -alike]])
+    assert metrics["eval/reward"] == pytest.approx(np.exp(log_c).mean(), rel=1e-5)
+    assert metrics["eval/reference_log_prob"] == pytest.approx(log_c.mean(), rel=1e-3)
+    # The next token depends on the last alone, so it is the same after an empty trace.
+    assert metrics["eval/baseline"] == pytest.approx(metrics["eval/reward"], rel=1e-5)
 
 
 def test_end_name(tokenizer):

@@ -113,8 +113,9 @@ def test_a_copy_does_not_depend_on_how_many_there_are(mixed_traces):
 def test_every_request_gets_its_own_copies(mixed_traces):
     assert [len(group) for group in mixed_traces] == [request.copies for request in MIXED]
     for request, group in zip(MIXED, mixed_traces, strict=True):
-        assert all(1 <= len(ids(trace)) <= request.max_tokens for trace in group)
-        if request.max_tokens > 1:
+        longest = int(np.max(request.max_tokens))
+        assert all(1 <= len(ids(trace)) <= longest for trace in group)
+        if longest > 1:
             assert len({tuple(ids(trace)) for trace in group}) == request.copies
 
 

@@ -88,6 +88,49 @@ def test_config_file(text, said, refused, tmp_path):
             "mesh: data=3, fsdp=1, tensor=1 does not cover 8 devices; the sizes must multiply to 8",
         ),
         (
+            "rollout.mesh.data=3",
+            "rollout.mesh: data=3, fsdp=1, tensor=1 does not cover 8 devices; the sizes must",
+        ),
+        (
+            "rollout.mesh={data: 4, tensor: 2}",
+            "rollout.mesh: tensor=2 does not divide layers.attention.key of size 1",
+        ),
+        (
+            "rollout.devices=8",
+            "rollout.devices=8: there are 8 devices, and training needs one or more of its own; "
+            "give fewer, or null to share all",
+        ),
+        (
+            "rollout.stop_tokens=[nonesuch]",
+            "rollout.stop_tokens: 'nonesuch' is no token of ",
+        ),
+        (
+            "rollout.staleness=1",
+            "rollout.staleness 1 without an importance ratio: the traces are of older weights; set "
+            "objective.old_log_probs=recompute and objective.importance_cap=2",
+        ),
+        ("rollout.staleness=2", "rollout.staleness=2: must be less than or equal to 1"),
+        *(
+            (
+                f"rollout.{name}={value}",
+                f"rollout.{name} {value} with objective.old_log_probs sampler: the trainer's "
+                "log-probs are those of the plain softmax; set objective.old_log_probs=recompute",
+            )
+            for name, value in (
+                ("top_p", 0.9),
+                ("top_k", 5),
+                ("min_p", 0.1),
+                ("repetition_penalty", 1.2),
+            )
+        ),
+        ("rollout.min_p=1.5", "rollout.min_p=1.5: must be less than or equal to 1"),
+        ("rollout.cache_dtype=fp8", "rollout.cache_dtype=fp8: must be 'float32', 'bfloat16' or"),
+        (
+            "rollout={traces_per_prompt: 1, drop_groups_without_spread: true}",
+            "rollout.drop_groups_without_spread with rollout.traces_per_prompt 1: a single trace "
+            "has no spread, so nothing is left to train on; sample 2 or more",
+        ),
+        (
             "checkpoint.best_metric=eval/exact_match",
             "checkpoint.every_steps 2 must be a multiple of evaluation.every_steps 3",
         ),

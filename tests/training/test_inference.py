@@ -1,11 +1,14 @@
 """A trained run put to use: `generate` and `export`, through the command line."""
 
+import re
 import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
 from nrt_jax.data.tokenizer import Tokenizer
@@ -13,6 +16,7 @@ from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.training.inference import load_trained
 from nrt_jax.training.run_dir import load_run
 from tests.models.tiny import read
+from tests.objective import oracle
 from tests.training.runs import TinyRun
 
 PROMPT = "1+2+3"
@@ -127,6 +131,92 @@ def test_no_run(verb, run, tmp_path, words):
         assert words(verb, path, *more) == (2, "", f"nrt-jax: error: {said}\n")
     assert not (empty / "checkpoints").exists()
     assert not (tmp_path / "out").exists()
+
+
+# --- generate --score -----------------------------------------------------------------------------
+
+SCORE = re.compile(r"score   R (\S+), after no trace (\S+); log c (\S+) nats a token")
+
+
+def scores(out: str) -> list[list[float]]:
+    """R, the baseline's, and log c a token, of each prompt."""
+    return [[float(number) for number in found] for found in SCORE.findall(out)]
+
+
+def by_hand(run: TinyRun, question: str, answer: str) -> list[float]:
+    """The same from whole forwards: a greedy trace token by token, then y* after it."""
+    trained = load_trained(run.directory)
+    tokenizer, decoder = trained.tokenizer, nnx.merge(trained.model.definition, trained.params)
+    prompt = tokenize_prompt(question, trained.config.data, tokenizer).tolist()
+    reference = [*tokenizer.encode(answer), tokenizer.eos_id]
+
+    def log_pi(tokens: list[int]) -> np.ndarray:
+        padded = np.zeros((1, 32), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(jax.nn.log_softmax(decoder(jnp.asarray(padded))[0], axis=-1))
+
+    def log_c(trace: list[int]) -> list[float]:
+        tokens = [*prompt, tokenizer.think_start_id, *trace, tokenizer.think_end_id, *reference]
+        rows, first = log_pi(tokens), len(tokens) - len(reference)
+        return [float(rows[first + i - 1, token]) for i, token in enumerate(reference)]
+
+    trace: list[int] = []
+    while len(trace) < trained.config.rollout.max_trace_tokens:
+        tokens = [*prompt, tokenizer.think_start_id, *trace]
+        token = int(log_pi(tokens)[len(tokens) - 1].argmax())
+        if token in tokenizer.special_ids:
+            break
+        trace.append(token)
+    after, base = log_c(trace), log_c([])
+    reward, baseline = (
+        oracle.aggregate("ws_neg_log_p", c, base, "mean", 1e4)[0] for c in (after, base)
+    )
+    return [reward, baseline, float(np.mean(after))]
+
+
+def test_scores_the_answer_after_the_trace(run, words):
+    pairs = {PROMPT: "=1", "4+4+0": "=3"}
+    arguments = [word for q, y in pairs.items() for word in ("--prompt", q, "--score", y)]
+    status, out, err = words("generate", run.directory, *arguments)
+    assert (status, err) == (0, "")
+    expected = [by_hand(run, question, answer) for question, answer in pairs.items()]
+    np.testing.assert_allclose(scores(out), expected, rtol=1e-3)
+    # The trace and the answer are those of the command without it.
+    plain = words("generate", run.directory, "--prompt", PROMPT, "--prompt", "4+4+0")[1]
+    kept = [line for line in out.splitlines() if not line.startswith("score ")]
+    assert kept == plain.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ("--score", "=1", "--score", "=2"),
+            "--score: 2 answers for 1 prompts; give one for each --prompt, in the same order",
+        ),
+        (("--score", "x"), "--score: the answer 'x' has characters that the tokenizer cannot"),
+        (("--score", ""), "--score: 'answer' is ''; fill it in or drop the row"),
+        (
+            ("--score", "=1234"),
+            "--score: the answer '=1234' has 6 tokens, more than data.max_answer_tokens=4",
+        ),
+    ],
+)
+def test_answers_that_cannot_be_scored(arguments, said, run, words):
+    status, out, err = words("generate", run.directory, "--prompt", PROMPT, *arguments)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"nrt-jax: error: {said}")
+    assert err.count("\n") == 1
+
+
+def test_a_run_without_traces_has_nothing_to_score_after(reference, words):
+    directory = reference("method=sft").directory
+    status, out, err = words("generate", directory, "--prompt", PROMPT, "--score", "=1")
+    assert (status, out) == (2, "")
+    assert err == (
+        f"nrt-jax: error: --score: {directory} was trained by sft, which answers without a trace; "
+        "name a run of method nrt, or leave it out\n"
+    )
 
 
 # --- export ---------------------------------------------------------------------------------------

@@ -1,0 +1,144 @@
+"""Examples to groups of traces, groups to a batch, and what is told about them.
+
+Letters: P prompts, K traces a prompt.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float
+
+from nrt_jax.evaluation.exact_match import end_name
+from nrt_jax.objective.advantages import has_spread
+from nrt_jax.records import Group, TokenizedExample
+from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.rollout.generate import generate, generate_and_score
+from nrt_jax.rollout.sampler import Sampling
+from nrt_jax.rollout.scheduler import Request
+from nrt_jax.rollout.weights import EngineWeights
+from nrt_jax.training.batch import TrainBatch, kept_first, nrt_batch
+from nrt_jax.training.engines import trace_engine
+from nrt_jax.training.nrt_metrics import reward_means
+from nrt_jax.training.rewards import judge
+from nrt_jax.training.run import Run
+
+
+def rollout_engine(run: Run) -> DecoderEngine:
+    """The engine that evaluation samples traces with, so that its programs are compiled once."""
+    if run.answerer is not None and run.answerer.trace_engine is not None:
+        return run.answerer.trace_engine
+    return trace_engine(run.config, run.engine_model, run.tokenizer)
+
+
+def sample_groups(
+    run: Run,
+    engine: DecoderEngine,
+    weights: EngineWeights,
+    examples: Sequence[TokenizedExample],
+    step: int,
+) -> list[Group]:
+    """K traces of every example for one step, all of them drawn with the same weights."""
+    rollout, key = run.config.rollout, run.sampling_key(step)
+    requests = [_request(run, example) for example in examples]
+    if not rollout.drop_groups_without_spread:
+        traces = generate(engine, weights.params, requests, key, steps=rollout.decode_steps)
+        return [Group(e, t, weights.version) for e, t in zip(examples, traces, strict=True)]
+    traces, scores = generate_and_score(
+        engine, weights.params, requests, key, steps=rollout.decode_steps
+    )
+    judged = judge(scores, run.config.objective)
+    return [
+        Group(example, group, weights.version, reward_K, float(baseline))
+        for example, group, reward_K, baseline in zip(examples, traces, *judged, strict=True)
+    ]
+
+
+def _request(run: Run, example: TokenizedExample) -> Request:
+    """A long answer leaves room for itself: t_start, z, t_end and y* fit the response."""
+    rollout, tokenizer = run.config.rollout, run.tokenizer
+    room = rollout.max_response_tokens - len(example.answer_tokens) - 2
+    suffix = None
+    if rollout.drop_groups_without_spread:
+        suffix = np.concatenate([[tokenizer.think_end_id], example.answer_tokens]).astype(np.int32)
+    return Request(
+        np.append(example.prompt_tokens, tokenizer.think_start_id).astype(np.int32),
+        example.example.index,
+        rollout.traces_per_prompt,
+        min(rollout.max_trace_tokens, room),
+        Sampling(
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            repetition_penalty=rollout.repetition_penalty,
+        ),
+        suffix,
+    )
+
+
+def make_batch(run: Run, groups: Sequence[Group]) -> TrainBatch:
+    """The groups as arrays; those without spread, where they are dropped, behind the others."""
+    tokenizer, train = run.tokenizer, run.config.train
+    batch = nrt_batch(
+        groups, think_start=tokenizer.think_start_id, think_end=tokenizer.think_end_id
+    )
+    if not run.config.rollout.drop_groups_without_spread:
+        return batch
+    kept_P = _with_spread(run, groups)
+    order_P = kept_first(
+        kept_P,
+        mini_batch=train.mini_batch_prompts,
+        micro_count=train.mini_batch_prompts // train.micro_batch_prompts,
+    )
+    return jax.tree.map(lambda x: x[order_P], batch._replace(kept_P=kept_P))
+
+
+def _with_spread(run: Run, groups: Sequence[Group]) -> Bool[np.ndarray, " P"]:
+    reward_PK, baseline_P = _rewards(groups)
+    return np.asarray(has_spread(reward_PK, baseline_P, run.config.objective.estimator))
+
+
+def _rewards(
+    groups: Sequence[Group],
+) -> tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]:
+    return (
+        np.stack([np.asarray(group.rewards, np.float32) for group in groups]),
+        np.asarray([group.baseline for group in groups], np.float32),
+    )
+
+
+def rollout_metrics(run: Run, groups: Sequence[Group], step: int) -> dict[str, float]:
+    """Length and endings of the traces, the age of the weights that drew them, what was dropped.
+
+    Where groups were scored when they were sampled, `reward/` is of all of them by these scores.
+    """
+    staleness = max(step - 1 - group.version for group in groups)
+    assert 0 <= staleness <= run.config.rollout.staleness, "older weights than the config allows"
+    metrics = _trace_metrics(run, groups) | dict(run.engine_weights().metrics)
+    metrics["rollout/staleness"] = float(staleness)
+    if run.config.rollout.drop_groups_without_spread:
+        kept_P = _with_spread(run, groups)
+        metrics["rollout/dropped_share"] = float(np.mean(~kept_P))
+        means = reward_means(*_rewards(groups), np.ones_like(kept_P), run.config.objective)
+        metrics |= {name: float(total / count) for name, (total, count) in means.items()}
+    return metrics
+
+
+def _trace_metrics(run: Run, groups: Sequence[Group]) -> dict[str, float]:
+    traces = [trace for group in groups for trace in group.traces]
+    lengths = np.asarray([len(trace.tokens) for trace in traces])
+    names = [end_name(run.tokenizer, trace) for trace in traces]
+    think_end = run.tokenizer.token(run.tokenizer.think_end_id)
+    other = sum(name not in (think_end, "length") for name in names)
+    prompt_tokens = sum(len(group.example.prompt_tokens) for group in groups)
+    answer_tokens = sum(len(group.example.answer_tokens) for group in groups)
+    per_group = run.config.rollout.traces_per_prompt
+    return {
+        "trace/tokens": float(lengths.mean()),
+        "trace/tokens_max": float(lengths.max()),
+        "trace/end_think_end_share": names.count(think_end) / len(names),
+        "trace/end_length_share": names.count("length") / len(names),
+        "trace/end_other_share": other / len(names),
+        "speed/tokens": float(lengths.sum() + prompt_tokens + per_group * answer_tokens),
+    }

@@ -1,0 +1,66 @@
+"""Groups that wait for their update, as text in a checkpoint: exact to the bit."""
+
+import base64
+import io
+from collections.abc import Sequence
+
+import numpy as np
+
+from nrt_jax.records import Group, TokenizedExample, Trace
+
+NO_TOKEN = -1
+
+
+def pack_groups(groups: Sequence[Group]) -> str:
+    """Everything but the examples, which the data's own position gives back."""
+    traces = [trace for group in groups for trace in group.traces]
+    arrays = {
+        "traces": np.asarray([len(group.traces) for group in groups]),
+        "lengths": np.asarray([len(trace.tokens) for trace in traces]),
+        "tokens": np.concatenate([trace.tokens for trace in traces]),
+        "log_probs": np.concatenate([trace.log_probs for trace in traces]),
+        "end_tokens": np.asarray(
+            [NO_TOKEN if trace.end_token is None else trace.end_token for trace in traces]
+        ),
+        "end_log_probs": np.asarray([trace.end_log_prob for trace in traces], np.float64),
+        "versions": np.asarray([group.version for group in groups]),
+        "baselines": np.asarray([group.baseline for group in groups], np.float64),
+    }
+    if groups[0].rewards is not None:
+        arrays["rewards"] = np.stack([np.asarray(group.rewards) for group in groups])
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def unpack_groups(text: str, examples: Sequence[TokenizedExample]) -> list[Group]:
+    """The groups of `pack_groups`, with their examples in the same order."""
+    saved = read_arrays(text)
+    starts = np.cumsum(saved["lengths"])[:-1]
+    rows = zip(
+        np.split(saved["tokens"], starts),
+        np.split(saved["log_probs"], starts),
+        saved["end_tokens"].tolist(),
+        saved["end_log_probs"].tolist(),
+        strict=True,
+    )
+    traces = iter(
+        Trace(tokens, log_probs, None if end == NO_TOKEN else end, end_log_prob)
+        for tokens, log_probs, end, end_log_prob in rows
+    )
+    return [
+        Group(
+            example,
+            tuple(next(traces) for _ in range(saved["traces"][p])),
+            int(saved["versions"][p]),
+            saved["rewards"][p] if "rewards" in saved else None,
+            float(saved["baselines"][p]),
+        )
+        for p, example in enumerate(examples)
+    ]
+
+
+def read_arrays(text: str) -> dict[str, np.ndarray]:
+    """The arrays of a packed text; raises when a bit of it is not as it was written."""
+    with np.load(io.BytesIO(base64.b64decode(text, validate=True))) as saved:
+        return dict(saved)

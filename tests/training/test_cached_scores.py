@@ -1,0 +1,112 @@
+"""Scores of y* that the engine reads off its cache, against the training forward."""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nrt_jax.models.sharding import MeshConfig, make_mesh
+from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.records import Group
+from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.rollout.generate import generate, generate_and_score
+from nrt_jax.rollout.scheduler import Request, SuffixScores
+from nrt_jax.training.batch import answer_mask, at_answer, nrt_batch
+from nrt_jax.training.forward import run_prompts, score_baseline, score_branches
+from nrt_jax.training.rewards import compute_rewards, judge
+from tests.objective import oracle
+from tests.training import worlds
+from tests.training.worlds import ARCHITECTURE, EOS, THINK_END, THINK_START
+
+DEFINITION, PARAMS = worlds.tiny_decoder()
+PROMPTS, TRACES, LIMIT = 5, 8, 5
+EXAMPLES = [group.example for group in worlds.random_groups(PROMPTS, 1)]
+
+
+def engine(slots: int) -> DecoderEngine:
+    return DecoderEngine(
+        DEFINITION,
+        ARCHITECTURE,
+        make_mesh(MeshConfig(), jax.devices()[:1]),
+        slots=slots,
+        max_prompt_tokens=16,
+        max_new_tokens=LIMIT,
+        stop_ids=frozenset({EOS, THINK_START, THINK_END}),
+        copies=4,
+    )
+
+
+def requests() -> list[Request]:
+    return [
+        Request(
+            np.append(example.prompt_tokens, THINK_START).astype(np.int32),
+            index,
+            TRACES,
+            LIMIT,
+            suffix_tokens=np.append(THINK_END, example.answer_tokens).astype(np.int32),
+        )
+        for index, example in enumerate(EXAMPLES)
+    ]
+
+
+@pytest.fixture(scope="module")
+def sampled() -> tuple[list[Group], list[SuffixScores]]:
+    """Fewer slots than sequences, so that slots are used again."""
+    traces, scores = generate_and_score(engine(6), PARAMS, requests(), jax.random.key(0), steps=3)
+    return [Group(e, t) for e, t in zip(EXAMPLES, traces, strict=True)], scores
+
+
+def forward(groups: Sequence[Group]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """log c, log c_base and the mask of the answers, as the loss computes them."""
+    batch = worlds.as_jax(nrt_batch(groups, think_start=THINK_START, think_end=THINK_END))
+    settings = worlds.settings(DEFINITION)
+    decoder = nnx.merge(DEFINITION, PARAMS)
+    prompts = run_prompts(decoder, batch)
+    log_prob_BT = score_branches(decoder, settings, prompts, batch).log_prob_BT
+    log_c_PKA = at_answer(log_prob_BT.reshape(batch.sampler_log_prob_PKT.shape), batch)
+    log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
+    return log_c_PKA, log_c_base_PA, answer_mask(batch)
+
+
+def test_scores_equal_the_training_forward(sampled):
+    groups, scores = sampled
+    ends = {trace.end_token for group in groups for trace in group.traces}
+    assert {THINK_END, EOS, None} <= ends, "every kind of end is among them"
+    assert any(len(t.tokens) == 0 for g in groups for t in g.traces), "an empty trace too"
+    log_c_PKA, log_c_base_PA, _ = forward(groups)
+    for p, (group, score) in enumerate(zip(groups, scores, strict=True)):
+        T = len(group.example.answer_tokens)
+        assert score.copies_KA.shape == (TRACES, T)
+        np.testing.assert_allclose(score.copies_KA, log_c_PKA[p, :, :T], atol=1e-4)
+        np.testing.assert_allclose(score.empty_A, log_c_base_PA[p, :T], atol=1e-4)
+
+
+def test_scoring_changes_no_trace(sampled):
+    groups, _ = sampled
+    plain = generate(engine(4), PARAMS, requests(), jax.random.key(0))
+    for group, traces in zip(groups, plain, strict=True):
+        for mine, theirs in zip(group.traces, traces, strict=True):
+            assert mine.tokens.tolist() == theirs.tokens.tolist()
+            assert mine.end_token == theirs.end_token
+
+
+@pytest.mark.parametrize("scheme", ["logp", "gm", "ws_inv_p", "ws_neg_log_p"])
+def test_rewards_are_those_of_the_loss(scheme, sampled):
+    groups, scores = sampled
+    objective = ObjectiveConfig.model_validate({"scheme": scheme, "weight_cap": 20.0})
+    judged = judge(scores, objective)
+    expected = compute_rewards(*forward(groups), objective)
+    np.testing.assert_allclose(judged.reward_PK, expected.reward_PK, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(judged.baseline_P, expected.baseline_P, rtol=1e-4, atol=1e-5)
+
+
+def test_rewards_are_those_of_the_oracle(sampled):
+    _, scores = sampled
+    judged = judge(scores, ObjectiveConfig())
+    for p, score in enumerate(scores):
+        base = score.empty_A.astype(float).tolist()
+        for k, log_c in enumerate(score.copies_KA.astype(float).tolist()):
+            expected, _ = oracle.aggregate("ws_neg_log_p", log_c, base, "mean", 1e4)
+            assert judged.reward_PK[p, k] == pytest.approx(expected, rel=1e-5)

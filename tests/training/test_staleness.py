@@ -1,0 +1,188 @@
+"""Rollouts one step ahead: whose weights draw them, in which order, and across a kill."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from nrt_jax.config import load_config
+from nrt_jax.training import nrt
+from nrt_jax.training.batch import nrt_batch
+from nrt_jax.training.config import RunConfig
+from nrt_jax.training.forward import (
+    NrtSettings,
+    SamplingScores,
+    as_branches,
+    run_prompts,
+    score_branches,
+)
+from nrt_jax.training.loop import train
+from nrt_jax.training.run import Run
+from nrt_jax.training.saved_groups import pack_groups, read_arrays, unpack_groups
+from tests.training import worlds
+from tests.training.runs import assert_same
+from tests.training.test_resume import finish, stop_at
+
+STALE = (
+    "rollout.staleness=1",
+    "objective.old_log_probs=recompute",
+    "objective.importance_cap=2",
+)
+
+
+# --- versions and order ---------------------------------------------------------------------------
+
+
+class Watched:
+    """A run in this process, with what it sampled, from which weights, and when."""
+
+    def __init__(self, config: RunConfig, monkeypatch: pytest.MonkeyPatch):
+        self.events: list[str] = []
+        self.groups: dict[int, list] = {}
+        self.weights: dict[int, Any] = {}
+        self.settings: NrtSettings | None = None
+        self._watch(monkeypatch)
+        train(config)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sample, read, finish_step = nrt.sample_groups, nrt._step_metrics, Run.finish_step
+        update = nrt.StepFunctions.run_mini_batches
+
+        def sample_groups(run, engine, weights, examples, step):
+            self.events.append(f"sample {step}")
+            self.weights.setdefault(run.step, jax.tree.map(np.array, weights.params))
+            self.groups[step] = sample(run, engine, weights, examples, step)
+            return self.groups[step]
+
+        def run_mini_batches(functions, run, batch):
+            self.events.append(f"update {run.step + 1}")
+            return update(functions, run, batch)
+
+        def step_metrics(updates, kept):
+            self.events.append("read")
+            return read(updates, kept)
+
+        def finish(run, metrics):
+            finish_step(run, metrics)
+            self.weights[run.step] = jax.tree.map(np.array, run.state.params)
+            tokenizer = run.tokenizer
+            think = tokenizer.think_start_id, tokenizer.think_end_id
+            objective = run.config.objective
+            self.settings = NrtSettings(run.model.definition, objective, *think, 1.0, 2048)
+
+        monkeypatch.setattr(nrt, "sample_groups", sample_groups)
+        monkeypatch.setattr(nrt, "_step_metrics", step_metrics)
+        monkeypatch.setattr(nrt.StepFunctions, "run_mini_batches", run_mini_batches)
+        monkeypatch.setattr(Run, "finish_step", finish)
+
+    def gap(self, step: int, version: int) -> float:
+        """Largest difference of a step's sampled log-probs from those under a version's weights."""
+        settings = self.settings
+        assert settings is not None
+        think = {"think_start": settings.think_start, "think_end": settings.think_end}
+        batch = worlds.as_jax(nrt_batch(self.groups[step], **think))
+        decoder = nnx.merge(settings.definition, worlds.as_jax(self.weights[version]))
+        scores = score_branches(decoder, settings, run_prompts(decoder, batch), batch)
+        branches = as_branches(scores, batch, SamplingScores(), settings.objective)
+        gap_BT = np.abs(branches.log_prob_BT - branches.sampler_log_prob_BT)
+        return float(np.where(branches.covered_BT, gap_BT, 0).max())
+
+
+def watched(tiny_config, directory, *overrides: str) -> Watched:
+    """Train on the eight devices of this process, four of them for the rollouts."""
+    words = (
+        f"run_dir={directory}",
+        "train.steps=4",
+        "train.batch_prompts=8",
+        "train.mini_batch_prompts=4",
+        "train.micro_batch_prompts=4",
+        "rollout.devices=4",
+        "evaluation.examples=0",
+        *overrides,
+    )
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return Watched(load_config(RunConfig, [tiny_config], words), monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def stale(tiny_config, tmp_path_factory) -> Watched:
+    return watched(tiny_config, tmp_path_factory.mktemp("stale") / "run", *STALE)
+
+
+def test_every_trace_of_a_step_is_of_one_version_one_update_old(stale):
+    assert [{g.version for g in stale.groups[s]} for s in range(1, 5)] == [{0}, {0}, {1}, {2}]
+    for step, groups in stale.groups.items():
+        (version,) = {group.version for group in groups}
+        assert stale.gap(step, version) < 1e-4
+    # The weights do move, so that another version would have been noticed.
+    assert stale.gap(3, 2) > 1e-3
+
+
+def test_without_staleness_every_trace_is_of_the_newest_weights(tiny_config, tmp_path):
+    plain = watched(tiny_config, tmp_path / "run")
+    assert [{g.version for g in plain.groups[s]} for s in range(1, 5)] == [{0}, {1}, {2}, {3}]
+    for step in plain.groups:
+        assert plain.gap(step, step - 1) < 1e-4
+    turns = [f"{what} {step}".strip() for step in range(1, 5) for what in ("sample", "update")]
+    assert [event for event in plain.events if event != "read"] == turns
+
+
+def test_the_next_rollouts_come_between_an_update_and_its_metrics(stale):
+    assert stale.events == [
+        "sample 1",
+        *("update 1", "sample 2", "read"),
+        *("update 2", "sample 3", "read"),
+        *("update 3", "sample 4", "read"),
+        *("update 4", "read"),
+    ]
+
+
+# --- kill and resume ------------------------------------------------------------------------------
+
+
+def test_killed_and_stopped_it_ends_as_one_that_never_was(new_run, reference):
+    """The traces that wait for their update are drawn with weights that are gone by then."""
+    whole = reference(*STALE)
+    run = new_run(*STALE)
+    stop_at(run, lambda: run.at_line(1))
+    assert max(run.steps, default=0) in (0, 1)
+    assert run.kill_at(lambda: run.at_line(5))
+    stop_at(run, lambda: run.at_line(6))
+    finish(run)
+    assert_same(run, whole)
+    ages = [row["rollout/staleness"] for row in whole.metrics() if "rollout/staleness" in row]
+    assert ages == [0.0] + 7 * [1.0]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_groups_come_back_to_the_bit(scored):
+    groups = worlds.random_groups(4, 3)
+    if scored:
+        rng = np.random.default_rng(0)
+        groups = [
+            type(g)(g.example, g.traces, 7, rng.normal(size=3).astype(np.float32), rng.normal())
+            for g in groups
+        ]
+    back = unpack_groups(pack_groups(groups), [group.example for group in groups])
+    for mine, theirs in zip(back, groups, strict=True):
+        assert mine.example is theirs.example
+        assert (mine.version, mine.baseline) == (theirs.version, theirs.baseline)
+        assert (mine.rewards is None) == (theirs.rewards is None)
+        if theirs.rewards is not None and mine.rewards is not None:
+            assert mine.rewards.tobytes() == theirs.rewards.tobytes()
+        for one, other in zip(mine.traces, theirs.traces, strict=True):
+            assert one.tokens.dtype == other.tokens.dtype
+            assert one.tokens.tobytes() == other.tokens.tobytes()
+            assert one.log_probs.dtype == other.log_probs.dtype
+            assert one.log_probs.tobytes() == other.log_probs.tobytes()
+            assert (one.end_token, one.end_log_prob) == (other.end_token, other.end_log_prob)
+
+
+def test_one_wrong_character_is_noticed():
+    text = pack_groups(worlds.random_groups(4, 3))
+    middle = len(text) // 2
+    other = "A" if text[middle] != "A" else "B"
+    with pytest.raises(Exception, match=r"CRC|zip|decompress|invalid|differ"):
+        read_arrays(text[:middle] + other + text[middle + 1 :])
