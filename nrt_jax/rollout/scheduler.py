@@ -32,8 +32,8 @@ from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling
 
 SMALLEST_ROOM = 32
 """Own tokens that a slot's cache has room for at first."""
-SPARE_PROMPTS = 4
-"""Rooms for prompts when stragglers hold some, in multiples of what full groups would need."""
+GROWTH = 4
+"""Rooms for prompts start as what full groups need, and grow by this where slots stay free."""
 
 
 class Request(NamedTuple):
@@ -262,11 +262,10 @@ class Scheduler:
         return own + [n for n in rooms if n not in self._rows][:1]
 
     def _grow_prompts(self) -> bool:
-        """More rooms for prompts, once, for groups whose last sequences hold theirs."""
+        """More rooms for prompts: for single copies, or when stragglers hold those of groups."""
         sizes = sizes_of(self._state)
-        first, most = self._first_sizes().prompts, self._largest.prompts
-        prompts = min(most, SPARE_PROMPTS * first)
-        if sizes.prompts >= prompts:
+        prompts = min(self._largest.prompts, GROWTH * sizes.prompts)
+        if sizes.prompts == prompts:
             return False
         # Rooms are numbered shard after shard.
         before, after = (n // self._engine.shards for n in (sizes.prompts, prompts))

@@ -31,7 +31,7 @@ def train_nrt(run: Run) -> None:
         with run.timer("update"):
             run.state, updates = step_functions.run_mini_batches(run, batch)
             metrics = _step_metrics(updates, mini_batches_kept(run, batch))
-        run.finish_step(metrics | rollout_metrics(run, groups, step))
+        run.finish_step(metrics | rollout_metrics(run, engine, groups, step))
 
 
 def _train_one_ahead(run: Run, engine: DecoderEngine, step_functions: "StepFunctions") -> None:
@@ -53,7 +53,7 @@ def _train_one_ahead(run: Run, engine: DecoderEngine, step_functions: "StepFunct
         run.ahead = None if last else _sample_ahead(run, engine, step + 1)
         with run.timer("update"):
             metrics = _step_metrics(updates, mini_batches_kept(run, batch))
-        run.finish_step(metrics | rollout_metrics(run, groups, step))
+        run.finish_step(metrics | rollout_metrics(run, engine, groups, step))
 
 
 def _sample_ahead(run: Run, engine: DecoderEngine, step: int) -> Ahead:

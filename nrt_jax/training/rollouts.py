@@ -108,8 +108,11 @@ def _rewards(
     )
 
 
-def rollout_metrics(run: Run, groups: Sequence[Group], step: int) -> dict[str, float]:
-    """Length and endings of the traces, the age of the weights that drew them, what was dropped.
+def rollout_metrics(
+    run: Run, engine: DecoderEngine, groups: Sequence[Group], step: int
+) -> dict[str, float]:
+    """Length and endings of the traces, the age of the weights that drew them, what was dropped,
+    and how many programs the engine compiled so far.
 
     Where groups were scored when they were sampled, `reward/` is of all of them by these scores.
     """
@@ -117,6 +120,7 @@ def rollout_metrics(run: Run, groups: Sequence[Group], step: int) -> dict[str, f
     assert 0 <= staleness <= run.config.rollout.staleness, "older weights than the config allows"
     metrics = _trace_metrics(run, groups) | dict(run.engine_weights().metrics)
     metrics["rollout/staleness"] = float(staleness)
+    metrics["rollout/programs"] = float(sum(engine.compiled.values()))
     if run.config.rollout.drop_groups_without_spread:
         kept_P = _with_spread(run, groups)
         metrics["rollout/dropped_share"] = float(np.mean(~kept_P))
