@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from nrt_jax.models.sharding import partition_spec
-from nrt_jax.rollout.cache import KVCache, Places, Sizes, fit_in_shards, gather_in_shards
-from nrt_jax.rollout.paged_cache import PagedCache
+from nrt_jax.rollout.cache import Places, Sizes, fit_in_shards, gather_in_shards
 from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling, SlotSampling
 
 SMALLEST_BUCKET = 16
@@ -128,29 +127,21 @@ def state_shardings(mesh: Mesh, shapes: DecodeState) -> DecodeState:
     return everywhere_rows._replace(layers=jax.tree.map(lambda _: heads, shapes.layers))
 
 
-def resized(
-    state: DecodeState, cache: KVCache | PagedCache, sizes: Sizes, shards: int
-) -> DecodeState:
-    """The same sequences with another room in their caches; what does not fit is cut off."""
-    places = state.places
-    return state._replace(
-        layers=tuple(cache.resize(layer, sizes) for layer in state.layers),
-        places=places._replace(
-            prompt_length_N=fit_in_shards(places.prompt_length_N, sizes.prompts, shards),
-            slots_NK=fit_in_shards(places.slots_NK, sizes.prompts, shards),
-        ),
+def resized(places: Places, sizes: Sizes, shards: int) -> Places:
+    """More rooms for prompts."""
+    return places._replace(
+        prompt_length_N=fit_in_shards(places.prompt_length_N, sizes.prompts, shards),
+        slots_NK=fit_in_shards(places.slots_NK, sizes.prompts, shards),
     )
 
 
-def moved(
-    state: DecodeState, cache: KVCache | PagedCache, moves: Moves, shards: int
-) -> DecodeState:
-    """The same sequences in other slots, of which there may be more or fewer."""
+def moved(rest: DecodeState, moves: Moves, shards: int) -> DecodeState:
+    """All but the layers' caches, with the sequences in other slots."""
     from_UI = moves.from_B.reshape(shards, -1)
-    rest = state._replace(layers=(), places=state.places.own_length_B)
+    places = rest.places
+    rest = rest._replace(places=places.own_length_B)
     rest = jax.tree.map(lambda x_B: gather_in_shards(x_B, from_UI), rest)
     return rest._replace(
-        layers=tuple(cache.move_slots(layer, from_UI) for layer in state.layers),
-        places=Places(state.places.prompt_length_N, moves.slots_NK, moves.place_B, rest.places),
+        places=Places(places.prompt_length_N, moves.slots_NK, moves.place_B, rest.places),
         active_B=rest.active_B & ~moves.free_B,
     )

@@ -350,36 +350,59 @@ class DecoderEngine(jetstream.Engine):
         return program()
 
     def resize(self, decode_state: DecodeState, sizes: Sizes) -> DecodeState:
-        """The same sequences with another room in their caches; what does not fit is cut off."""
+        """The same sequences with another room in their caches; what does not fit is cut off.
+
+        The state passed in is consumed.
+        """
         if sizes == sizes_of(decode_state):
             return decode_state
         cache, shards = self._decoding.cache, self._shards
-        return self._reshaped(
-            "resize", sizes, lambda state: resized(state, cache, sizes, shards), decode_state
+        return self._reshape(
+            ("resize", sizes),
+            decode_state,
+            lambda layer: cache.resize(layer, sizes),
+            lambda rest: rest._replace(places=resized(rest.places, sizes, shards)),
         )
 
     def move_slots(self, decode_state: DecodeState, moves: Moves) -> DecodeState:
-        """The same sequences in other slots, of which there may be more or fewer."""
+        """The same sequences in other slots, more or fewer; the state passed in is consumed."""
         cache, shards = self._decoding.cache, self._shards
-        return self._reshaped(
-            "move_slots",
-            len(moves.from_B),
-            lambda state, moves: moved(state, cache, moves, shards),
+        return self._reshape(
+            ("move_slots", len(moves.from_B)),
             decode_state,
+            lambda layer, moves: cache.move_slots(layer, moves.from_B.reshape(shards, -1)),
+            lambda rest, moves: moved(rest, moves, shards),
             moves,
         )
 
-    def _reshaped(
-        self, kind: str, target: Any, function: Callable, state: DecodeState, *args: Any
+    def _reshape(
+        self,
+        kind: tuple[str, Any],
+        state: DecodeState,
+        of_layer: Callable,
+        of_rest: Callable,
+        *args: Any,
     ) -> DecodeState:
-        shardings = state_shardings(self._mesh, jax.eval_shape(function, state, *args))
-        program = self._program(
-            kind,
-            len(state.active_B),
-            sizes_of(state),
-            target,
-            make=lambda: jax.jit(function, out_shardings=shardings),
-        )
+        """One layer after the other, so that only one of them is there twice."""
+
+        def make() -> Callable:
+            rest = jax.eval_shape(of_rest, state._replace(layers=()), *args)
+            layer = jax.eval_shape(of_layer, state.layers[0], *args)
+            shardings = state_shardings(self._mesh, rest._replace(layers=(layer,)))
+            layer_program = jax.jit(of_layer, out_shardings=shardings.layers[0])
+            rest_program = jax.jit(of_rest, out_shardings=shardings._replace(layers=()))
+
+            def run(state: DecodeState, *args: Any) -> DecodeState:
+                layers = []
+                for old in state.layers:
+                    layers.append(layer_program(old, *args))
+                    _delete(old, but=layers[-1])
+                return rest_program(state._replace(layers=()), *args)._replace(layers=tuple(layers))
+
+            return run
+
+        name, target = kind
+        program = self._program(name, len(state.active_B), sizes_of(state), target, make=make)
         return program(state, *args)
 
     @property
@@ -453,6 +476,14 @@ class DecoderEngine(jetstream.Engine):
     def colocated_cpus(self) -> None:
         """None are used."""
         return None
+
+
+def _delete(arrays: Any, *, but: Any) -> None:
+    """Free the memory of arrays, except those that a program handed through as they were."""
+    kept = {id(leaf) for leaf in jax.tree.leaves(but)}
+    for leaf in jax.tree.leaves(arrays):
+        if id(leaf) not in kept:
+            leaf.delete()
 
 
 def _columns(generated_B: Int[Array, "B"], sampled: Sampled) -> Int[Array, "B C"]:

@@ -70,7 +70,7 @@ class SuffixScores(NamedTuple):
     empty_A: Float[np.ndarray, "A"]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """A request under way."""
 
@@ -188,18 +188,26 @@ class Scheduler:
             self._jobs[job.ticket] = job
         return job.ticket
 
-    def cancel(self, ticket: int) -> None:
-        """Stop a request: its slots are free at once, and no event follows."""
-        job = self._jobs.pop(ticket, None)
+    def cancel(self, ticket: int, copy: int | None = None) -> None:
+        """Stop a request, or one copy of it that has started: its slots are free at once.
+
+        No event of it follows.
+        """
+        job = self._jobs.get(ticket)
         if job is None:
             return
-        if job in self._waiting:
-            self._waiting.remove(job)
-        released_B = np.asarray([s is not None and s.job is job for s in self._sequences])
+        released_B = np.zeros(len(self._sequences), bool)
+        for slot, sequence in enumerate(self._sequences):
+            if sequence is not None and sequence.job is job and copy in (None, sequence.copy):
+                released_B[slot] = True
         if released_B.any():
             self._state = self._engine.release(self._state, released_B)
         for slot in np.nonzero(released_B)[0]:
             self._free(int(slot))
+        if copy is None:
+            self._jobs.pop(ticket, None)
+            if job in self._waiting:
+                self._waiting.remove(job)
 
     def step(self) -> list[Event]:
         """Start what can start, dispatch some decode steps, and read the dispatch before."""
@@ -425,13 +433,8 @@ class Scheduler:
             if event.finished is not None:
                 done.append((slot_now, sequence, event))
         self._score_done(done)
-        for slot, sequence, _ in done:
+        for slot, _, _ in done:
             self._free(slot)
-            sequence.job.running -= 1
-            job = sequence.job
-            ended = not job.running and job.started == job.request.copies
-            if ended and job.request.suffix_tokens is None:
-                del self._jobs[job.ticket]
         return events
 
     def _event(self, sequence: _Sequence, sampled: Sampled, slot: int) -> Event:
@@ -489,7 +492,12 @@ class Scheduler:
         """Empty a slot, its row, and the room of a prompt that no other slot continues."""
         sequence, self._sequences[slot] = self._sequences[slot], None
         assert sequence is not None
-        del self._slot_of[sequence.job.ticket, sequence.copy]
+        job = sequence.job
+        del self._slot_of[job.ticket, sequence.copy]
+        job.running -= 1
+        ended = not job.running and job.started == job.request.copies
+        if ended and job.request.suffix_tokens is None:
+            del self._jobs[job.ticket]
         for prompt, (_, rows) in list(self._rows.items()):
             if slot in rows:
                 rows[rows.index(slot)] = None

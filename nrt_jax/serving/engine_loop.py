@@ -29,7 +29,7 @@ class Scheduling(Protocol):
     """What the loop needs of a `rollout.scheduler.Scheduler`."""
 
     def submit(self, request: Request, key: jax.Array) -> int: ...
-    def cancel(self, ticket: int) -> None: ...
+    def cancel(self, ticket: int, copy: int | None = None) -> None: ...
     def step(self) -> list[Event]: ...
     @property
     def busy(self) -> bool: ...
@@ -72,10 +72,10 @@ class Generation:
                 return
 
     def give_up(self, copy: int) -> None:
-        """One copy needs no more tokens; the slots are free when none does."""
-        if self._unfinished == {copy}:
-            self.close()
-        self._unfinished.discard(copy)
+        """One copy needs no more tokens: its slot is free for others."""
+        if copy in self._unfinished:
+            self._unfinished.discard(copy)
+            self._engine.cancel(self, copy)
 
     def close(self) -> None:
         """Free the slots of whatever still runs."""
@@ -109,6 +109,8 @@ class _Submit(NamedTuple):
 
 class _Cancel(NamedTuple):
     generation: Generation
+    copy: int | None
+    """None: all of them."""
 
 
 class _Score(NamedTuple):
@@ -141,7 +143,7 @@ class EngineLoop:
         self._scheduler: Scheduling | None = make_scheduler()
         self._running: dict[int, Generation] = {}
         """By the ticket of the scheduler there is."""
-        self._copies_left: dict[int, int] = {}
+        self._copies_left: dict[int, set[int]] = {}
         self._tickets: dict[Generation, int | None] = {}
         """Of every request that a failure has to reach; None before it has a ticket."""
         self._draws = np.random.default_rng(seed)
@@ -174,9 +176,9 @@ class EngineLoop:
         self._inbox.put(_Submit(generation, request, seed))
         return generation
 
-    def cancel(self, generation: Generation) -> None:
-        """Free its slots at the next step."""
-        self._inbox.put(_Cancel(generation))
+    def cancel(self, generation: Generation, copy: int | None = None) -> None:
+        """Free its slots, or that of one copy, at the next step."""
+        self._inbox.put(_Cancel(generation, copy))
 
     async def score(self, tokens: np.ndarray, request_id: str) -> PromptScores:
         """Log-probs of a prompt's tokens, each given those before it."""
@@ -217,8 +219,10 @@ class EngineLoop:
         match message:
             case _Submit():
                 self._start(message)
-            case _Cancel(generation):
+            case _Cancel(generation, None):
                 self._end(generation, cancel=True)
+            case _Cancel(generation, copy):
+                self._end_copy(generation, copy)
             case _Score(future, request_id, tokens):
                 self._answer_score(future, request_id, tokens)
 
@@ -234,7 +238,7 @@ class EngineLoop:
             _post({generation: [error]})
             return
         self._tickets[generation], self._running[ticket] = ticket, generation
-        self._copies_left[ticket] = request.copies
+        self._copies_left[ticket] = set(range(request.copies))
 
     def _end(self, generation: Generation, *, cancel: bool = False) -> None:
         """Forget a request, if it is not forgotten yet."""
@@ -244,6 +248,19 @@ class EngineLoop:
         del self._running[ticket], self._copies_left[ticket]
         if cancel and self._scheduler is not None:
             self._scheduler.cancel(ticket)
+
+    def _end_copy(self, generation: Generation, copy: int) -> None:
+        """Stop one copy; the request is over when it was the last."""
+        ticket = self._tickets.get(generation)
+        if ticket is None or self._scheduler is None:
+            return
+        self._scheduler.cancel(ticket, copy)
+        self._count(generation, ticket, copy)
+
+    def _count(self, generation: Generation, ticket: int, copy: int) -> None:
+        self._copies_left[ticket].discard(copy)
+        if not self._copies_left[ticket]:
+            self._end(generation)
 
     def _answer_score(
         self,
@@ -274,9 +291,7 @@ class EngineLoop:
                 continue  # cancelled
             posts.setdefault(generation, []).append(event)
             if event.finished is not None:
-                self._copies_left[event.ticket] -= 1
-                if not self._copies_left[event.ticket]:
-                    self._end(generation)
+                self._count(generation, event.ticket, event.copy)
         _post(posts)
 
     def _recover(self) -> None:

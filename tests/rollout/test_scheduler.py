@@ -223,6 +223,19 @@ def test_a_cancelled_request_is_not_heard_of_and_frees_its_slots(mixed_traces, a
             assert tokens[ticket, copy] == ids(trace)
 
 
+def test_one_copy_may_be_cancelled(mixed_traces):
+    scheduler = Scheduler(engine(slots=16), params(), steps=2)
+    tickets = [scheduler.submit(request, KEY) for request in MIXED]
+    scheduler.step()
+    scheduler.cancel(tickets[2], 1)
+    assert scheduler.slots_in_use == sum(request.copies for request in MIXED) - 1
+    tokens, _ = drain(scheduler)
+    for ticket, group in enumerate(mixed_traces):
+        for copy, trace in enumerate(group):
+            cancelled = (ticket, copy) == (tickets[2], 1)
+            assert tokens.get((ticket, copy)) == (None if cancelled else ids(trace))
+
+
 def test_a_request_may_stop_at_tokens_of_its_own():
     request = Request(prompt(6), stream=0, copies=8, max_tokens=12)
     run = engine(slots=16)
