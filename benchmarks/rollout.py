@@ -6,8 +6,9 @@
 Two workloads, both of `--prompts` prompts with 8 traces each: all traces of one length, and lengths
 drawn from a log-normal distribution whose cap is 16 times its median. Each is sampled by the engine
 with the prompt held once for its traces, by the engine with a copy for each, and by a plain
-compiled while_loop (benchmarks/plain_sampler.py). Times are of the second run of each; the first
-compiles. CPU seconds are the figure to compare on a shared machine.
+compiled while_loop (benchmarks/plain_sampler.py); with --transformers the first one also by
+`generate` of transformers, on the GPU where torch has one. Times are of the second run of each; the
+first compiles. CPU seconds are the figure to compare on a shared machine.
 
 The limit of a decode step is what reading the weights and the filled part of the caches takes at
 the machine's bandwidth, or the products at its matrix peak, whichever is longer; both rates are
@@ -67,10 +68,11 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="peer")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--median", type=int, default=32, help="of the log-normal lengths, tokens")
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded a dispatch")
+    parser.add_argument("--transformers", action="store_true", help="compare with it; needs torch")
     args = parser.parse_args()
     figures = measure(args)
     args.out.write_text(json.dumps(figures, indent=1) + "\n")
@@ -97,6 +99,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name, lengths_PK in workloads.items():
         longest = int(lengths_PK.max()) if name == "uniform" else cap
         samplers = _samplers(args, definition, architecture, params, tokens_PS, lengths_PK, longest)
+        if args.transformers and name == "uniform":
+            samplers["transformers"] = _transformers(args, architecture, params, tokens_PS, longest)
         for sampler, run in samplers.items():
             line = _timed(run) | {"tokens": int(lengths_PK.sum())}
             line |= _against_limit(line, machine, architecture, params, lengths_PK, args)
@@ -182,6 +186,29 @@ def _run_plain(
         jax.block_until_ready(out)
         steps += int(limit_B.max())
     return {"decode_steps": steps, "slots_in_use": limits_N.sum() / (steps * slots), "programs": 1}
+
+
+def _transformers(
+    args: argparse.Namespace,
+    architecture: Architecture,
+    params: Any,
+    tokens_PS: np.ndarray,
+    new_tokens: int,
+) -> Callable[[], dict[str, Any]]:
+    from transformers_sampler import TransformersSampler
+
+    sampler = TransformersSampler(architecture, params, args.dtype)
+    rows_NS = np.repeat(tokens_PS, COPIES, axis=0)
+
+    def run() -> dict[str, Any]:
+        batches = [rows_NS[i : i + args.slots] for i in range(0, len(rows_NS), args.slots)]
+        for rows_BS in batches:
+            sampler(rows_BS, new_tokens)
+        steps = len(batches) * new_tokens
+        in_use = len(rows_NS) / (len(batches) * args.slots)
+        return {"decode_steps": steps, "slots_in_use": in_use, "programs": 0}
+
+    return run
 
 
 def _timed(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """What every test shares: eight CPU devices, strict array promotion, the optional data folder."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -33,3 +35,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder at {folder}; name one in NRT_JAX_DATA")
     return folder
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bounded_memory_maps() -> Iterator[None]:
+    """Forget compiled programs before they are too many.
+
+    Each maps memory some 250 times, and a process that asks Linux for more than 65,530 maps is
+    aborted inside XLA.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 25_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -1,7 +1,5 @@
 """Which attention decodes: XLA's own, or the Pallas kernel of the platform."""
 
-from typing import Literal
-
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -9,10 +7,9 @@ from jax.typing import DTypeLike
 from nrt_jax.errors import InputError
 from nrt_jax.models.variants import Architecture
 from nrt_jax.rollout.cache import KVCache
+from nrt_jax.rollout.config import AttentionKernel
 from nrt_jax.rollout.paged_cache import PagedCache
 from nrt_jax.rollout.triton_cache import TritonCache
-
-AttentionKernel = Literal["auto", "xla", "pallas"]
 
 TPU_LANES = 128
 GPU_SMALLEST_HEAD = 16

@@ -7,6 +7,8 @@ from pydantic import Field
 from nrt_jax.config import Section
 from nrt_jax.models.sharding import MeshConfig
 
+AttentionKernel = Literal["auto", "xla", "pallas"]
+
 
 class RolloutConfig(Section):
     """How traces are sampled during training, and where."""
@@ -38,6 +40,9 @@ class RolloutConfig(Section):
     """Longest part of a prompt that is run between two decodings, in tokens; null for no limit."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Dtype of the stored keys and values; null for that of the engine's computation."""
+    attention: AttentionKernel = "auto"
+    """What attends while decoding: XLA, or the Pallas kernel of the platform (TPU, GPU); auto takes
+    the kernel where there is one for the model."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype that the weights are cast to for the engine, and that it computes in; null for
     model.dtype, computed from the training's own weights."""

@@ -11,7 +11,14 @@ import numpy as np
 
 from nrt_jax.records import Trace
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.scheduler import Event, Request, Scheduler, SuffixScores, check
+from nrt_jax.rollout.scheduler import (
+    Event,
+    Request,
+    Scheduler,
+    SuffixScores,
+    check,
+    first_sizes,
+)
 
 
 def generate(
@@ -50,7 +57,7 @@ def _run(
 ) -> tuple[list[tuple[Trace, ...]], tuple[Scheduler, list[int]]]:
     for index, request in enumerate(requests):
         check(engine, request, f"prompt {index}")
-    scheduler = Scheduler(engine, params, steps=steps)
+    scheduler = Scheduler(engine, params, steps=steps, sizes=first_sizes(engine, requests))
     tickets = [scheduler.submit(request, key) for request in requests]
     events: dict[tuple[int, int], list[Event]] = {
         (ticket, copy): []

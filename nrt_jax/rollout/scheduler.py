@@ -34,6 +34,8 @@ SMALLEST_ROOM = 32
 """Own tokens that a slot's cache has room for at first."""
 GROWTH = 4
 """Rooms for prompts start as what full groups need, and grow by this where slots stay free."""
+WORTH_A_MOVE = 64
+"""Tokens that some sequence may still get, for it to be worth to decode fewer slots."""
 
 
 class Request(NamedTuple):
@@ -121,7 +123,8 @@ class Scheduler:
         sizes: Sizes | None = None,
     ):
         self._engine, self._params, self._steps = engine, params, steps
-        self._state = engine.init_decode_state(self._first_sizes() if sizes is None else sizes)
+        sizes = first_sizes(engine, ()) if sizes is None else sizes
+        self._state = engine.init_decode_state(sizes)
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
         self._enough = max(1, engine.max_concurrent_decodes // 8) if enough is None else enough
@@ -137,11 +140,6 @@ class Scheduler:
     @property
     def _per_shard(self) -> int:
         return len(self._sequences) // self._engine.shards
-
-    def _first_sizes(self) -> Sizes:
-        per_shard = self._engine.max_concurrent_decodes // self._engine.shards
-        full_groups = -(-per_shard // self._engine.copies) * self._engine.shards
-        return Sizes(full_groups, bucket(1), min(SMALLEST_ROOM, self._largest.own_tokens))
 
     @property
     def _largest(self) -> Sizes:
@@ -362,8 +360,13 @@ class Scheduler:
             busiest, wanted = max(map(taken.count, range(shards))), most // shards
             while wanted > 1 and wanted // 4 >= busiest:
                 wanted = max(1, wanted // 4)
-            if wanted < self._per_shard and self.slots_in_use:
+            if wanted < self._per_shard and self._tokens_left() >= WORTH_A_MOVE:
                 self._move_to(wanted)
+
+    def _tokens_left(self) -> int:
+        """Most tokens that a running sequence may still get."""
+        running = [s for s in self._sequences if s is not None]
+        return max((int(s.job.limits[s.copy] - s.job.lengths[s.copy]) for s in running), default=0)
 
     def _move_to(self, per_shard: int) -> None:
         """Put the sequences of each shard into the first of `per_shard` slots."""
@@ -503,6 +506,18 @@ class Scheduler:
                 rows[rows.index(slot)] = None
                 if all(row is None for row in rows):
                     del self._rows[prompt]
+
+
+def first_sizes(engine: DecoderEngine, requests: Sequence[Request]) -> Sizes:
+    """Rooms to begin with, for these requests, or for groups of the engine's copies."""
+    copies = min([engine.copies, *(max(1, request.copies) for request in requests)])
+    longest = max((len(request.prompt_tokens) for request in requests), default=1)
+    per_shard = engine.max_concurrent_decodes // engine.shards
+    return Sizes(
+        -(-per_shard // copies) * engine.shards,
+        bucket(longest),
+        min(SMALLEST_ROOM, engine.largest_sizes.own_tokens),
+    )
 
 
 def check(engine: DecoderEngine, request: Request, name: str = "prompt") -> None:

@@ -37,15 +37,15 @@ def serve(checkpoint: Path, overrides: Sequence[str]) -> None:
     """
     with StopRequest():
         config = load_config(ServingConfig, [], overrides)
-        listening = listen(config.host, config.port, "port")
-        grpc_port = None if config.grpc_port is None else free_port(config)
-        served = open_checkpoint(checkpoint, config)
-        grpc = None if grpc_port is None else start_grpc(served, config, grpc_port)
-        try:
-            asyncio.run(_serve(served, config, listening, grpc))
-        finally:
-            if grpc is not None:
-                grpc.stop()
+        with listen(config.host, config.port, "port") as listening:
+            grpc_port = None if config.grpc_port is None else free_port(config)
+            served = open_checkpoint(checkpoint, config)
+            grpc = None if grpc_port is None else start_grpc(served, config, grpc_port)
+            try:
+                asyncio.run(_serve(served, config, listening, grpc))
+            finally:
+                if grpc is not None:
+                    grpc.stop()
 
 
 def listen(host: str, port: int, name: str) -> socket.socket:

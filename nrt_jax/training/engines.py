@@ -89,6 +89,7 @@ def _engine(
         stop_ids=stop_ids,
         dtype=rollout.dtype or config.model.jax_dtype,
         cache_dtype=rollout.cache_dtype,
+        attention=rollout.attention,
         copies=copies,
         prefill_chunk=rollout.prefill_chunk,
         tokenizer_path=str(tokenizer.directory),

@@ -191,6 +191,7 @@ def engines(monkeypatch, a, on):
     return xla, make(attention="pallas")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("axes", "window"), [({}, 5), ({"data": 2, "fsdp": 2, "tensor": 2}, None)], ids=str
 )

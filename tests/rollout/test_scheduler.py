@@ -146,15 +146,16 @@ def test_room_for_tokens_grows_and_shrinks():
 def test_few_sequences_move_into_few_slots():
     """And back when more requests come; in 16 slots, of one device and of eight."""
     requests = [
-        Request(tokens, i, 3, (4 if i % 3 else 12, 2, 1))
+        Request(tokens, i, 3, (4 if i % 3 else 80, 2, 1))
         for i, tokens in enumerate(prompts(*[5] * 6))
     ]
-    alone = [sample(engine(stop_ids=NO_STOPS), params(), [request])[0] for request in requests]
+    options = {"stop_ids": NO_STOPS, "max_new_tokens": 80}
+    alone = [sample(engine(**options), params(), [request])[0] for request in requests]
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     spread = jax.device_put(nnx.to_pure_dict(params()), param_shardings(mesh, params()))
     for run, weights, fewest in (
-        (engine(slots=16, stop_ids=NO_STOPS), params(), 1),
-        (engine(slots=16, stop_ids=NO_STOPS, mesh=mesh), spread, 4),
+        (engine(slots=16, **options), params(), 1),
+        (engine(slots=16, mesh=mesh, **options), spread, 4),
     ):
         scheduler = Scheduler(run, weights, steps=1)
         tokens, slots = {}, set()

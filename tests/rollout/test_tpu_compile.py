@@ -43,6 +43,7 @@ def check(report: dict) -> None:
     assert decode["temp_bytes"] < report["weight_bytes"] / 4
 
 
+@pytest.mark.slow
 def test_two_layers_compile():
     check(compiled("small", data=2, tensor=4))
 

@@ -128,6 +128,7 @@ def test_no_run(tmp_path, capsys):
     assert "no config.yaml in it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_small_soak(run):
     words = [str(run), "--requests", "60", "--questions", "15", "--clients", "8"]
     # So few requests meet lengths that are compiled for the first time to the end, even short ones.

@@ -155,6 +155,7 @@ def test_spread_comes_from_the_cached_scores():
     np.testing.assert_allclose(judged.reward_PK[1], np.exp([[-0.1, -0.2], [-0.4, -0.3]]).mean(1))
 
 
+@pytest.mark.slow
 def test_a_run_that_drops_groups_says_how_many(reference):
     run = reference("rollout.drop_groups_without_spread=true")
     rows = [row for row in run.metrics() if "rollout/dropped_share" in row]

@@ -142,6 +142,7 @@ def test_the_next_rollouts_come_between_an_update_and_its_metrics(stale):
 # --- kill and resume ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_killed_and_stopped_it_ends_as_one_that_never_was(new_run, reference):
     """The traces that wait for their update are drawn with weights that are gone by then."""
     whole = reference(*STALE)
