@@ -21,7 +21,7 @@ class TransformersSampler:
             write_directory(directory, architecture, params)
             model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._model = model.to(self._device).eval()
+        self._model: Any = model.to(self._device).eval()
 
     def __call__(self, tokens_BS: np.ndarray, new_tokens: int) -> np.ndarray:
         """`new_tokens` tokens after each of B prompts of one length."""
