@@ -120,7 +120,7 @@ def rollout_metrics(
     assert 0 <= staleness <= run.config.rollout.staleness, "older weights than the config allows"
     metrics = _trace_metrics(run, groups) | dict(run.engine_weights().metrics)
     metrics["rollout/staleness"] = float(staleness)
-    metrics["rollout/programs"] = float(sum(engine.compiled.values()))
+    metrics["speed/programs"] = float(sum(engine.compiled.values()))
     if run.config.rollout.drop_groups_without_spread:
         kept_P = _with_spread(run, groups)
         metrics["rollout/dropped_share"] = float(np.mean(~kept_P))

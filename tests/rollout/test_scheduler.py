@@ -143,6 +143,7 @@ def test_room_for_tokens_grows_and_shrinks():
     np.testing.assert_allclose(log_probs(trace), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_few_sequences_move_into_few_slots():
     """And back when more requests come; in 16 slots, of one device and of eight."""
     requests = [

@@ -394,7 +394,8 @@ def test_no_room_for_a_checkpoint(new_run, reference):
     run = new_run(*SFT)
     assert run.kill_at(lambda: run.saved(4))
     kept = run.steps[-2:]  # the kill may have come before an older one was removed
-    largest = max(p.stat().st_size for p in run.checkpoints.rglob("*") if p.is_file())
+    whole_files = (run.checkpoints / str(kept[0])).rglob("*")
+    largest = max(path.stat().st_size for path in whole_files if path.is_file())
     outcome = limited(run, largest // 2)
     assert outcome.status == 1
     last = outcome.err.splitlines()[-1]

@@ -167,6 +167,7 @@ def test_a_run_that_drops_groups_says_how_many(reference):
         assert row["update/skipped"] == 0
 
 
+@pytest.mark.slow
 def test_before_the_first_update_dropping_changes_no_trace_and_no_reward(reference):
     first, second = (
         run.metrics()[1]
