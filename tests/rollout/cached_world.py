@@ -3,6 +3,7 @@
 Letters: those of nrt_jax/rollout/cache.py.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -162,3 +163,25 @@ def busy_world(cache: KVCache, sizes: Sizes, longest: int, **options: Any) -> Wo
         world.insert(room, lengths[shard % 3], [slot + 1, slot + 3])
         world.insert(room + 1, lengths[(shard + 1) % 3], [slot])
     return world
+
+
+def check_resizing(world: World, rooms: Sequence[Sizes], prompt_tokens: int) -> None:
+    """Each step after another resize is right, and a prompt fits into the last room there is."""
+    for sizes in rooms:
+        world.step()
+        world.resize(sizes)
+        assert world.layer.sizes == sizes
+        close(*world.step(), tolerance=1e-5)
+    world.insert(rooms[-1].prompts - 1, prompt_tokens, [4])
+    close(*world.step(), tolerance=1e-5)
+    world.assert_reads()
+
+
+def check_moving_slots(world: World) -> None:
+    """From 8 slots to 6 and to 12, of two shards."""
+    world.step()
+    for to, slots in (({0: 0, 1: 1, 3: 2, 4: 3, 5: 5, 7: 4}, 6), ({0: 4, 2: 1, 3: 11, 5: 6}, 12)):
+        world.move(to, slots)
+        world.step([to[0]])
+        close(*world.step(), tolerance=1e-5)
+    world.assert_reads()

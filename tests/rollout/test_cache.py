@@ -7,7 +7,13 @@ import pytest
 
 from nrt_jax.rollout.cache import KVCache, Sizes, Stored, store
 from tests.models.tiny import mesh
-from tests.rollout.cached_world import World, busy_world, close
+from tests.rollout.cached_world import (
+    World,
+    busy_world,
+    check_moving_slots,
+    check_resizing,
+    close,
+)
 
 SIZES = Sizes(prompts=8, prompt_tokens=32, own_tokens=16)
 MESHES = [{}, {"data": 2}, {"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}]
@@ -42,29 +48,18 @@ def test_a_new_prompt_and_its_slots_leave_the_others_alone():
 
 def test_rooms_grow_and_shrink_around_their_contents():
     world = busy_world(KVCache(mesh(data=2)), SIZES, longest=32)
-    for sizes in (
+    rooms = (
         SIZES._replace(prompts=12),
         SIZES._replace(prompts=12, prompt_tokens=64),
         Sizes(12, 64, 64),
         Sizes(12, 64, 16),
-    ):
-        world.step()
-        world.resize(sizes)
-        assert world.layer.sizes == sizes
-        close(*world.step(), tolerance=1e-5)
-    world.insert(11, 60, [4])
-    close(*world.step(), tolerance=1e-5)
-    world.assert_reads()
+    )
+    check_resizing(world, rooms, prompt_tokens=60)
 
 
 def test_slots_move_with_their_tokens_to_more_or_fewer_slots():
     world = busy_world(KVCache(mesh(data=2)), SIZES, longest=32)
-    world.step()
-    for to, slots in (({0: 0, 1: 1, 3: 2, 4: 3, 5: 5, 7: 4}, 6), ({0: 4, 2: 1, 3: 11, 5: 6}, 12)):
-        world.move(to, slots)
-        world.step([to[0]])
-        close(*world.step(), tolerance=1e-5)
-    world.assert_reads()
+    check_moving_slots(world)
 
 
 def test_a_prompt_takes_the_same_room_whatever_the_copies():

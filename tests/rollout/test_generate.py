@@ -14,6 +14,7 @@ from nrt_jax.rollout.scheduler import Request
 from tests.models.tiny import WINDOW, architecture
 from tests.rollout.toy import (
     LLAMA_64,
+    MIXED,
     NO_STOPS,
     SETTINGS,
     STOPS,
@@ -30,22 +31,8 @@ from tests.rollout.toy import (
     one_device,
     params,
     prompt,
-    prompts,
     sample,
 )
-
-MIXED = [
-    Request(tokens, stream=10 + index, copies=copies, max_tokens=limit)
-    for index, (tokens, copies, limit) in enumerate(
-        zip(prompts(3, 20, 16, 17, 1), [3, 1, 5, 2, 2], [12, 7, 12, 1, 9], strict=True)
-    )
-]
-"""Prompts of both buckets, with copies and limits of their own; 13 sequences."""
-
-
-@pytest.fixture(scope="module")
-def mixed_traces():
-    return sample(engine(), params(), MIXED)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), SETTINGS)

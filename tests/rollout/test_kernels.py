@@ -19,7 +19,7 @@ from nrt_jax.rollout.paged_cache import PAGE_TOKENS, PagedCache
 from nrt_jax.rollout.scheduler import Request
 from nrt_jax.rollout.triton_cache import TritonCache
 from tests.models.tiny import LLAMA, WINDOW, architecture, decoder, mesh
-from tests.rollout.cached_world import busy_world, close
+from tests.rollout.cached_world import busy_world, check_moving_slots, check_resizing, close
 from tests.rollout.toy import STOPS, assert_same, params, prompt
 from tests.rollout.tpu_interpreter import tpu_interpreter
 
@@ -93,20 +93,14 @@ def test_a_new_prompt_and_its_slots_leave_the_others_alone(form):
 def test_rooms_grow_and_shrink_around_their_contents(form):
     """From rooms that hold no full page."""
     world = busy_world(form(mesh(data=2)), Sizes(4, 32, 16), longest=32)
-    for sizes in (
+    rooms = (
         Sizes(12, 32, 16),
         Sizes(12, 64, 16),
         Sizes(12, 64, 128),
         Sizes(12, 256, 128),
         Sizes(12, 256, 32),
-    ):
-        world.step()
-        world.resize(sizes)
-        assert world.layer.sizes == sizes
-        close(*world.step(), tolerance=1e-5)
-    world.insert(11, 199, [4])
-    close(*world.step(), tolerance=1e-5)
-    world.assert_reads()
+    )
+    check_resizing(world, rooms, prompt_tokens=199)
 
 
 def test_a_slot_whose_tokens_were_cut_off_does_not_disturb_the_others(form):
@@ -120,12 +114,7 @@ def test_a_slot_whose_tokens_were_cut_off_does_not_disturb_the_others(form):
 
 def test_slots_move_with_their_tokens_to_more_or_fewer_slots(form):
     world = busy_world(form(mesh(data=2)), SIZES, longest=130)
-    world.step()
-    for to, slots in (({0: 0, 1: 1, 3: 2, 4: 3, 5: 5, 7: 4}, 6), ({0: 4, 2: 1, 3: 11, 5: 6}, 12)):
-        world.move(to, slots)
-        world.step([to[0]])
-        close(*world.step(), tolerance=1e-5)
-    world.assert_reads()
+    check_moving_slots(world)
 
 
 def test_a_prompts_full_pages_are_stored_once():

@@ -16,6 +16,7 @@ from nrt_jax.rollout.sampler import Sampling
 from nrt_jax.rollout.scheduler import Request, Scheduler
 from tests.rollout.toy import (
     LLAMA_64,
+    MIXED,
     NO_STOPS,
     STOPS,
     assert_same,
@@ -30,18 +31,7 @@ from tests.rollout.toy import (
     sample,
 )
 
-MIXED = [
-    Request(tokens, stream=10 + index, copies=copies, max_tokens=limit)
-    for index, (tokens, copies, limit) in enumerate(
-        zip(prompts(3, 20, 16, 17, 1), [3, 1, 5, 2, 2], [12, 7, 12, 1, 9], strict=True)
-    )
-]
 KEY = jax.random.key(0)
-
-
-@pytest.fixture(scope="module")
-def mixed_traces():
-    return sample(engine(), params(), MIXED)
 
 
 def sizes(scheduler):

@@ -87,6 +87,15 @@ def prompts(*lengths: int, vocab_size: int = 64) -> list[np.ndarray]:
     return [prompt(length, vocab_size, seed) for seed, length in enumerate(lengths)]
 
 
+MIXED = [
+    Request(tokens, stream=10 + index, copies=copies, max_tokens=limit)
+    for index, (tokens, copies, limit) in enumerate(
+        zip(prompts(3, 20, 16, 17, 1), [3, 1, 5, 2, 2], [12, 7, 12, 1, 9], strict=True)
+    )
+]
+"""Prompts of both buckets, with copies and limits of their own; 13 sequences."""
+
+
 def ids(trace: Trace) -> list[int]:
     """Everything that was drawn, the token that ended it included."""
     return trace.tokens.tolist() + ([] if trace.end_token is None else [trace.end_token])

@@ -214,6 +214,8 @@ def test_every_request_of_a_failed_engine_is_told(serving):
         engine = live.api.engine
         with ThreadPoolExecutor(6) as pool:
             answers = [pool.submit(live.complete, "a") for _ in range(6)]
+            # Held in its step, the engine takes no more of them from its inbox.
+            wait_until(lambda: gate.steps == 1)
             wait_until(lambda: len(engine._tickets) + engine._inbox.qsize() == 6)
             begun = len(engine._tickets)
             gate.open()

@@ -1,0 +1,11 @@
+"""Traces that several files compare with."""
+
+import pytest
+
+from nrt_jax.records import Trace
+from tests.rollout.toy import MIXED, engine, params, sample
+
+
+@pytest.fixture(scope="module")
+def mixed_traces() -> list[tuple[Trace, ...]]:
+    return sample(engine(), params(), MIXED)
