@@ -37,6 +37,9 @@ from nrt_jax.serving.text import Detokenizer
 
 log = logging.getLogger(__name__)
 
+STOP_S = 60
+"""Seconds that the end of the server waits for a step under way, or its compilation."""
+
 
 def _import_quietly(name: str) -> ModuleType:
     root = logging.getLogger()
@@ -149,10 +152,12 @@ class _Driver(_orchestrator.Driver):
             log.exception("a thread of the gRPC server's engine failed")
             self._on_failure(self)
 
-    def end(self) -> None:
-        """Stop the threads, which may still be in a step, without waiting for them."""
+    def end(self) -> threading.Thread:
+        """Stop the threads, which may still be in a step; the thread that waits for them."""
         self._ending.acquire(blocking=False)
-        threading.Thread(target=self.stop, daemon=True).start()
+        stopping = threading.Thread(target=self.stop, daemon=True)
+        stopping.start()
+        return stopping
 
     def _process_prefill_content(
         self, request: Any, tokenizer: Any, is_bos: bool, max_prefill_length: int
@@ -201,9 +206,9 @@ class Drivers:
             self._requests.pop(id(request), None)
 
     def stop(self) -> None:
-        """End all threads."""
+        """End all threads, and wait for them: a process that exits under one that runs aborts."""
         self.live = False
-        self._driver.end()
+        self._driver.end().join(STOP_S)
 
     def _replace(self, failed: _Driver) -> None:
         with self._lock:
