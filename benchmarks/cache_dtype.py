@@ -20,30 +20,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from shapes import PEER, start_traces
 
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
 from nrt_jax.models.variants import Architecture
-from nrt_jax.rollout.cache import Sizes
-from nrt_jax.rollout.decode_state import DecodeState, SlotRequests, bucket, slot_sampling
+from nrt_jax.rollout.decode_state import DecodeState
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate
 from nrt_jax.rollout.sampler import Sampling
 from nrt_jax.rollout.scheduler import Request
 
 DTYPES = ("float32", "bfloat16", "int8")
-RANDOM_MODEL = Architecture(
-    vocab_size=8192,
-    hidden_size=256,
-    intermediate_size=1024,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-    initializer_range=0.13,
-)
+RANDOM_MODEL = PEER.model_copy(update={"initializer_range": 0.13})
 
 
 class Loss(NamedTuple):
@@ -117,8 +108,11 @@ def measure(
 
     Rows of `tokens_BT` are the copies of prompt 0, then those of prompt 1, and so on.
     """
+    traces, greedy = len(tokens_BT) // len(tokens_PS), Sampling(temperature=0.0)
+    # A greedy slot takes the token that it is given.
     states = {
-        name: _inserted(engine, params, tokens_PS, tokens_BT) for name, engine in engines.items()
+        name: start_traces(engine, params, tokens_PS, traces, greedy)
+        for name, engine in engines.items()
     }
     bytes_a_token = {name: _bytes_a_token(state) for name, state in states.items()}
     differences: dict[str, list[np.ndarray]] = {name: [] for name in engines}
@@ -159,28 +153,6 @@ def _distribution(logits_BV: Float[Array, "B V"], token_B: Array) -> _Distributi
         jnp.argmax(logits_BV, axis=1),
         -jnp.sum(jnp.exp(log_pi_BV) * log_pi_BV, axis=1),
     )
-
-
-def _inserted(
-    engine: DecoderEngine, params: Any, tokens_PS: np.ndarray, tokens_BT: np.ndarray
-) -> DecodeState:
-    """All slots after their prompts, greedy, so that they take the token they are given."""
-    (P, S), (B, T) = tokens_PS.shape, tokens_BT.shape
-    copies = B // P
-    state = engine.init_decode_state(Sizes(P, bucket(S), bucket(T)))
-    for p, tokens_S in enumerate(tokens_PS):
-        padded = np.pad(tokens_S, (0, bucket(S) - S))
-        prefix = engine.prefill(params=params, padded_tokens=padded, true_length=S)
-        requests = SlotRequests(
-            slot_K=p * copies + np.arange(copies, dtype=np.int32),
-            row_K=np.arange(copies, dtype=np.int32),
-            prompt=p,
-            key_K=jax.random.split(jax.random.key(0), copies),
-            limit_K=np.full(copies, T, np.int32),
-            sampling=slot_sampling([Sampling(temperature=0.0)] * copies),
-        )
-        state = engine.insert_copies(prefix, state, requests)
-    return state
 
 
 def _decode(

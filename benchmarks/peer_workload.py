@@ -37,11 +37,12 @@ from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate
 from nrt_jax.rollout.scheduler import Request
-from nrt_jax.training.batch import nrt_batch
+from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings, SamplingScores
 from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.packing import Layout, Packer, equal_keys
 from nrt_jax.training.state import init_state, state_shardings
-from nrt_jax.training.step import make_update
+from nrt_jax.training.step import Update
 
 TRACES, NEW_TOKENS, EOS = 8, 128, 2
 CHUNK_TOKENS = ModelConfig.model_fields["log_prob_chunk_tokens"].default
@@ -89,23 +90,24 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         copies=TRACES,
     )
     settings = NrtSettings(definition, ObjectiveConfig(), THINK_START, THINK_END, 1.0, CHUNK_TOKENS)
-    update = make_update(
+    update = Update(
         lambda params, batch: nrt_loss(
             params, *batch, sequences=len(texts) * TRACES, settings=settings
         ),
         optimizer,
-        len(texts) // micro_prompts,
         shardings,
     )
+    packer = Packer(Layout(micro_prompts, equal_keys=equal_keys(architecture)))
     rollouts, updates, tokens = [], [], 0
     for step in range(steps):
         traces, seconds = _timed(partial(_sample, engine, state.params, examples, step))
         rollouts.append(seconds)
         groups = [Group(e, t) for e, t in zip(examples, traces, strict=True)]
         tokens = sum(len(trace.tokens) for group in groups for trace in group.traces)
-        batch = nrt_batch(groups, think_start=THINK_START, think_end=THINK_END)
-        inputs = (jax.device_put(batch), SamplingScores())
-        (state, _), seconds = _timed(partial(update, state, inputs))
+        plans = packer.plan([group_lengths(group) for group in groups])
+        think = {"think_start": THINK_START, "think_end": THINK_END}
+        batches = [(nrt_batch(groups, plan, **think), SamplingScores()) for plan in plans]
+        (state, _), seconds = _timed(partial(update, state, jax.device_put(batches)))
         updates.append(seconds)
     return {
         "rollout_cpu_s": median(cpu for _, cpu in rollouts[1:]),

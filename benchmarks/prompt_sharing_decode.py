@@ -15,24 +15,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from shapes import PEER, start_traces
 
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.sharding import MeshConfig, make_mesh
 from nrt_jax.models.variants import Architecture
-from nrt_jax.rollout.cache import Sizes
-from nrt_jax.rollout.decode_state import DecodeState, SlotRequests, bucket, slot_sampling
+from nrt_jax.rollout.decode_state import DecodeState
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.sampler import Sampling
 
-ARCHITECTURE = Architecture(
-    vocab_size=8192,
-    hidden_size=256,
-    intermediate_size=1024,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-)
 COPIES = 8
 STEPS = 16
 
@@ -52,7 +43,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=128)
     args = parser.parse_args()
     for prompt_tokens in args.prompt_tokens:
-        shared, copied = measure(ARCHITECTURE, prompt_tokens, args.prompts, args.new_tokens)
+        shared, copied = measure(PEER, prompt_tokens, args.prompts, args.new_tokens)
         print(readable(prompt_tokens, shared, copied), flush=True)
 
 
@@ -77,31 +68,10 @@ def measure(
             stop_ids=frozenset(),
             copies=copies,
         )
-        return _decode_cost(engine, params, _started(engine, params, tokens_PS), new_tokens)
+        state = start_traces(engine, params, tokens_PS, COPIES, Sampling())
+        return _decode_cost(engine, params, state, new_tokens)
 
     return cost(COPIES), cost(1)
-
-
-def _started(engine: DecoderEngine, params: Any, tokens_PS: np.ndarray) -> DecodeState:
-    """Eight traces of every prompt, in rooms of as many copies as the engine has."""
-    (P, S), K = tokens_PS.shape, engine.copies
-    rooms = COPIES // K
-    sizes = Sizes(P * rooms, bucket(S), bucket(engine.max_new_tokens))
-    state = engine.init_decode_state(sizes)
-    for p, tokens_S in enumerate(tokens_PS):
-        padded = np.pad(tokens_S, (0, bucket(S) - S))
-        prefix = engine.prefill(params=params, padded_tokens=padded, true_length=S)
-        for room in range(p * rooms, (p + 1) * rooms):
-            requests = SlotRequests(
-                slot_K=room * K + np.arange(K, dtype=np.int32),
-                row_K=np.arange(K, dtype=np.int32),
-                prompt=room,
-                key_K=jax.random.split(jax.random.key(room), K),
-                limit_K=np.full(K, engine.max_new_tokens, np.int32),
-                sampling=slot_sampling([Sampling()] * K),
-            )
-            state = engine.insert_copies(prefix, state, requests)
-    return state
 
 
 def _decode_cost(engine: DecoderEngine, params: Any, state: DecodeState, new_tokens: int) -> Cost:

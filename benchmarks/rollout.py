@@ -29,6 +29,7 @@ import numpy as np
 from flax import nnx
 from machine import Machine, measure_machine
 from plain_sampler import PlainSampler
+from shapes import LLAMA_1B, PEER
 
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.sharding import MeshConfig, make_mesh
@@ -37,28 +38,7 @@ from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.scheduler import Request, Scheduler
 
 COPIES = 8
-SHAPES = {
-    "peer": Architecture(
-        vocab_size=8192,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=32,
-    ),
-    "llama-1b": Architecture(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
-    ),
-}
-"""That of the comparison with other systems, and that of Llama-3.2-1B."""
+SHAPES = {"peer": PEER, "llama-1b": LLAMA_1B}
 
 
 def main() -> None:

@@ -12,12 +12,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class KVPrefix(NamedTuple):
-    """Keys and values of tokens that come before a sequence, in one layer or (leading L) in all."""
+    """Keys and values of tokens that come before a sequence, in one layer or (leading L) in all.
+
+    A row may hold several prompts, each with a segment id of its own; 0 is padding.
+    """
 
     k: Float[Array, "*L P S H d"]
     v: Float[Array, "*L P S H d"]
     positions_PS: Int[Array, "P S"]
-    valid_PS: Bool[Array, "P S"]
+    segment_ids_PS: Int[Array, "P S"]
 
 
 def own_mask(
@@ -43,13 +46,21 @@ def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
 
 
 def prefix_mask(
-    positions_BT: Int[Array, "B T"], prefix: KVPrefix, window: int | None
+    positions_BT: Int[Array, "B T"],
+    prefix_segment_ids_BT: Int[Array, "B T"],
+    prefix: KVPrefix,
+    window: int | None,
 ) -> Bool[Array, "P RT S"]:
-    """True where a query may see a prefix key; the prefix lies before every query."""
-    P, S = prefix.positions_PS.shape
+    """True where a query may see a prefix key: one of the segment that it continues.
+
+    The prefix lies before every query. With the prefix's segments [1 1 2 0], a query that continues
+    1 sees [1 1 0 0], one that continues 2 sees [0 0 1 0], and one of padding, 0, sees nothing.
+    """
+    P = prefix.positions_PS.shape[0]
     queries_PQ = positions_BT.reshape(P, -1)
-    inside_PQS = _inside(queries_PQ[:, :, None], prefix.positions_PS[:, None, :], window)
-    return prefix.valid_PS[:, None, :] & jnp.broadcast_to(inside_PQS, (*queries_PQ.shape, S))
+    continued_PQ1 = prefix_segment_ids_BT.reshape(P, -1, 1)
+    mask_PQS = (continued_PQ1 == prefix.segment_ids_PS[:, None, :]) & (continued_PQ1 != 0)
+    return mask_PQS & _inside(queries_PQ[:, :, None], prefix.positions_PS[:, None, :], window)
 
 
 def _inside(query: Int[Array, "..."], key: Int[Array, "..."], window: int | None) -> Array:

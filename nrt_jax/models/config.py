@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 from nrt_jax.config import ConfigPath, Section
 from nrt_jax.models.variants import Architecture
 
+AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
+
 
 class ModelConfig(Section):
     """A Hugging Face directory to start from, or an architecture to draw at random."""
@@ -21,6 +23,10 @@ class ModelConfig(Section):
     """Dtype of the computation; the weights and the optimizer stay float32."""
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass recomputes in a layer: nothing, all, or all but matrix products."""
+    attention: AttentionChoice = "auto"
+    """What computes the attention in training: xla, with every score in memory; splash, the Pallas
+    kernels of TPUs; cudnn, those of NVIDIA GPUs, in bfloat16; auto, the platform's kernels where
+    they take the model, and xla elsewhere."""
     log_prob_chunk_tokens: int = Field(default=512, ge=1)
     """Positions whose vocabulary-sized logits exist at the same time."""
 

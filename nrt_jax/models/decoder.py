@@ -11,17 +11,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from nrt_jax.models import rope
-from nrt_jax.models.attention import (
-    KVPrefix,
-    attend,
-    own_mask,
-    prefix_mask,
-    segment_positions,
-)
+from nrt_jax.models.attention import KVPrefix, segment_positions
+from nrt_jax.models.attention_backend import Backend, row_attention
+from nrt_jax.models.sharding import check_rows, constrain
 from nrt_jax.models.variants import Architecture
 
 Remat = Literal["none", "full", "dots"]
@@ -105,11 +102,14 @@ class SwiGLU(nnx.Module):
         self.up = _normal(rngs, (D, F), ("embed", "mlp"), std)
         self.down = _normal(rngs, (F, D), ("mlp", "embed"), std)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"], mesh: Mesh | None = None
+    ) -> Float[Array, "B T D"]:
         dtype = x_BTD.dtype
         gate_BTF = jax.nn.silu(x_BTD @ self.gate[...].astype(dtype))
         up_BTF = x_BTD @ self.up[...].astype(dtype)
-        return (gate_BTF * up_BTF) @ self.down[...].astype(dtype)
+        inner_BTF = constrain(gate_BTF * up_BTF, mesh, ("batch", "sequence", "mlp"))
+        return inner_BTF @ self.down[...].astype(dtype)
 
 
 class Layer(nnx.Module):
@@ -123,11 +123,15 @@ class Layer(nnx.Module):
         self.mlp = SwiGLU(architecture, rngs)
 
     def __call__(
-        self, h_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], attend: Attend
+        self,
+        h_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        attend: Attend,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         attended_BTD, extra = self.attention(self.attention_norm(h_BTD), positions_BT, attend)
         h_BTD = h_BTD + attended_BTD
-        return h_BTD + self.mlp(self.mlp_norm(h_BTD)), extra
+        return h_BTD + self.mlp(self.mlp_norm(h_BTD), mesh), extra
 
 
 class Decoder(nnx.Module):
@@ -137,6 +141,8 @@ class Decoder(nnx.Module):
     backward pass recomputes: nothing, everything inside a layer, or all but the matrix products.
     The vocabulary dim of embedding and head is padded with zeros to a multiple of `vocab_multiple`,
     so that it divides over a mesh axis; no token id and no logit stands for those rows.
+    `attention` computes the attention of whole rows, and `mesh` is what the rows and their tokens
+    are spread over; without one the compiler is told nothing of where activations lie.
     """
 
     def __init__(
@@ -147,11 +153,14 @@ class Decoder(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         remat: Remat = "none",
         vocab_multiple: int = 1,
+        attention: Backend = "xla",
+        mesh: Mesh | None = None,
     ):
         a = architecture
         V, D, std = a.vocab_size, a.hidden_size, a.initializer_range
         padding = -V % vocab_multiple
         self.architecture, self.dtype, self.remat = a, dtype, remat
+        self.attention, self.mesh = attention, mesh
         self.embedding = _normal(rngs, (V, D), ("vocab", "embed"), std, (padding, 0))
 
         @nnx.split_rngs(splits=a.num_hidden_layers)
@@ -170,35 +179,54 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
         prefix: KVPrefix | None = None,
+        prefix_segment_ids_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVPrefix]:
         """Final-norm hidden states, and every layer's keys and values of these tokens.
 
         A token sees the earlier ones of its own segment; segment 0 is padding.
         `prefix` (leading L) holds the keys and values of tokens that come before; with P prompts
-        and B = P * R sequences, sequences p * R to p * R + R - 1 continue prompt p. Positions are
-        absolute. The returned prefix lets a later call continue from these tokens.
+        and B = P * R sequences, sequences p * R to p * R + R - 1 continue row p of the prefix: each
+        token the prompt there whose segment id it has in `prefix_segment_ids_BT` (1 where not
+        given). Positions are absolute. The returned prefix lets a later call continue from these
+        tokens. Raises InputError when rows (of the prefix, if there is one) or tokens do not divide
+        over the mesh.
         """
-        window = self.architecture.sliding_window
-        mask_BTT = own_mask(positions_BT, segment_ids_BT, window)
-        prefix_mask_PQS = None if prefix is None else prefix_mask(positions_BT, prefix, window)
+        mesh, window = self.mesh, self.architecture.sliding_window
+        units = tokens_BT if prefix is None else prefix.positions_PS
+        check_rows(mesh, len(units), tokens_BT.shape[1])
+        if prefix_segment_ids_BT is None and prefix is not None:
+            prefix_segment_ids_BT = jnp.ones_like(positions_BT)
+        attend = row_attention(
+            self.attention,
+            mesh,
+            window,
+            positions_BT,
+            segment_ids_BT,
+            prefix,
+            prefix_segment_ids_BT,
+        )
         definition, weights_L = nnx.split(self.layers)
+        stream, heads = ("batch", "sequence", None), ("batch", "sequence", "kv_heads", None)
 
         def run_layer(h_BTD, layer_inputs):
             weights, kv = layer_inputs
             here = None if prefix is None else prefix._replace(k=kv[0], v=kv[1])
 
             def attend_here(q_BTHGd, k_BTHd, v_BTHd):
-                out = attend(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, here, prefix_mask_PQS)
-                return out, (k_BTHd, v_BTHd)
+                q_BTHGd = constrain(q_BTHGd, mesh, (*heads, None))
+                k_BTHd, v_BTHd = (constrain(x, mesh, heads) for x in (k_BTHd, v_BTHd))
+                return attend(q_BTHGd, k_BTHd, v_BTHd, here), (k_BTHd, v_BTHd)
 
-            return nnx.merge(definition, weights)(h_BTD, positions_BT, attend_here)
+            layer = nnx.merge(definition, weights)
+            h_BTD, kv = layer(h_BTD, positions_BT, attend_here, mesh)
+            return constrain(h_BTD, mesh, stream), kv
 
         if self.remat != "none":
             run_layer = jax.checkpoint(run_layer, policy=_POLICIES[self.remat])
-        h_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
+        h_BTD = constrain(self.embedding[...][tokens_BT].astype(self.dtype), mesh, stream)
         kv_L = None if prefix is None else (prefix.k, prefix.v)
         h_BTD, (k, v) = jax.lax.scan(run_layer, h_BTD, (weights_L, kv_L))
-        return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, segment_ids_BT != 0)
+        return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, segment_ids_BT)
 
     def next_hidden(
         self,
@@ -274,12 +302,20 @@ def abstract_decoder(
     dtype: DTypeLike = jnp.float32,
     remat: Remat = "none",
     vocab_multiple: int = 1,
+    attention: Backend = "xla",
+    mesh: Mesh | None = None,
 ) -> Decoder:
     """The decoder with shapes in place of weights."""
 
     def make() -> Decoder:
         return Decoder(
-            architecture, nnx.Rngs(0), dtype=dtype, remat=remat, vocab_multiple=vocab_multiple
+            architecture,
+            nnx.Rngs(0),
+            dtype=dtype,
+            remat=remat,
+            vocab_multiple=vocab_multiple,
+            attention=attention,
+            mesh=mesh,
         )
 
     return nnx.eval_shape(make)

@@ -10,7 +10,6 @@ from typing import get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -19,7 +18,7 @@ from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.huggingface_config import StoredDtype, read_architecture
 from nrt_jax.models.native import read_params
-from nrt_jax.models.sharding import MESH_AXES, abstract_params
+from nrt_jax.models.sharding import MESH_AXES, MeshConfig, abstract_params, make_mesh
 
 
 def load_pretrained(
@@ -28,8 +27,8 @@ def load_pretrained(
     """The decoder of a Hugging Face or an imported directory, its weights read and laid out.
 
     `decoder(tokens_BT, positions=None, segment_ids=None)` gives float32 `logits_BTV`. Weights and
-    computation have `dtype`, float32 by default. `mesh` has the axes data, fsdp and tensor (see
-    `nrt_jax.models.sharding.make_mesh`); without one everything is on the first device. Raises
+    computation have `dtype`, float32 by default. `mesh` is one of
+    `nrt_jax.models.sharding.make_mesh`; without one everything is on the first device. Raises
     InputError for a directory that cannot be read or asks for what the decoder does not do.
     """
     path = Path(path)
@@ -55,4 +54,4 @@ def _dtype(dtype: DTypeLike | None) -> DTypeLike:
 
 
 def _first_device() -> Mesh:
-    return Mesh(np.asarray(jax.local_devices()[:1]).reshape(1, 1, 1), MESH_AXES)
+    return make_mesh(MeshConfig(data=1), jax.local_devices()[:1])

@@ -11,16 +11,18 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
+from jaxtyping import Array
 from pydantic import Field
 
 from nrt_jax.config import Section
 from nrt_jax.errors import InputError
 from nrt_jax.models.variants import Architecture
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "sequence": "context",
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -41,6 +43,8 @@ class MeshConfig(Section):
     """Shards of the weights along the model dim, each with its own prompts."""
     tensor: int = Field(default=1, ge=-1)
     """Shards of the heads, the feed-forward and the vocabulary."""
+    context: int = Field(default=1, ge=-1)
+    """Shards of the tokens of every row in training; rollouts gain nothing from it."""
 
 
 def parse_mesh(text: str) -> MeshConfig:
@@ -58,12 +62,12 @@ def parse_mesh(text: str) -> MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh of all devices with the axes data, fsdp, tensor.
+    """Mesh of all devices with the axes data, fsdp, tensor, context.
 
     Raises InputError when the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
     known = int(np.prod([size for size in sizes if size != -1]))
     said = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
     if 0 in sizes or sizes.count(-1) > 1:
@@ -133,6 +137,26 @@ def abstract_params(mesh: Mesh, decoder: nnx.Module, dtype: DTypeLike | None = N
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose first dim counts prompts."""
     return NamedSharding(mesh, partition_spec(("batch",)))
+
+
+def constrain(x: Array, mesh: Mesh | None, logical_axes: Sequence[str | None]) -> Array:
+    """`x` of a compiled program, laid out as its dims' logical names say; as it is on one device.
+
+    Raises InputError when a dim does not divide by its mesh axes.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    spec = partition_spec(logical_axes)
+    _check_divides(f"{tuple(logical_axes)}", x.shape, spec, mesh)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def check_rows(mesh: Mesh | None, rows: int, tokens: int) -> None:
+    """Raise InputError unless rows of tokens divide over the mesh."""
+    if mesh is not None:
+        spec = partition_spec(("batch", "sequence"))
+        _check_divides("a batch's rows", (rows,), PartitionSpec(spec[0]), mesh)
+        _check_divides("a row's tokens", (tokens,), PartitionSpec(spec[1]), mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

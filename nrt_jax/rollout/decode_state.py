@@ -25,6 +25,11 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
+def padded(tokens: np.ndarray) -> Int[np.ndarray, "S"]:
+    """The tokens, int32, with zeros behind them up to a bucket."""
+    return np.pad(tokens.astype(np.int32), (0, bucket(len(tokens)) - len(tokens)))
+
+
 class SlotRequests(NamedTuple):
     """What each of K copies of one prompt is to do; a slot of -1 is no copy."""
 

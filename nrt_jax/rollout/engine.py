@@ -6,6 +6,7 @@ Letters: those of decode_state.py; R rows that are scored, A tokens of a row, W 
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ from nrt_jax.rollout.decode_state import (
     bucket,
     empty_state,
     moved,
+    padded,
     resized,
     sizes_of,
     slot_sampling,
@@ -99,15 +101,13 @@ class DecoderEngine(jetstream.Engine):
         tokenizer_path: str = "",
     ):
         self._definition, self._architecture, self._mesh = definition, architecture, mesh
-        self._shards = shards_of(mesh)
-        self._slots = -(-slots // self._shards) * self._shards
-        self._copies = min(copies, self._slots // self._shards)
-        self._dtype, self._cache_dtype = dtype, dtype if cache_dtype is None else cache_dtype
-        platform = mesh.devices.flat[0].platform
+        self._cache_dtype = dtype if cache_dtype is None else cache_dtype
+        platform, shards = mesh.devices.flat[0].platform, shards_of(mesh)
+        self._slots = -(-slots // shards) * shards
         self._decoding = Decoding(
             kv_cache(attention, platform, mesh, architecture, self._cache_dtype),
-            self._shards,
-            self._copies,
+            shards,
+            min(copies, self._slots // shards),
             np.isin(np.arange(architecture.vocab_size), sorted(stop_ids)),
             top_log_probs,
             dtype,
@@ -182,7 +182,7 @@ class DecoderEngine(jetstream.Engine):
             "empty_prefix",
             room,
             make=lambda: jax.jit(
-                lambda: prefill.empty_prefix(self._architecture, room, self._dtype),
+                lambda: prefill.empty_prefix(self._architecture, room, self._decoding.dtype),
                 out_shardings=replicated(self._mesh),
             ),
         )
@@ -218,10 +218,13 @@ class DecoderEngine(jetstream.Engine):
         cache, layers = self._decoding.cache, decode_state.layers
         state = decode_state._replace(layers=())
         prompts = [cache.prompts_of(layer) for layer in layers]
-        shardings = jax.tree.map(lambda x: x.sharding, (state, prompts))
 
-        def insert(prefix, state, prompts, requests):
-            return insert_copies(prefix, state, prompts, requests, self._decoding)
+        def make() -> Callable:
+            return jax.jit(
+                partial(insert_copies, decoding=self._decoding),
+                donate_argnums=(1, 2),
+                out_shardings=jax.tree.map(lambda x: x.sharding, (state, prompts)),
+            )
 
         program = self._program(
             "insert",
@@ -230,7 +233,7 @@ class DecoderEngine(jetstream.Engine):
             tuple(x.shape for x in jax.tree.leaves(prompts[0])),
             prefix.k_LSHd.shape[1],
             len(requests.slot_K),
-            make=lambda: jax.jit(insert, donate_argnums=(1, 2), out_shardings=shardings),
+            make=make,
         )
         state, prompts = program(prefix, state, prompts, requests)
         return state._replace(layers=tuple(map(cache.with_prompts, layers, prompts)))
@@ -269,7 +272,6 @@ class DecoderEngine(jetstream.Engine):
 
         It ends early when no slot is active, or when `enough` sequences ended in this dispatch.
         """
-        shardings = state_shardings(self._mesh, decode_state), replicated(self._mesh)
         program = self._program(
             "generate",
             len(decode_state.active_B),
@@ -278,7 +280,10 @@ class DecoderEngine(jetstream.Engine):
             make=lambda: jax.jit(
                 self._with_decoder(decode_steps, steps=steps, decoding=self._decoding),
                 donate_argnums=1,
-                out_shardings=shardings,
+                out_shardings=(
+                    state_shardings(self._mesh, decode_state),
+                    replicated(self._mesh),
+                ),
             ),
         )
         return program(params, decode_state, self._slots if enough is None else enough)
@@ -318,18 +323,17 @@ class DecoderEngine(jetstream.Engine):
 
         For n tokens: log-probs [n - 1] in nats, ids [n - 1, top], their log-probs [n - 1, top].
         """
-        padded = np.zeros(bucket(len(tokens)), np.int32)
-        padded[: len(tokens)] = tokens
+        tokens_S = padded(tokens)
         program = self._program(
             "score_prompt",
-            len(padded),
+            len(tokens_S),
             top,
             make=lambda: jax.jit(
                 self._with_decoder(score.score_prompt, top=top),
                 out_shardings=replicated(self._mesh),
             ),
         )
-        scores = jax.tree.map(np.asarray, program(params, padded, len(tokens)))
+        scores = jax.tree.map(np.asarray, program(params, tokens_S, len(tokens)))
         return tuple(x[: len(tokens) - 1] for x in scores)
 
     # State
@@ -337,18 +341,20 @@ class DecoderEngine(jetstream.Engine):
     def init_decode_state(self, sizes: Sizes | None = None) -> DecodeState:
         """An empty state; without sizes, a prompt for every slot and the longest of all."""
         sizes = self.largest_sizes if sizes is None else sizes
-        a, B, cache = self._architecture, self._slots, self._decoding.cache
+        a, B, decoding = self._architecture, self._slots, self._decoding
 
         def empty() -> DecodeState:
             layers = tuple(
-                cache.empty(sizes, B, a.num_key_value_heads, a.head_dim, self._cache_dtype)
+                decoding.cache.empty(sizes, B, a.num_key_value_heads, a.head_dim, self._cache_dtype)
                 for _ in range(a.num_hidden_layers)
             )
-            return empty_state(layers, B, self._copies, a.vocab_size)
+            return empty_state(layers, B, decoding.copies, a.vocab_size)
 
-        shardings = state_shardings(self._mesh, jax.eval_shape(empty))
-        program = self._program("init", sizes, make=lambda: jax.jit(empty, out_shardings=shardings))
-        return program()
+        def make() -> Callable:
+            shardings = state_shardings(self._mesh, jax.eval_shape(empty))
+            return jax.jit(empty, out_shardings=shardings)
+
+        return self._program("init", sizes, make=make)()
 
     def resize(self, decode_state: DecodeState, sizes: Sizes) -> DecodeState:
         """The same sequences with another room in their caches; what does not fit is cut off.
@@ -357,7 +363,7 @@ class DecoderEngine(jetstream.Engine):
         """
         if sizes == sizes_of(decode_state):
             return decode_state
-        cache, shards = self._decoding.cache, self._shards
+        cache, shards = self._decoding.cache, self.shards
         return self._reshape(
             ("resize", sizes),
             decode_state,
@@ -367,7 +373,7 @@ class DecoderEngine(jetstream.Engine):
 
     def move_slots(self, decode_state: DecodeState, moves: Moves) -> DecodeState:
         """The same sequences in other slots, more or fewer; the state passed in is consumed."""
-        cache, shards = self._decoding.cache, self._shards
+        cache, shards = self._decoding.cache, self.shards
         return self._reshape(
             ("move_slots", len(moves.from_B)),
             decode_state,
@@ -431,12 +437,12 @@ class DecoderEngine(jetstream.Engine):
     @property
     def shards(self) -> int:
         """Groups of neighbouring slots; a prompt is shared within one."""
-        return self._shards
+        return self._decoding.shards
 
     @property
     def copies(self) -> int:
         """Most slots that share one prompt."""
-        return self._copies
+        return self._decoding.copies
 
     @property
     def samples_per_slot(self) -> int:

@@ -63,9 +63,8 @@ def run_next_part(
     order_1C = jnp.arange(tokens_C.shape[0])[None]
     room_1S = jnp.arange(prefix.k_LSHd.shape[1])[None]
     valid_1C = order_1C < length
-    before = KVPrefix(
-        prefix.k_LSHd[:, None], prefix.v_LSHd[:, None], room_1S, room_1S < prefix.length
-    )
+    written_1S = (room_1S < prefix.length).astype(jnp.int32)
+    before = KVPrefix(prefix.k_LSHd[:, None], prefix.v_LSHd[:, None], room_1S, written_1S)
     hidden_1CD, new = decoder.hidden(
         tokens_C[None], prefix.length + order_1C, valid_1C.astype(jnp.int32), before
     )

@@ -1,4 +1,4 @@
-"""Which sequence sits in which slot: continuous batching over an engine.
+"""Continuous batching over an engine: what starts, runs, moves and is read when.
 
 Every decision follows from the requests and from what the engine returned, which all hosts read
 alike, so processes that submit the same requests take the same decisions.
@@ -19,16 +19,17 @@ from jaxtyping import Array, Float, Int, Key
 from nrt_jax.errors import InputError
 from nrt_jax.rollout.cache import Sizes
 from nrt_jax.rollout.decode_state import (
-    Moves,
     Sampled,
     SlotRequests,
     bucket,
+    padded,
     sizes_of,
     slot_sampling,
 )
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.prefill import Prefix
 from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling
+from nrt_jax.rollout.slot_table import Place, SequenceId, SlotTable
 
 SMALLEST_ROOM = 32
 """Own tokens that a slot's cache has room for at first."""
@@ -90,18 +91,11 @@ class _Job:
     scores: SuffixScores | None = None
 
 
-class _Sequence(NamedTuple):
-    """Copy `copy` of a job, in a slot."""
-
-    job: _Job
-    copy: int
-
-
 class _Dispatch(NamedTuple):
     """Decode steps whose results were not read, and the slots' sequences when they began."""
 
     sampled: Sampled
-    sequences: list[_Sequence | None]
+    sequences: list[SequenceId | None]
 
 
 class Scheduler:
@@ -128,18 +122,16 @@ class Scheduler:
         self._waiting: deque[_Job] = deque()
         self._jobs: dict[int, _Job] = {}
         self._enough = max(1, engine.max_concurrent_decodes // 8) if enough is None else enough
-        self._sequences: list[_Sequence | None] = [None] * engine.max_concurrent_decodes
-        self._slot_of: dict[tuple[int, int], int] = {}
-        # The slots of each prompt's rows, by prompt; prompts that no slot continues have no entry.
-        self._rows: dict[int, tuple[_Job, list[int | None]]] = {}
+        self._table = SlotTable(
+            engine.max_concurrent_decodes,
+            sizes.prompts,
+            shards=engine.shards,
+            copies=engine.copies,
+        )
         self._unread: _Dispatch | None = None
         self._tickets = 0
         self.decode_steps = 0
         """Decode steps that were run."""
-
-    @property
-    def _per_shard(self) -> int:
-        return len(self._sequences) // self._engine.shards
 
     @property
     def _largest(self) -> Sizes:
@@ -153,7 +145,7 @@ class Scheduler:
     @property
     def slots_in_use(self) -> int:
         """Slots with a sequence."""
-        return sum(sequence is not None for sequence in self._sequences)
+        return self._table.in_use
 
     @property
     def waiting(self) -> int:
@@ -194,10 +186,10 @@ class Scheduler:
         job = self._jobs.get(ticket)
         if job is None:
             return
-        released_B = np.zeros(len(self._sequences), bool)
-        for slot, sequence in enumerate(self._sequences):
-            if sequence is not None and sequence.job is job and copy in (None, sequence.copy):
-                released_B[slot] = True
+        released_B = np.zeros(len(self._table), bool)
+        for slot, sequence in enumerate(self._table.sequences):
+            if sequence is not None and sequence.ticket == ticket:
+                released_B[slot] = copy in (None, sequence.copy)
         if released_B.any():
             self._state = self._engine.release(self._state, released_B)
         for slot in np.nonzero(released_B)[0]:
@@ -218,7 +210,7 @@ class Scheduler:
                 self._params, self._state, self._steps, self._enough if self._waiting else None
             )
             jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
-            self._unread = _Dispatch(sampled, list(self._sequences))
+            self._unread = _Dispatch(sampled, self._table.sequences)
         return [] if unread is None else self._read(unread)
 
     def scores(self, ticket: int) -> SuffixScores:
@@ -236,36 +228,18 @@ class Scheduler:
             place = self._place(job)
             if place is None or not self._prefilled(job):
                 return
-            self._start(job, *place)
+            self._start(job, place)
             if job.started == job.request.copies:
                 self._waiting.popleft()
                 job.prefix = None
 
-    def _place(self, job: _Job) -> tuple[int, list[int], list[int]] | None:
-        """A prompt's room, its free rows, and free slots of its shard, as many as can start."""
-        free: list[list[int]] = [[] for _ in range(self._engine.shards)]
-        for slot, sequence in enumerate(self._sequences):
-            if sequence is None:
-                free[slot // self._per_shard].append(slot)
+    def _place(self, job: _Job) -> Place | None:
+        """Where as many of a job's copies as can be start together."""
         wanted = job.request.copies - job.started
-        best: tuple[int, list[int], list[int]] | None = None
-        for shard, slots in enumerate(free):
-            for prompt in self._rooms(shard, job):
-                _, rows = self._rows.get(prompt, (job, [None] * self._engine.copies))
-                free_rows = [row for row, slot in enumerate(rows) if slot is None]
-                count = min(wanted, len(slots), len(free_rows))
-                if count and (best is None or count > len(best[1])):
-                    best = prompt, free_rows[:count], slots[:count]
-        if best is None and any(free) and self._grow_prompts():
+        place = self._table.find(job.ticket, wanted)
+        if place is None and self.slots_in_use < len(self._table) and self._grow_prompts():
             return self._place(job)
-        return best
-
-    def _rooms(self, shard: int, job: _Job) -> list[int]:
-        """The shard's rooms that hold this job's prompt, and one that is free."""
-        per_shard = sizes_of(self._state).prompts // self._engine.shards
-        rooms = range(shard * per_shard, (shard + 1) * per_shard)
-        own = [n for n in rooms if n in self._rows and self._rows[n][0] is job]
-        return own + [n for n in rooms if n not in self._rows][:1]
+        return place
 
     def _grow_prompts(self) -> bool:
         """More rooms for prompts: for single copies, or when stragglers hold those of groups."""
@@ -273,9 +247,7 @@ class Scheduler:
         prompts = min(self._largest.prompts, GROWTH * sizes.prompts)
         if sizes.prompts == prompts:
             return False
-        # Rooms are numbered shard after shard.
-        before, after = (n // self._engine.shards for n in (sizes.prompts, prompts))
-        self._rows = {n // before * after + n % before: r for n, r in self._rows.items()}
+        self._table.grow_rooms(prompts)
         self._state = self._engine.resize(self._state, sizes._replace(prompts=prompts))
         return True
 
@@ -297,48 +269,35 @@ class Scheduler:
         return job.prefilled == len(tokens)
 
     def _run_part(self, prefix: Prefix | None, tokens: np.ndarray) -> Prefix:
-        padded = np.zeros(bucket(len(tokens)), np.int32)
-        padded[: len(tokens)] = tokens
         return self._engine.prefill(
             params=self._params,
             existing_prefix=prefix,
-            padded_tokens=padded,
+            padded_tokens=padded(tokens),
             true_length=len(tokens),
         )
 
-    def _start(self, job: _Job, prompt: int, rows: list[int], slots: list[int]) -> None:
+    def _start(self, job: _Job, place: Place) -> None:
         assert job.prefix is not None
         self._make_room_for_prompt(job.prefix.k_LSHd.shape[1])
-        copies = job.started + np.arange(len(slots))
-        requests = self._slot_requests(job, prompt, rows, slots, copies)
+        copies = job.started + np.arange(len(place.slots))
+        requests = self._slot_requests(job, place, copies)
         self._state = self._engine.insert_copies(job.prefix, self._state, requests)
-        _, of_rows = self._rows.setdefault(prompt, (job, [None] * self._engine.copies))
-        for row, slot, copy in zip(rows, slots, copies, strict=True):
-            of_rows[row] = slot
-            self._sequences[slot] = _Sequence(job, int(copy))
-            self._slot_of[job.ticket, int(copy)] = slot
+        self._table.occupy(place, [SequenceId(job.ticket, copy) for copy in copies.tolist()])
         if job.request.suffix_tokens is not None and job.scores is None:
-            (empty_A,) = self._score([slots[0]], [0], job.request.suffix_tokens)
+            (empty_A,) = self._score(place.slots[:1], [0], job.request.suffix_tokens)
             rest = np.zeros((job.request.copies, len(empty_A)), np.float32)
             job.scores = SuffixScores(rest, empty_A)
-        job.started += len(slots)
-        job.running += len(slots)
+        job.started += len(place.slots)
+        job.running += len(place.slots)
 
-    def _slot_requests(
-        self,
-        job: _Job,
-        prompt: int,
-        rows: list[int],
-        slots: list[int],
-        copy_K: Int[np.ndarray, "K"],
-    ) -> SlotRequests:
+    def _slot_requests(self, job: _Job, place: Place, copy_K: Int[np.ndarray, "K"]) -> SlotRequests:
         """As wide as the engine's copies for all, so that one program is compiled."""
         width, request = self._engine.copies, job.request
-        unused = (0, width - len(slots))
+        unused = (0, width - len(copy_K))
         return SlotRequests(
-            slot_K=np.pad(np.asarray(slots, np.int32), unused, constant_values=-1),
-            row_K=np.pad(np.asarray(rows, np.int32), unused),
-            prompt=prompt,
+            slot_K=np.pad(np.asarray(place.slots, np.int32), unused, constant_values=-1),
+            row_K=np.pad(np.asarray(place.rows, np.int32), unused),
+            prompt=place.room,
             key_K=_copy_keys(job.key, request.stream, np.pad(copy_K, unused)),
             limit_K=np.pad(job.limits[copy_K], unused),
             sampling=slot_sampling([request.sampling] * width),
@@ -352,49 +311,27 @@ class Scheduler:
         A decode step takes its time for every slot, with a sequence or without.
         """
         shards, most = self._engine.shards, self._engine.max_concurrent_decodes
-        free = len(self._sequences) - self.slots_in_use
-        if self.waiting > free and len(self._sequences) < most:
+        free = len(self._table) - self.slots_in_use
+        if self.waiting > free and len(self._table) < most:
             self._move_to(most // shards)
         elif not self._waiting:
-            taken = [s // self._per_shard for s in self._slot_of.values()]
-            busiest, wanted = max(map(taken.count, range(shards))), most // shards
+            busiest, wanted = self._table.most_in_a_shard, most // shards
             while wanted > 1 and wanted // 4 >= busiest:
                 wanted = max(1, wanted // 4)
-            if wanted < self._per_shard and self._tokens_left() >= WORTH_A_MOVE:
+            if wanted < self._table.per_shard and self._tokens_left() >= WORTH_A_MOVE:
                 self._move_to(wanted)
+
+    def _move_to(self, per_shard: int) -> None:
+        self._state = self._engine.move_slots(self._state, self._table.move(per_shard))
+
+    def _running(self) -> list[tuple[int, int]]:
+        """Each running sequence's tokens that were read, and its limit."""
+        jobs = ((self._jobs[ticket], copy) for ticket, copy in self._table.running)
+        return [(int(job.lengths[copy]), int(job.limits[copy])) for job, copy in jobs]
 
     def _tokens_left(self) -> int:
         """Most tokens that a running sequence may still get."""
-        running = [s for s in self._sequences if s is not None]
-        return max((int(s.job.limits[s.copy] - s.job.lengths[s.copy]) for s in running), default=0)
-
-    def _move_to(self, per_shard: int) -> None:
-        """Put the sequences of each shard into the first of `per_shard` slots."""
-        shards, copies = self._engine.shards, self._engine.copies
-        new: list[_Sequence | None] = [None] * (shards * per_shard)
-        from_B, place_B = np.zeros((2, len(new)), np.int32)
-        now: dict[int, int] = {}
-        for slot, sequence in enumerate(self._sequences):
-            if sequence is None:
-                continue
-            shard, old = divmod(slot, self._per_shard)
-            target = shard * per_shard + sum(s // per_shard == shard for s in now.values())
-            new[target], from_B[target], now[slot] = sequence, old, target
-        rooms = sizes_of(self._state).prompts
-        slots_NK = np.zeros((rooms, copies), np.int32)
-        for prompt, (_, rows) in self._rows.items():
-            for row, slot in enumerate(rows):
-                if slot is not None:
-                    rows[row] = now[slot]
-                    slots_NK[prompt, row] = now[slot] % per_shard
-                    place_B[now[slot]] = prompt % (rooms // shards) * copies + row
-        free_B = np.asarray([sequence is None for sequence in new])
-        moves = Moves(from_B, free_B, slots_NK, place_B)
-        self._state = self._engine.move_slots(self._state, moves)
-        self._sequences = new
-        self._slot_of = {
-            (s.job.ticket, s.copy): slot for slot, s in enumerate(new) if s is not None
-        }
+        return max((limit - length for length, limit in self._running()), default=0)
 
     def _make_room_for_prompt(self, tokens: int) -> None:
         sizes = sizes_of(self._state)
@@ -406,10 +343,8 @@ class Scheduler:
 
         `in_flight` tokens a slot may have been written without having been read.
         """
-        running = [s for s in self._sequences if s is not None]
         longest = max(
-            min(int(s.job.limits[s.copy]), int(s.job.lengths[s.copy]) + in_flight + self._steps)
-            for s in running
+            min(limit, length + in_flight + self._steps) for length, limit in self._running()
         )
         wanted = min(max(SMALLEST_ROOM, bucket(longest)), self._largest.own_tokens)
         sizes = sizes_of(self._state)
@@ -427,29 +362,28 @@ class Scheduler:
             sequence = dispatch.sequences[slot]
             assert sequence is not None, "only a slot with a sequence is active"
             # It may have been cancelled since, or have moved to another slot.
-            slot_now = self._slot_of.get((sequence.job.ticket, sequence.copy))
+            slot_now = self._table.slot_of(sequence)
             if slot_now is None:
                 continue
             event = self._event(sequence, sampled, int(slot))
             events.append(event)
-            sequence.job.lengths[sequence.copy] += len(event.tokens)
+            self._jobs[event.ticket].lengths[event.copy] += len(event.tokens)
             if event.finished is not None:
-                done.append((slot_now, sequence, event))
+                done.append((slot_now, event))
         self._score_done(done)
-        for slot, _, _ in done:
+        for slot, _ in done:
             self._free(slot)
         return events
 
-    def _event(self, sequence: _Sequence, sampled: Sampled, slot: int) -> Event:
+    def _event(self, sequence: SequenceId, sampled: Sampled, slot: int) -> Event:
         n = int(sampled.count_B[slot])
         tokens = np.asarray(sampled.token_CB[:n, slot])
-        stopped = int(tokens[-1]) in sequence.job.stop_ids
+        stopped = int(tokens[-1]) in self._jobs[sequence.ticket].stop_ids
         finished = None
         if sampled.done_B[slot]:
             finished = "stop" if stopped else "length"
         return Event(
-            sequence.job.ticket,
-            sequence.copy,
+            *sequence,
             tokens,
             np.asarray(sampled.log_prob_CB[:n, slot]),
             np.asarray(sampled.top_id_CBR[:n, slot]),
@@ -457,18 +391,19 @@ class Scheduler:
             finished,
         )
 
-    def _score_done(self, done: Sequence[tuple[int, _Sequence, Event]]) -> None:
+    def _score_done(self, done: Sequence[tuple[int, Event]]) -> None:
         """Score the suffixes of sequences that ended, one job's together."""
-        for job in {id(s.job): s.job for _, s, _ in done}.values():
+        for ticket in dict.fromkeys(event.ticket for _, event in done):
+            job = self._jobs[ticket]
             if job.scores is None or job.request.suffix_tokens is None:
                 continue
-            of_job = [(slot, s.copy, event) for slot, s, event in done if s.job is job]
+            of_job = [(slot, event) for slot, event in done if event.ticket == ticket]
             lengths = [
-                int(job.lengths[copy]) - (event.finished == "stop") for _, copy, event in of_job
+                int(job.lengths[event.copy]) - (event.finished == "stop") for _, event in of_job
             ]
-            slots = [slot for slot, _, _ in of_job]
+            slots = [slot for slot, _ in of_job]
             scores = self._score(slots, lengths, job.request.suffix_tokens)
-            job.scores.copies_KA[[copy for _, copy, _ in of_job]] = scores
+            job.scores.copies_KA[[event.copy for _, event in of_job]] = scores
 
     def _score(
         self, slots: list[int], lengths: list[int], suffix: np.ndarray
@@ -492,20 +427,12 @@ class Scheduler:
         return np.concatenate(scores)
 
     def _free(self, slot: int) -> None:
-        """Empty a slot, its row, and the room of a prompt that no other slot continues."""
-        sequence, self._sequences[slot] = self._sequences[slot], None
-        assert sequence is not None
-        job = sequence.job
-        del self._slot_of[job.ticket, sequence.copy]
+        """Empty a slot; a job whose last sequence it was is over, unless its scores are read."""
+        job = self._jobs[self._table.free(slot).ticket]
         job.running -= 1
         ended = not job.running and job.started == job.request.copies
         if ended and job.request.suffix_tokens is None:
             del self._jobs[job.ticket]
-        for prompt, (_, rows) in list(self._rows.items()):
-            if slot in rows:
-                rows[rows.index(slot)] = None
-                if all(row is None for row in rows):
-                    del self._rows[prompt]
 
 
 def first_sizes(engine: DecoderEngine, requests: Sequence[Request]) -> Sizes:

@@ -1,7 +1,7 @@
 """Log-probs of tokens that nobody sampled: answers after traces, and prompts themselves.
 
 Pure functions, which the engine compiles. Letters: those of decode_state.py; R rows that are
-scored, A tokens of a row, W = A - 1 of them with a token before.
+scored, S tokens before each, A tokens of a row, W = A - 1 of them with a token before.
 """
 
 import jax
@@ -28,10 +28,12 @@ def score_suffixes(
     """log pi(token i + 1 | prompt, the slot's first tokens, tokens <= i), from the slot's cache."""
     cache, places = decoding.cache, state.places
     layers = [cache.read(layer, places, slot_R) for layer in state.layers]
+    positions_RS, valid_RS = cache.read_positions(places, sizes_of(state), slot_R, trace_length_R)
     prefix = KVPrefix(
         jnp.stack([k for k, _ in layers]).astype(decoding.dtype),
         jnp.stack([v for _, v in layers]).astype(decoding.dtype),
-        *cache.read_positions(places, sizes_of(state), slot_R, trace_length_R),
+        positions_RS,
+        valid_RS.astype(jnp.int32),
     )
     prompt_R = places.prompt_of_slots(decoding.shards)[slot_R]
     end_R1 = (places.prompt_length_N[prompt_R] + trace_length_R)[:, None]

@@ -29,7 +29,7 @@ import jax
 import numpy as np
 
 from nrt_jax.errors import InputError
-from nrt_jax.rollout.decode_state import bucket
+from nrt_jax.rollout.decode_state import padded
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.serving.engine_loop import EngineFailed, new_id
 from nrt_jax.serving.served_model import ServedModel
@@ -68,7 +68,8 @@ class JetStreamTokenizer(_tokenizer_api.Tokenizer):
 
     def encode(self, s: str, **kwargs: Any) -> tuple[np.ndarray, int]:
         """A text's ids as the run begins a sequence, padded to a bucket; and how many they are."""
-        return _padded(self._served.text_prompt(s))
+        tokens = self._served.text_prompt(s)
+        return padded(tokens), len(tokens)
 
     def decode(self, token_ids: list[int], **kwargs: Any) -> str:
         """The text of a whole sequence."""
@@ -162,13 +163,8 @@ class _Driver(_orchestrator.Driver):
     def _process_prefill_content(
         self, request: Any, tokenizer: Any, is_bos: bool, max_prefill_length: int
     ) -> tuple[np.ndarray, int]:
-        return _padded(request.prefill_content)
-
-
-def _padded(tokens: Any) -> tuple[np.ndarray, int]:
-    padded = np.zeros(bucket(len(tokens)), np.int32)
-    padded[: len(tokens)] = tokens
-    return padded, len(tokens)
+        tokens = request.prefill_content
+        return padded(tokens), len(tokens)
 
 
 class Drivers:

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
@@ -18,10 +17,8 @@ from nrt_jax.serving.config import ServingConfig
 from nrt_jax.serving.text import TokenTexts
 from nrt_jax.training import run_dir
 from nrt_jax.training.config import RunConfig
-from nrt_jax.training.engines import trace_stop_ids
+from nrt_jax.training.engines import E, make_engine, trace_stop_ids
 from nrt_jax.training.inference import Trained, load_trained
-
-E = TypeVar("E", bound=DecoderEngine)
 
 
 @dataclass(frozen=True)
@@ -85,21 +82,17 @@ class ServedModel:
 
     def engine(self, slots: int, top_log_probs: int = 0, kind: type[E] = DecoderEngine) -> E:
         """An engine for prompts and texts of these limits."""
-        model, config = self.trained.model, self.trained.config
-        rollout = config.rollout
-        return kind(
-            model.definition,
-            model.architecture,
-            model.mesh,
+        return make_engine(
+            self.trained.config,
+            self.trained.model,
+            self.tokenizer,
             slots=slots,
-            max_prompt_tokens=self.limits.context,
-            max_new_tokens=self.limits.new,
+            longest_prompt=self.limits.context,
+            new_tokens=self.limits.new,
             stop_ids=self.tokenizer.special_ids,
-            dtype=rollout.dtype or config.model.jax_dtype,
-            cache_dtype=rollout.cache_dtype,
-            prefill_chunk=rollout.prefill_chunk,
-            tokenizer_path=str(self.tokenizer.directory),
+            copies=1,
             top_log_probs=top_log_probs,
+            kind=kind,
         )
 
 

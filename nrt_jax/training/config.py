@@ -32,6 +32,9 @@ class OptimizerConfig(Section):
     """Decoupled decay of every weight, norms excepted."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global norm of the gradient; null for no clip."""
+    offload: bool = False
+    """Keep the moments in the memory of the hosts between updates: 8 bytes a weight less on the
+    devices, for a transfer of as much in both directions at each update."""
 
 
 class TrainConfig(Section):
@@ -45,6 +48,11 @@ class TrainConfig(Section):
     """Prompts of one update; divides batch_prompts."""
     micro_batch_prompts: int = Field(default=8, ge=1)
     """Prompts whose activations exist at once; divides mini_batch_prompts, changes no number."""
+    packing: bool = True
+    """Put short branches, and prompts, into one row; false for a row each. Changes no number."""
+    batch_shapes: int = Field(default=16, ge=2)
+    """Most shapes of batches, each of which is a compiled program. Shapes are chosen from the
+    lengths as they come; the last of them holds whatever the limits of lengths allow."""
     max_skipped_updates: int = Field(default=10, ge=1)
     """The run stops after this many non-finite gradients in a row."""
 

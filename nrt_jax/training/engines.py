@@ -1,6 +1,7 @@
 """The engines of a run: one that samples traces, one that writes answers."""
 
 from functools import partial
+from typing import TypeVar
 
 from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
@@ -10,13 +11,16 @@ from nrt_jax.training.config import RunConfig
 from nrt_jax.training.model import Model, token_id
 from nrt_jax.training.rewards import judge
 
+E = TypeVar("E", bound=DecoderEngine)
+
 
 def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> DecoderEngine:
     """Prompts `x t_start`, up to the longest trace."""
-    return _engine(
+    return make_engine(
         config,
         model,
         tokenizer,
+        slots=config.rollout.slots,
         longest_prompt=config.data.max_prompt_tokens + 1,
         new_tokens=config.rollout.max_trace_tokens,
         stop_ids=trace_stop_ids(config, tokenizer),
@@ -46,10 +50,11 @@ def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
     if reasons:
         longest += config.rollout.max_trace_tokens + 2
     answer_tokens = config.evaluation.max_answer_tokens
-    answers = _engine(
+    answers = make_engine(
         config,
         model,
         tokenizer,
+        slots=config.rollout.slots,
         longest_prompt=longest,
         new_tokens=answer_tokens,
         stop_ids=tokenizer.special_ids,
@@ -68,22 +73,29 @@ def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
     )
 
 
-def _engine(
+def make_engine(
     config: RunConfig,
     model: Model,
     tokenizer: Tokenizer,
     *,
+    slots: int,
     longest_prompt: int,
     new_tokens: int,
     stop_ids: frozenset[int],
     copies: int,
-) -> DecoderEngine:
+    top_log_probs: int = 0,
+    kind: type[E] = DecoderEngine,
+) -> E:
+    """An engine for a run's weights, which decodes as the run's config says; sizes in tokens.
+
+    Raises InputError when `rollout.attention` asks for a kernel and none here takes the model.
+    """
     rollout = config.rollout
-    return DecoderEngine(
+    return kind(
         model.definition,
         model.architecture,
         model.mesh,
-        slots=rollout.slots,
+        slots=slots,
         max_prompt_tokens=longest_prompt,
         max_new_tokens=new_tokens,
         stop_ids=stop_ids,
@@ -92,5 +104,6 @@ def _engine(
         attention=rollout.attention,
         copies=copies,
         prefill_chunk=rollout.prefill_chunk,
+        top_log_probs=top_log_probs,
         tokenizer_path=str(tokenizer.directory),
     )

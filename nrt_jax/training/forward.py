@@ -1,7 +1,6 @@
 """The forward pass of the groups: every prompt once, then its K traces and its empty trace.
 
-Letters: P prompts, K traces a prompt, B = P * K sequences, S prompt tokens, W branch tokens,
-T = W - 1 predicted tokens of a branch, A answer tokens, D model dim.
+Letters: those of batch.py; B = P * K branches, D model dim.
 """
 
 from typing import NamedTuple
@@ -9,14 +8,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.log_probs import TokenScores, token_scores
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.masked import masked_fill
-from nrt_jax.training.batch import TrainBatch, target_masks
+from nrt_jax.training.batch import BranchRows, Groups, TrainBatch, from_rows, target_masks
 
 
 class NrtSettings(NamedTuple):
@@ -32,12 +31,15 @@ class NrtSettings(NamedTuple):
 
 
 class SamplingScores(NamedTuple):
-    """What was measured under the sampling policy before the first update; None: not asked for."""
+    """What was measured under the sampling policy before the first update; None: not asked for.
 
-    log_c_base_PA: Float[Array, "P A"] | None = None
-    log_c_PKA: Float[Array, "P K A"] | None = None
-    old_log_prob_PKT: Float[Array, "P K T"] | None = None
-    ref_log_prob_PKT: Float[Array, "P K T"] | None = None
+    With [U, G] in the place of P, like the groups of a batch.
+    """
+
+    log_c_base_PA: Float[Array, "*P A"] | None = None
+    log_c_PKA: Float[Array, "*P K A"] | None = None
+    old_log_prob_PKT: Float[Array, "*P K T"] | None = None
+    ref_log_prob_PKT: Float[Array, "*P K T"] | None = None
     """Under the weights before the first step, for the KL term."""
 
 
@@ -59,31 +61,27 @@ class Prompts(NamedTuple):
     """Every x after one pass: what its branches attend to, and its last hidden state."""
 
     prefix: KVPrefix
-    last_P1D: Float[Array, "P 1 D"]
+    last_UGD: Float[Array, "U G D"]
 
 
 def run_prompts(decoder: Decoder, batch: TrainBatch) -> Prompts:
     """Run each x once, for all its branches."""
-    P, S = batch.prompt_PS.shape
-    positions_PS = jnp.broadcast_to(jnp.arange(S), (P, S))
-    valid_PS = positions_PS < batch.prompt_length_P[:, None]
-    segments_PS = valid_PS.astype(jnp.int32)
-    hidden_PSD, prefix = decoder.hidden(batch.prompt_PS, positions_PS, segments_PS)
-    last_P11 = batch.prompt_length_P[:, None, None] - 1
-    return Prompts(prefix, jnp.take_along_axis(hidden_PSD, last_P11, axis=1))
+    hidden_USD, prefix = decoder.hidden(*batch.prompts)
+    last_UG1 = batch.groups.prompt_last_P[:, :, None]
+    return Prompts(prefix, jnp.take_along_axis(hidden_USD, last_UG1, axis=1))
 
 
 def score_start(decoder: Decoder, settings: NrtSettings, prompts: Prompts) -> Float[Array, " P"]:
     """log pi(t_start | x): one value a prompt, the same for all its traces."""
-    targets_P1 = jnp.full(prompts.last_P1D.shape[:2], settings.think_start, jnp.int32)
+    targets_UG = jnp.full(prompts.last_UGD.shape[:2], settings.think_start, jnp.int32)
     scores = token_scores(
-        prompts.last_P1D,
+        prompts.last_UGD,
         decoder.head_DV(),
-        targets_P1,
+        targets_UG,
         vocab_size=decoder.architecture.vocab_size,
         chunk_tokens=settings.chunk_tokens,
     )
-    return scores.log_prob_BT[:, 0]
+    return scores.log_prob_BT.reshape(-1)
 
 
 def score_branches(
@@ -93,18 +91,10 @@ def score_branches(
 
     Targets of z are scored at the sampling temperature, t_end and y* at 1.
     """
-    P, K, W = batch.branch_PKW.shape
-    masks = target_masks(batch)
-    inverse_PKT = jnp.where(masks.trace_PKT, 1.0 / settings.temperature, 1.0)
-    return _score_rows(
-        decoder,
-        settings,
-        prompts.prefix,
-        jnp.repeat(batch.prompt_length_P, K),
-        batch.branch_PKW.reshape(P * K, W),
-        masks.valid_PKT.reshape(P * K, W - 1),
-        inverse_PKT.reshape(P * K, W - 1),
-    )
+    scores = _score_rows(decoder, settings, prompts.prefix, batch.traces)
+    start_UGK = batch.groups.branch_start_PK
+    T = batch.groups.sampler_log_prob_PKT.shape[-1]
+    return TokenScores(*(from_rows(x_URW, start_UGK, T).reshape(-1, T) for x_URW in scores))
 
 
 def score_baseline(
@@ -113,51 +103,44 @@ def score_baseline(
     """log c_base: y* after an empty trace, `t_start t_end y*`, once a prompt; no gradient."""
     decoder = nnx.merge(*jax.lax.stop_gradient(nnx.split(decoder)))
     prefix = jax.lax.stop_gradient(prompts.prefix)
-    P, A = batch.answer_PA.shape
-    think_P2 = jnp.tile(jnp.asarray([[settings.think_start, settings.think_end]]), (P, 1))
-    branch_PW = jnp.concatenate([think_P2.astype(jnp.int32), batch.answer_PA], axis=1)
-    valid_PT = jnp.arange(A + 1)[None] <= batch.answer_length_P[:, None]
-    ones_PT = jnp.ones((P, A + 1))
-    scores = _score_rows(
-        decoder, settings, prefix, batch.prompt_length_P, branch_PW, valid_PT, ones_PT
-    )
-    return scores.log_prob_BT[:, 1:]
+    scores = _score_rows(decoder, settings, prefix, batch.baselines)
+    A = batch.groups.answer_PA.shape[-1]
+    # The first target is t_end.
+    start_UG = batch.groups.baseline_start_P + 1
+    return from_rows(scores.log_prob_BT, start_UG, A).reshape(-1, A)
 
 
 def _score_rows(
-    decoder: Decoder,
-    settings: NrtSettings,
-    prefix: KVPrefix,
-    start_B: Int[Array, " B"],
-    branch_BW: Int[Array, "B W"],
-    valid_BT: Bool[Array, "B T"],
-    inverse_temperature_BT: Float[Array, "B T"],
+    decoder: Decoder, settings: NrtSettings, prefix: KVPrefix, rows: BranchRows
 ) -> TokenScores:
-    """Continue the prefix from position `start_B` with `branch_BW`; T = W - 1."""
-    positions_BT = start_B[:, None] + jnp.arange(branch_BW.shape[1] - 1)[None]
-    segments_BT = valid_BT.astype(jnp.int32)
-    hidden_BTD, _ = decoder.hidden(branch_BW[:, :-1], positions_BT, segments_BT, prefix)
-    return token_scores(
-        hidden_BTD,
+    """Scores of every target of the rows, as [U, R, W]."""
+    shape = rows.inputs_URW.shape
+    rows_BW = jax.tree.map(lambda x: x.reshape(-1, shape[-1]), rows)
+    hidden_BWD, _ = decoder.hidden(
+        rows_BW.inputs_URW, rows_BW.positions_URW, rows_BW.segments_URW, prefix, rows_BW.prompts_URW
+    )
+    scores = token_scores(
+        hidden_BWD,
         decoder.head_DV(),
-        branch_BW[:, 1:],
+        rows_BW.targets_URW,
         vocab_size=decoder.architecture.vocab_size,
         chunk_tokens=settings.chunk_tokens,
-        inverse_temperature_BT=inverse_temperature_BT,
+        inverse_temperature_BT=jnp.where(rows_BW.trace_URW, 1.0 / settings.temperature, 1.0),
     )
+    return TokenScores(*(x.reshape(shape) for x in scores))
 
 
 def as_branches(
-    scores: TokenScores, batch: TrainBatch, scored: SamplingScores, objective: ObjectiveConfig
+    scores: TokenScores, groups: Groups, scored: SamplingScores, objective: ObjectiveConfig
 ) -> Branches:
     """Flatten [P, K] to rows, and clear what padding holds."""
     rows = scores.log_prob_BT.shape
-    masks = target_masks(batch)
+    masks = target_masks(groups)
     covered_PKT = masks.trace_PKT
     if objective.trace_covers == "z_and_end":
-        covered_PKT |= masks.end_PKT & batch.end_emitted_PK[:, :, None]
+        covered_PKT |= masks.end_PKT & groups.end_emitted_PK[:, :, None]
     covered_BT = covered_PKT.reshape(rows)
-    sampler_BT = batch.sampler_log_prob_PKT.reshape(rows)
+    sampler_BT = groups.sampler_log_prob_PKT.reshape(rows)
     recomputed_PKT = scored.old_log_prob_PKT
     old_BT = sampler_BT if recomputed_PKT is None else recomputed_PKT.reshape(rows)
     return Branches(

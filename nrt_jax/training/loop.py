@@ -9,5 +9,5 @@ from nrt_jax.training.stop import StopRequest
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> None:
     """Train, or continue, the run of a config; `stop` is asked after every step."""
-    with open_run(config, stop or StopRequest()) as run:
+    with open_run(config, stop or StopRequest()) as run, run.memory.explained():
         {"nrt": train_nrt, "sft": train_sft}[config.method](run)

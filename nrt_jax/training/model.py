@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.models import native
+from nrt_jax.models.attention_backend import choose_backend
 from nrt_jax.models.config import ModelConfig
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
@@ -52,8 +53,9 @@ def open_model(
     """The model's shape, with a vocabulary that has room for the think tokens; reads no weights.
 
     Raises InputError for a checkpoint that cannot be read, for a tokenizer that is not the
-    model's, and for a mesh that the weights do not divide over. The mesh is that of the config,
-    unless `make` gives another.
+    model's, for a mesh that the weights do not divide over, and for a model.attention that cannot
+    run. The mesh is that of the config, and rows are spread over it as in training; unless `make`
+    gives another, for an engine.
     """
     model = config.model
     if model.path is not None:
@@ -65,21 +67,21 @@ def open_model(
     vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     architecture = architecture.model_copy(update={"vocab_size": vocab_size})
     if make is not None:
-        mesh = make(architecture)
-    else:
-        mesh = make_mesh(config.mesh, _devices(config.rollout)[0])
-    return _on_mesh(model, architecture, mesh, model.jax_dtype)
+        return _on_mesh(model, architecture, make(architecture), model.jax_dtype)
+    mesh = make_mesh(config.mesh, _devices(config.rollout)[0])
+    opened = _on_mesh(model, architecture, mesh, model.jax_dtype)
+    return replace(opened, definition=_training_definition(config, architecture, mesh))
 
 
 def engine_model(config: RunConfig, model: Model) -> Model:
     """The model as the engines hold it: on the rollouts' mesh, in the rollouts' dtype.
 
+    Its definition is that of any rows, which need not divide over the mesh.
+
     Raises InputError for a rollout.mesh that does not cover the rollouts' devices, or that the
     weights do not divide over.
     """
     rollout = config.rollout
-    if rollout.mesh is None and rollout.devices is None and rollout.dtype is None:
-        return model
     mesh = model.mesh
     dtype = config.model.jax_dtype if rollout.dtype is None else jnp.dtype(rollout.dtype)
     try:
@@ -119,6 +121,26 @@ def _on_mesh(
     )
     definition, _ = nnx.split(decoder)
     return Model(definition, architecture, mesh, abstract_params(mesh, decoder, jnp.float32))
+
+
+def _training_definition(config: RunConfig, architecture: Architecture, mesh: Mesh) -> nnx.GraphDef:
+    """A decoder whose rows are spread over the mesh, with the attention that trains."""
+    model, data, rollout = config.model, config.data, config.rollout
+    after = data.max_answer_tokens if config.method == "sft" else rollout.max_response_tokens
+    longest = data.max_prompt_tokens + after
+    platform = mesh.devices.flat[0].platform
+    return nnx.graphdef(
+        abstract_decoder(
+            architecture,
+            dtype=model.jax_dtype,
+            remat=model.remat,
+            vocab_multiple=model.vocab_multiple,
+            attention=choose_backend(
+                model.attention, platform, architecture, model.jax_dtype, longest
+            ),
+            mesh=mesh,
+        )
+    )
 
 
 def init_params(config: RunConfig, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,20 +1,23 @@
 """Native Reasoning Training: examples, traces, one jitted step, new weights (Algorithm 1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Bool
-
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.training.batch import TrainBatch
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.nrt_loss import nrt_loss
-from nrt_jax.training.rollouts import make_batch, rollout_engine, rollout_metrics, sample_groups
+from nrt_jax.training.packing import Packer, packing_metrics
+from nrt_jax.training.rollouts import (
+    MiniBatch,
+    make_batches,
+    rollout_engine,
+    rollout_metrics,
+    sample_groups,
+)
 from nrt_jax.training.run import Ahead, Run, mean_over_updates
-from nrt_jax.training.scoring import make_scorer
-from nrt_jax.training.step import make_update
+from nrt_jax.training.scoring import Scorer, make_scorer
+from nrt_jax.training.step import Update
 
 
 def train_nrt(run: Run) -> None:
@@ -27,10 +30,10 @@ def train_nrt(run: Run) -> None:
             examples = next(run.batches)
         with run.timer("generate"):
             groups = sample_groups(run, engine, run.engine_weights(), examples, step)
-            batch = make_batch(run, groups)
+            batches = make_batches(run, groups)
         with run.timer("update"):
-            run.state, updates = step_functions.run_mini_batches(run, batch)
-            metrics = _step_metrics(updates, mini_batches_kept(run, batch))
+            run.state, updates = step_functions.run_mini_batches(run, batches)
+            metrics = _step_metrics(updates, batches, run.packer)
         run.finish_step(metrics | rollout_metrics(run, engine, groups, step))
 
 
@@ -44,15 +47,15 @@ def _train_one_ahead(run: Run, engine: DecoderEngine, step_functions: "StepFunct
         # Of this step: the first, or one that follows what was the run's last.
         run.ahead = run.ahead or _sample_ahead(run, engine, step)
         groups = run.ahead.groups
-        batch = make_batch(run, groups)
+        batches = make_batches(run, groups)
         with run.timer("update"):
             # The weights of the next rollouts: the update consumes the training's.
             run.engine_weights()
-            run.state, updates = step_functions.run_mini_batches(run, batch)
+            run.state, updates = step_functions.run_mini_batches(run, batches)
         last = step == run.config.train.steps
         run.ahead = None if last else _sample_ahead(run, engine, step + 1)
         with run.timer("update"):
-            metrics = _step_metrics(updates, mini_batches_kept(run, batch))
+            metrics = _step_metrics(updates, batches, run.packer)
         run.finish_step(metrics | rollout_metrics(run, engine, groups, step))
 
 
@@ -67,20 +70,19 @@ def _sample_ahead(run: Run, engine: DecoderEngine, step: int) -> Ahead:
 class StepFunctions:
     """The jitted functions of a step."""
 
-    update: Any
-    score: Any
+    update: Update
+    score: Scorer
 
-    def run_mini_batches(self, run: Run, batch: TrainBatch) -> tuple[Any, list[dict[str, Any]]]:
+    def run_mini_batches(
+        self, run: Run, batches: Sequence[MiniBatch]
+    ) -> tuple[Any, list[dict[str, Any]]]:
         """Score what the sampling policy must judge, then one update a mini-batch."""
-        train, state = run.config.train, run.state
-        minis = [
-            run.to_device(jax.tree.map(lambda x, rows=rows: x[rows], batch))
-            for rows in _slices(train.batch_prompts, train.mini_batch_prompts)
-        ]
-        scored = [self.score(state.params, mini) for mini in minis]
+        state = run.state
+        minis = [[run.to_device(micro) for micro in mini.micro_batches] for mini in batches]
+        scored = [[self.score(state.params, micro) for micro in mini] for mini in minis]
         updates = []
         for mini, scores in zip(minis, scored, strict=True):
-            state, metrics = self.update(state, (mini, scores))
+            state, metrics = self.update(state, list(zip(mini, scores, strict=True)))
             updates.append(metrics)
         return state, updates
 
@@ -96,49 +98,31 @@ def make_step_functions(run: Run) -> StepFunctions:
         config.rollout.temperature,
         config.model.log_prob_chunk_tokens,
     )
-    train, drops = config.train, config.rollout.drop_groups_without_spread
-    micro_count = train.mini_batch_prompts // train.micro_batch_prompts
+    train = config.train
     sequences = train.mini_batch_prompts * config.rollout.traces_per_prompt
 
     def loss_fn(params: Any, batch: Any) -> Any:
         return nrt_loss(params, *batch, sequences=sequences, settings=settings)
 
     return StepFunctions(
-        update=make_update(
-            loss_fn,
-            run.optimizer,
-            micro_count,
-            run.shardings,
-            wanted=(lambda batch: any_kept(batch[0])) if drops else None,
-        ),
+        update=Update(loss_fn, run.optimizer, run.shardings, run.memory.add_program),
         score=make_scorer(
             settings,
-            micro_count,
             several_updates=train.batch_prompts > train.mini_batch_prompts,
             reference=run.reference_params,
-            wanted=any_kept if drops else None,
         ),
     )
 
 
-def any_kept(batch: TrainBatch) -> Bool[Array, ""]:
-    """Whether a micro-batch has a group that the loss is of."""
-    assert batch.kept_P is not None, "make_batch says which groups are kept"
-    return jnp.any(batch.kept_P)
+def _step_metrics(
+    updates: list[dict[str, Any]], batches: Sequence[MiniBatch], packer: Packer
+) -> dict[str, float]:
+    """Those of the updates, and how well the groups filled their rows."""
+    plans = [plan for mini in batches for plan in mini.plans]
+    return _mean_metrics(updates, [mini.kept for mini in batches]) | packing_metrics(plans, packer)
 
 
-def _slices(total: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, total, size)]
-
-
-def mini_batches_kept(run: Run, batch: TrainBatch) -> list[bool]:
-    """Which mini-batches have a group that the loss is of."""
-    train = run.config.train
-    slices = _slices(train.batch_prompts, train.mini_batch_prompts)
-    return [batch.kept_P is None or bool(batch.kept_P[rows].any()) for rows in slices]
-
-
-def _step_metrics(updates: list[dict[str, Any]], kept: list[bool]) -> dict[str, float]:
+def _mean_metrics(updates: list[dict[str, Any]], kept: list[bool]) -> dict[str, float]:
     """Means over the updates; the mismatch is that of the first, before the weights moved.
 
     An update without any group has a loss and a gradient of 0, and nothing to say of the policy.

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from nrt_jax.objective import losses
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.masked import masked_fill, masked_sum
-from nrt_jax.training.batch import TrainBatch, answer_mask, at_answer, kept_mask
+from nrt_jax.training.batch import Groups, TrainBatch, answer_mask, at_answer, flat_groups
 from nrt_jax.training.forward import (
     Branches,
     NrtSettings,
@@ -40,27 +40,28 @@ def nrt_loss(
     """
     objective = settings.objective
     decoder = nnx.merge(settings.definition, params)
+    groups, scored = flat_groups((batch.groups, scored))
     prompts = run_prompts(decoder, batch)
     scores = score_branches(decoder, settings, prompts, batch)
-    branches = as_branches(scores, batch, scored, objective)
-    log_c_PKA = at_answer(scores.log_prob_BT.reshape(batch.sampler_log_prob_PKT.shape), batch)
+    branches = as_branches(scores, groups, scored, objective)
+    log_c_PKA = at_answer(scores.log_prob_BT.reshape(groups.sampler_log_prob_PKT.shape), groups)
     log_c_base_PA = scored.log_c_base_PA
     if log_c_base_PA is None:
         log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
     judged_PKA = log_c_PKA if scored.log_c_PKA is None else scored.log_c_PKA
-    rewards = compute_rewards(judged_PKA, log_c_base_PA, answer_mask(batch), objective)
+    rewards = compute_rewards(judged_PKA, log_c_base_PA, answer_mask(groups), objective)
 
     policy = _policy_terms(branches, rewards, objective)
     start_log_prob_P = score_start(decoder, settings, prompts)
-    format_B = _format_terms(branches, start_log_prob_P, batch, objective)
+    format_B = _format_terms(branches, start_log_prob_P, groups, objective)
     terms = {
         "trace": _trace_term(policy, branches, objective),
-        "token": _token_term(log_c_PKA, rewards, branches, batch, objective),
+        "token": _token_term(log_c_PKA, rewards, branches, groups, objective),
         "format": objective.format_coefficient * jnp.sum(format_B),
     } | _regularisers(branches, scored, objective)
     share = 1.0 / (objective.length_constant * sequences)
     losses_by_term = {f"loss/{name}": term * share for name, term in terms.items()}
-    measured = measure(policy, branches, rewards, format_B, log_c_base_PA, batch, objective)
+    measured = measure(policy, branches, rewards, format_B, log_c_base_PA, groups, objective)
     loss = sum(losses_by_term.values(), start=jnp.zeros(()))
     return loss, measured._replace(sums=losses_by_term)
 
@@ -95,7 +96,7 @@ def _token_term(
     log_c_PKA: Float[Array, "P K A"],
     rewards: Rewards,
     branches: Branches,
-    batch: TrainBatch,
+    groups: Groups,
     objective: ObjectiveConfig,
 ) -> Float[Array, ""]:
     """-sum S_i log c_i, with Eq. 23's r_k where it is asked for."""
@@ -110,24 +111,24 @@ def _token_term(
             objective.token_ratio_cap,
         )
         loss_BA *= ratio_B[:, None]
-    return masked_sum(loss_BA, jnp.repeat(answer_mask(batch), K, axis=0))
+    return masked_sum(loss_BA, jnp.repeat(answer_mask(groups), K, axis=0))
 
 
 def _format_terms(
     branches: Branches,
     start_log_prob_P: Float[Array, " P"],
-    batch: TrainBatch,
+    groups: Groups,
     objective: ObjectiveConfig,
 ) -> Float[Array, " B"]:
     """Cross-entropy of t_start and t_end of each trace (Eq. 11)."""
-    K = batch.end_emitted_PK.shape[1]
+    K = groups.end_emitted_PK.shape[1]
     format_B = losses.format_loss(
         jnp.repeat(start_log_prob_P, K),
         masked_sum(branches.log_prob_BT, branches.end_BT, axis=1),
-        batch.end_emitted_PK.reshape(-1),
+        groups.end_emitted_PK.reshape(-1),
         where=objective.format_where,
     )
-    return masked_fill(format_B, jnp.repeat(kept_mask(batch), K))
+    return masked_fill(format_B, jnp.repeat(groups.kept_P, K))
 
 
 def _regularisers(

@@ -14,7 +14,7 @@ from nrt_jax.objective.aggregation import WS_SCHEMES, ws_weights
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.losses import PolicyTerms, truncated_importance
 from nrt_jax.objective.masked import masked_count, masked_fill, masked_sum
-from nrt_jax.training.batch import TrainBatch, answer_mask, kept_mask
+from nrt_jax.training.batch import Groups, answer_mask
 from nrt_jax.training.forward import Branches
 from nrt_jax.training.rewards import Rewards
 from nrt_jax.training.step import Metrics
@@ -29,11 +29,11 @@ def measure(
     rewards: Rewards,
     format_B: Float[Array, " B"],
     log_c_base_PA: Float[Array, "P A"],
-    batch: TrainBatch,
+    groups: Groups,
     objective: ObjectiveConfig,
 ) -> Metrics:
     """Everything but the losses; `policy/format_nats` is the loss of Eq. 11 before its weight."""
-    K = batch.end_emitted_PK.shape[1]
+    K = groups.end_emitted_PK.shape[1]
     gap_BT = jnp.abs(branches.log_prob_BT - branches.sampler_log_prob_BT)
     gap_BT = masked_fill(gap_BT, branches.covered_BT)
 
@@ -44,11 +44,11 @@ def measure(
         "policy/entropy": mean_over_tokens(branches.entropy_BT),
         "policy/ratio": mean_over_tokens(policy.ratio_BT),
         "policy/clip_share": mean_over_tokens(policy.clipped_BT),
-        "policy/format_nats": (jnp.sum(format_B), masked_count(kept_mask(batch)) * K),
+        "policy/format_nats": (jnp.sum(format_B), masked_count(groups.kept_P) * K),
         "mismatch/mean": mean_over_tokens(gap_BT),
     }
     maxima = {"mismatch/max": jnp.max(gap_BT)}
-    means |= reward_means(rewards.reward_PK, rewards.baseline_P, kept_mask(batch), objective)
+    means |= reward_means(rewards.reward_PK, rewards.baseline_P, groups.kept_P, objective)
     if objective.importance_cap is not None:
         importance_BT = masked_fill(_importance(branches), branches.covered_BT)
         truncated_BT = importance_BT > objective.importance_cap
@@ -56,7 +56,7 @@ def measure(
         means["importance/truncated_share"] = mean_over_tokens(truncated_BT)
         maxima["importance/ratio_max"] = jnp.max(importance_BT)
     if objective.scheme in WS_SCHEMES:
-        means["reward/capped_weight_share"] = _capped(log_c_base_PA, batch, objective)
+        means["reward/capped_weight_share"] = _capped(log_c_base_PA, groups, objective)
     means, maxima = jax.lax.stop_gradient((means, maxima))
     return Metrics(sums={}, means=means, maxima=maxima)
 
@@ -87,10 +87,8 @@ def reward_means(
     }
 
 
-def _capped(
-    log_c_base_PA: Float[Array, "P A"], batch: TrainBatch, objective: ObjectiveConfig
-) -> Pair:
-    mask_PA = answer_mask(batch)
+def _capped(log_c_base_PA: Float[Array, "P A"], groups: Groups, objective: ObjectiveConfig) -> Pair:
+    mask_PA = answer_mask(groups)
     _, capped_PA = ws_weights(
         objective.scheme,
         log_c_base_PA,

@@ -4,8 +4,8 @@ Letters: P prompts, K traces a prompt.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -17,9 +17,10 @@ from nrt_jax.rollout.generate import generate, generate_and_score
 from nrt_jax.rollout.sampler import Sampling
 from nrt_jax.rollout.scheduler import Request
 from nrt_jax.rollout.weights import EngineWeights
-from nrt_jax.training.batch import TrainBatch, kept_first, nrt_batch
+from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.engines import trace_engine
 from nrt_jax.training.nrt_metrics import reward_means
+from nrt_jax.training.packing import Packer, Plan
 from nrt_jax.training.rewards import judge
 from nrt_jax.training.run import Run
 
@@ -77,26 +78,42 @@ def _request(run: Run, example: TokenizedExample) -> Request:
     )
 
 
-def make_batch(run: Run, groups: Sequence[Group]) -> TrainBatch:
-    """The groups as arrays; those without spread, where they are dropped, behind the others."""
-    tokenizer, train = run.tokenizer, run.config.train
-    batch = nrt_batch(
-        groups, think_start=tokenizer.think_start_id, think_end=tokenizer.think_end_id
-    )
-    if not run.config.rollout.drop_groups_without_spread:
-        return batch
-    kept_P = _with_spread(run, groups)
-    order_P = kept_first(
-        kept_P,
-        mini_batch=train.mini_batch_prompts,
-        micro_count=train.mini_batch_prompts // train.micro_batch_prompts,
-    )
-    return jax.tree.map(lambda x: x[order_P], batch._replace(kept_P=kept_P))
+class MiniBatch(NamedTuple):
+    """The arrays of one update."""
+
+    micro_batches: list[TrainBatch]
+    plans: list[Plan]
+    kept: bool
+    """Whether the loss is of any group."""
 
 
-def _with_spread(run: Run, groups: Sequence[Group]) -> Bool[np.ndarray, " P"]:
-    reward_PK, baseline_P = _rewards(groups)
-    return np.asarray(has_spread(reward_PK, baseline_P, run.config.objective.estimator))
+def make_batches(run: Run, groups: Sequence[Group]) -> list[MiniBatch]:
+    """The groups as arrays; those without spread, where they are dropped, take no room."""
+    kept_P = np.ones(len(groups), bool)
+    if run.config.rollout.drop_groups_without_spread:
+        kept_P = np.asarray(has_spread(*_rewards(groups), run.config.objective.estimator))
+    size = run.config.train.mini_batch_prompts
+    think = {"think_start": run.tokenizer.think_start_id, "think_end": run.tokenizer.think_end_id}
+    return [
+        mini_batch(groups[start : start + size], kept_P[start : start + size], run.packer, **think)
+        for start in range(0, len(groups), size)
+    ]
+
+
+def mini_batch(
+    groups: Sequence[Group],
+    kept_P: Bool[np.ndarray, "P"],
+    packer: Packer,
+    *,
+    think_start: int,
+    think_end: int,
+) -> MiniBatch:
+    """Arrays of the groups that are kept; where none is, of one that has no part in the loss."""
+    # An update of no groups would have no shape.
+    chosen = [group for group, kept in zip(groups, kept_P, strict=True) if kept] or groups[:1]
+    kept, plans = bool(kept_P.any()), packer.plan([group_lengths(group) for group in chosen])
+    how = {"think_start": think_start, "think_end": think_end, "kept": kept}
+    return MiniBatch([nrt_batch(chosen, plan, **how) for plan in plans], plans, kept)
 
 
 def _rewards(
@@ -122,10 +139,9 @@ def rollout_metrics(
     metrics["rollout/staleness"] = float(staleness)
     metrics["speed/programs"] = float(sum(engine.compiled.values()))
     if run.config.rollout.drop_groups_without_spread:
-        kept_P = _with_spread(run, groups)
-        metrics["rollout/dropped_share"] = float(np.mean(~kept_P))
-        means = reward_means(*_rewards(groups), np.ones_like(kept_P), run.config.objective)
+        means = reward_means(*_rewards(groups), np.ones(len(groups), bool), run.config.objective)
         metrics |= {name: float(total / count) for name, (total, count) in means.items()}
+        metrics["rollout/dropped_share"] = metrics["reward/no_spread_share"]
     return metrics
 
 

@@ -23,9 +23,11 @@ from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints, Restored
 from nrt_jax.training.config import RunConfig
 from nrt_jax.training.engines import make_answerer, trace_stop_ids
+from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.metrics import MetricsWriter, PhaseTimer
 from nrt_jax.training.model import Model, engine_model, init_params, load_tokenizer, open_model
 from nrt_jax.training.optimizer import make_optimizer
+from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
 from nrt_jax.training.saved_groups import pack_groups, unpack_groups
 from nrt_jax.training.state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.training.stop import StopRequest
@@ -61,6 +63,8 @@ class Run:
     reference_params: Any | None
     """Weights that a KL term pulls towards: those before the first step; None without one."""
     answerer: Answerer | None
+    packer: Packer
+    memory: DeviceMemory
     checkpoints: Checkpoints
     metrics: MetricsWriter
     stop: StopRequest
@@ -157,7 +161,12 @@ class Run:
     def _save(self) -> None:
         # Whatever a checkpoint's step has written is on the disk before the checkpoint is.
         self.metrics.sync()
-        progress = {"step": self.step, "seed": self.config.seed, "data": self.batches.get_state()}
+        progress = {
+            "step": self.step,
+            "seed": self.config.seed,
+            "data": self.batches.get_state(),
+            "packing": self.packer.get_state(),
+        }
         if self.ahead is not None:
             progress |= {"data": self.ahead.data, "groups": pack_groups(self.ahead.groups)}
         self.checkpoints.save(self.step, self.state, progress, self.measured)
@@ -179,13 +188,17 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
         config.data.seed + config.seed,
     )
     optimizer = make_optimizer(config.optimizer, config.train.updates)
-    shardings = state_shardings(optimizer, model.target, model.mesh)
+    shardings = state_shardings(
+        optimizer, model.target, model.mesh, offload=config.optimizer.offload
+    )
     wants_reference = config.method == "nrt" and config.objective.kl_coefficient > 0
     # A mistake in names or weights is found before the run directory is made.
     trace_stop_ids(config, tokenizer)
-    params = None
+    target = abstract_state(optimizer, model.target, shardings)
+    memory, params = DeviceMemory(target), None
     if wants_reference or not run_dir.has_checkpoint(config.run_dir):
-        params = init_params(config, model, tokenizer)
+        with memory.explained():
+            params = init_params(config, model, tokenizer)
     with ExitStack() as opened:
         opened.enter_context(run_dir.locked(config.run_dir))
         run_dir.prepare(config)
@@ -194,15 +207,18 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
                 Checkpoints(config.run_dir / run_dir.CHECKPOINTS, config.checkpoint, writable=True)
             )
         )
-        target = abstract_state(optimizer, model.target, shardings)
         restored = _restore(checkpoints, target, batches, config)
+        packer = Packer(packing_layout(config, model))
+        if restored is not None:
+            packer.set_state(restored.progress["packing"])
         step, state = (None, None) if restored is None else (restored.step, restored.state)
         if state is None:
             if params is None:
                 params = init_params(config, model, tokenizer)
             # The first update consumes its weights, so the reference needs a copy of its own.
             own = jax.tree.map(jnp.copy, params) if wants_reference else params
-            state = init_state(optimizer, own, shardings)
+            with memory.explained():
+                state = init_state(optimizer, own, shardings)
         _report_bad_rows(dataset)
         yield Run(
             config,
@@ -217,6 +233,8 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             state,
             params if wants_reference else None,
             make_answerer(config, on_engine, tokenizer, dataset),
+            packer,
+            memory,
             checkpoints,
             opened.enter_context(closing(_open_metrics(config, step))),
             stop,
@@ -224,6 +242,27 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             resumed=step is not None,
             ahead=None if restored is None else _restore_ahead(restored, batches),
         )
+
+
+def packing_layout(config: RunConfig, model: Model) -> Layout:
+    """What bounds the shapes of the run's batches."""
+    train, data, sizes = config.train, config.data, model.mesh.shape
+    answer = data.max_answer_tokens
+    if config.method == "sft":
+        largest = Lengths(0, (data.max_prompt_tokens + answer - 1,), 0)
+    else:
+        branch = config.rollout.max_response_tokens - 1
+        branches = (branch,) * config.rollout.traces_per_prompt
+        largest = Lengths(data.max_prompt_tokens, branches, answer + 1)
+    return Layout(
+        train.micro_batch_prompts,
+        shards=sizes["data"] * sizes["fsdp"],
+        sequence_shards=sizes.get("context", 1),
+        equal_keys=equal_keys(model.architecture),
+        packing=train.packing,
+        most_shapes=train.batch_shapes,
+        largest=largest,
+    )
 
 
 def _restore(

@@ -21,25 +21,16 @@ from nrt_jax.training.forward import (
     score_baseline,
     score_branches,
 )
-from nrt_jax.training.step import Wanted, micro_batches, run_where
 
 Scorer = Callable[[Any, TrainBatch], SamplingScores]
 
 
-def make_scorer(
-    settings: NrtSettings,
-    micro_count: int,
-    *,
-    several_updates: bool,
-    reference: Any | None,
-    wanted: Wanted | None = None,
-) -> Scorer:
-    """A function of (weights, mini-batch) that scores what the objective asks for.
+def make_scorer(settings: NrtSettings, *, several_updates: bool, reference: Any | None) -> Scorer:
+    """A function of (weights, micro-batch) that scores what the objective asks for.
 
     c_base once a prompt when several updates share a rollout or the reward is the sampling
     policy's; c of every trace for `reward_policy: sampling`; log pi of z for
-    `old_log_probs: recompute`; and log pi of z under the `reference` weights for a KL term. For
-    micro-batches that are not wanted all of these are 0.
+    `old_log_probs: recompute`; and log pi of z under the `reference` weights for a KL term.
     """
     objective = settings.objective
     wants_c = objective.reward_policy == "sampling"
@@ -48,44 +39,35 @@ def make_scorer(
 
     def score_traces(decoder: Decoder, prompts: Prompts, batch: TrainBatch) -> Array:
         log_prob_BT = score_branches(decoder, settings, prompts, batch).log_prob_BT
-        return log_prob_BT.reshape(batch.sampler_log_prob_PKT.shape)
+        return log_prob_BT.reshape(batch.groups.sampler_log_prob_PKT.shape)
 
-    def score_micro(params: Any, batch: TrainBatch) -> SamplingScores:
+    @jax.jit
+    def score_sampling(params: Any, batch: TrainBatch) -> SamplingScores:
         decoder = nnx.merge(settings.definition, params)
         prompts = run_prompts(decoder, batch)
         scores = SamplingScores()
         if wants_base:
             log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
+            log_c_base_PA = log_c_base_PA.reshape(batch.groups.answer_PA.shape)
             scores = scores._replace(log_c_base_PA=log_c_base_PA)
         if wants_c or wants_old:
             log_prob_PKT = score_traces(decoder, prompts, batch)
-            log_c_PKA = at_answer(log_prob_PKT, batch) if wants_c else None
+            log_c_PKA = jax.vmap(at_answer)(log_prob_PKT, batch.groups) if wants_c else None
             old_PKT = log_prob_PKT if wants_old else None
             scores = scores._replace(log_c_PKA=log_c_PKA, old_log_prob_PKT=old_PKT)
         return scores
 
+    @jax.jit
     def score_reference(params: Any, batch: TrainBatch) -> Array:
         decoder = nnx.merge(settings.definition, params)
         return score_traces(decoder, run_prompts(decoder, batch), batch)
 
-    def over_micro_batches(function: Callable[[Any, TrainBatch], Any]) -> Callable[..., Any]:
-        @jax.jit
-        def run(params: Any, batch: TrainBatch) -> Any:
-            stacked = micro_batches(batch, micro_count)
-            score_wanted = run_where(wanted, function)
-            scores = jax.lax.map(lambda micro: score_wanted(params, micro), stacked)
-            return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), scores)
-
-        return run
-
     nothing = not (wants_base or wants_old)
-    score_all = over_micro_batches(score_micro)
-    score_all_reference = over_micro_batches(score_reference)
 
     def score(params: Any, batch: TrainBatch) -> SamplingScores:
-        scores = SamplingScores() if nothing else score_all(params, batch)
+        scores = SamplingScores() if nothing else score_sampling(params, batch)
         if reference is None:
             return scores
-        return scores._replace(ref_log_prob_PKT=score_all_reference(reference, batch))
+        return scores._replace(ref_log_prob_PKT=score_reference(reference, batch))
 
     return score

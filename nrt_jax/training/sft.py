@@ -1,21 +1,24 @@
 """Supervised fine-tuning: cross-entropy of the answer after the question, no trace.
 
-Letters: B rows, W tokens of a row, T = W - 1 predicted tokens.
+Letters: those of batch.py; B = U * R rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from nrt_jax.models.log_probs import token_scores
 from nrt_jax.objective.losses import sft_loss
 from nrt_jax.objective.masked import masked_count, masked_sum
-from nrt_jax.training.batch import SftBatch, sft_batch
+from nrt_jax.training.batch import SftBatch, sft_batch, sft_lengths
+from nrt_jax.training.packing import packing_metrics
 from nrt_jax.training.run import Run, mean_over_updates
-from nrt_jax.training.step import Metrics, make_update
+from nrt_jax.training.state import TrainState
+from nrt_jax.training.step import Metrics, Update
 
 
 def train_sft(run: Run) -> None:
@@ -24,37 +27,39 @@ def train_sft(run: Run) -> None:
     update = make_sft_update(run)
     for _ in run.steps():
         with run.timer("data"):
-            batch = sft_batch(next(run.batches))
+            examples = next(run.batches)
+            minis = [
+                examples[start : start + config.mini_batch_prompts]
+                for start in range(0, config.batch_prompts, config.mini_batch_prompts)
+            ]
+            plans = [run.packer.plan([sft_lengths(e) for e in mini]) for mini in minis]
         updates = []
         with run.timer("update"):
-            for start in range(0, config.batch_prompts, config.mini_batch_prompts):
-                rows = slice(start, start + config.mini_batch_prompts)
-                mini = run.to_device(jax.tree.map(lambda x, rows=rows: x[rows], batch))
-                run.state, metrics = update(run.state, mini)
+            for mini, of_mini in zip(minis, plans, strict=True):
+                batches = [run.to_device(sft_batch(mini, plan)) for plan in of_mini]
+                answer_tokens = sum(len(example.answer_tokens) for example in mini)
+                run.state, metrics = update(run.state, batches, answer_tokens)
                 updates.append(metrics)
             metrics = mean_over_updates(updates)
-        metrics["speed/tokens"] = float(batch.length_B.sum())
-        run.finish_step(metrics)
+        tokens = sum(len(e.prompt_tokens) + len(e.answer_tokens) for e in examples)
+        metrics |= packing_metrics([plan for of_mini in plans for plan in of_mini], run.packer)
+        run.finish_step(metrics | {"speed/tokens": float(tokens)})
 
 
-def make_sft_update(run: Run) -> Any:
-    """The jitted update of one mini-batch; loss is the mean over all its answer tokens."""
-    train, model = run.config.train, run.model
-    chunk_tokens = run.config.model.log_prob_chunk_tokens
-    micro_count = train.mini_batch_prompts // train.micro_batch_prompts
+def make_sft_update(run: Run) -> Callable[..., Any]:
+    """An update of one mini-batch; its loss is the mean over all its answer tokens."""
+    model, chunk_tokens = run.model, run.config.model.log_prob_chunk_tokens
 
     def loss_fn(params: Any, batch: tuple[SftBatch, Array]) -> tuple[Array, Metrics]:
-        rows, answer_tokens_B = batch
-        return sft_loss_of_rows(params, rows, answer_tokens_B[0], model.definition, chunk_tokens)
+        return sft_loss_of_rows(params, *batch, model.definition, chunk_tokens)
 
-    update = make_update(loss_fn, run.optimizer, micro_count, run.shardings)
+    update = Update(loss_fn, run.optimizer, run.shardings, run.memory.add_program)
 
-    @jax.jit
-    def answer_tokens(rows: SftBatch) -> Float[Array, " B"]:
-        total = jnp.sum(rows.length_B - rows.prompt_length_B)
-        return jnp.full(rows.length_B.shape, total, jnp.float32)
+    def update_mini_batch(state: TrainState, batches: list[SftBatch], answer_tokens: int) -> Any:
+        total = np.float32(answer_tokens)
+        return update(state, [(batch, total) for batch in batches])
 
-    return lambda state, rows: update(state, (rows, answer_tokens(rows)))
+    return update_mini_batch
 
 
 def sft_loss_of_rows(
@@ -66,20 +71,16 @@ def sft_loss_of_rows(
 ) -> tuple[Float[Array, ""], Metrics]:
     """-sum log pi(y*_i | x, y*_<i) / answer_tokens, the count being of the whole mini-batch."""
     decoder = nnx.merge(definition, params)
-    order_T = jnp.arange(batch.tokens_BW.shape[1] - 1)[None]
-    positions_BT = jnp.broadcast_to(order_T, batch.tokens_BW[:, 1:].shape)
-    valid_BT = order_T < batch.length_B[:, None] - 1
-    segments_BT = valid_BT.astype(jnp.int32)
-    hidden_BTD, _ = decoder.hidden(batch.tokens_BW[:, :-1], positions_BT, segments_BT)
+    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+    hidden_BWD, _ = decoder.hidden(rows.inputs_URW, rows.positions_URW, rows.segments_URW)
     scores = token_scores(
-        hidden_BTD,
+        hidden_BWD,
         decoder.head_DV(),
-        batch.tokens_BW[:, 1:],
+        rows.targets_URW,
         vocab_size=decoder.architecture.vocab_size,
         chunk_tokens=chunk_tokens,
     )
-    answer_BT = valid_BT & (order_T >= batch.prompt_length_B[:, None] - 1)
-    loss = masked_sum(sft_loss(scores.log_prob_BT), answer_BT) / answer_tokens
-    entropy = (masked_sum(scores.entropy_BT, answer_BT), masked_count(answer_BT))
+    loss = masked_sum(sft_loss(scores.log_prob_BT), rows.answer_URW) / answer_tokens
+    entropy = (masked_sum(scores.entropy_BT, rows.answer_URW), masked_count(rows.answer_URW))
     means = jax.lax.stop_gradient({"policy/entropy": entropy})
     return loss, Metrics({"loss/sft": loss}, means, {})

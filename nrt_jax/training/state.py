@@ -23,13 +23,16 @@ class TrainState(NamedTuple):
     skipped_in_row: Int[Array, ""]
 
 
-def state_shardings(optimizer: optax.GradientTransformation, params: Any, mesh: Mesh) -> TrainState:
-    """Moments are laid out like the weights they belong to; counters are on every device."""
+def state_shardings(
+    optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, *, offload: bool = False
+) -> TrainState:
+    """Moments are laid out like the weights they belong to, with `offload` in the memory of the
+    hosts; counters are on every device."""
     everywhere = replicated(mesh)
     shardings = jax.tree.map(lambda weight: weight.sharding, params)
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
-        lambda _, sharding: sharding,
+        lambda _, sharding: sharding.with_memory_kind("pinned_host") if offload else sharding,
         jax.eval_shape(optimizer.init, params),
         shardings,
         transform_non_params=lambda _: everywhere,

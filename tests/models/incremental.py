@@ -13,7 +13,7 @@ def prefill_and_decode(model: Decoder, ids_BT: jax.Array, prompt: int) -> jax.Ar
     T = ids_BT.shape[1]
     cache, logits = prefill(model, ids_BT[:, :prompt])
     outputs = [logits]
-    # Slots that are not written yet hold garbage that no query may see.
+    # Slots that are not written yet hold garbage of segment 9, which no query may see.
     cache = KVPrefix(
         *(_grow(x, T - prompt, dim) for x, dim in zip(cache, (2, 2, 1, 1), strict=True))
     )
@@ -42,11 +42,11 @@ def decode(
         cache.k.at[:, :, t].set(new.k[:, :, 0]),
         cache.v.at[:, :, t].set(new.v[:, :, 0]),
         cache.positions_PS.at[:, t].set(t),
-        cache.valid_PS.at[:, t].set(True),
+        cache.segment_ids_PS.at[:, t].set(1),
     )
 
 
 def _grow(x: jax.Array, slots: int, dim: int) -> jax.Array:
     padding = [(0, 0)] * x.ndim
     padding[dim] = (0, slots)
-    return jnp.pad(x, padding, constant_values=False if x.dtype == bool else 9)
+    return jnp.pad(x, padding, constant_values=9)

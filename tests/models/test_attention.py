@@ -44,17 +44,28 @@ def test_positions_count_from_zero_in_each_segment():
 
 def test_prefix_mask_by_hand():
     """Two branches at positions 3 and 4 after a prompt at 0, 1, 2 whose slot 0 is padding."""
-    prefix = KVPrefix(
-        jnp.zeros((1, 4, 1, 2)),
-        jnp.zeros((1, 4, 1, 2)),
-        jnp.asarray([[0, 0, 1, 2]]),
-        jnp.asarray([[False, True, True, True]]),
-    )
-    positions = jnp.asarray([[3, 4], [3, 4]])
+    segments = jnp.asarray([[0, 1, 1, 1]])
+    prefix = KVPrefix(*jnp.zeros((2, 1, 4, 1, 2)), jnp.asarray([[0, 0, 1, 2]]), segments)
+    positions, continued = jnp.asarray([[3, 4], [3, 4]]), jnp.ones((2, 2), int)
     everything = [0, 1, 1, 1]
-    np.testing.assert_array_equal(prefix_mask(positions, prefix, None)[0], [everything] * 4)
-    windowed = prefix_mask(positions, prefix, 3)[0]
+    np.testing.assert_array_equal(
+        prefix_mask(positions, continued, prefix, None)[0], [everything] * 4
+    )
+    windowed = prefix_mask(positions, continued, prefix, 3)[0]
     np.testing.assert_array_equal(windowed, [[0, 0, 1, 1], [0, 0, 0, 1]] * 2)
+
+
+def test_prefix_mask_of_packed_prompts_by_hand():
+    """Prompts 1 (two tokens) and 2 (one) in a row, continued by the rows [1 2] and [2 padding]."""
+    positions, segments = jnp.asarray([[0, 1, 0, 0]]), jnp.asarray([[1, 1, 2, 0]])
+    prefix = KVPrefix(*jnp.zeros((2, 1, 4, 1, 2)), positions, segments)
+    continued = jnp.asarray([[1, 2], [2, 0]])
+    expected = [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    mask = prefix_mask(jnp.asarray([[2, 1], [1, 0]]), continued, prefix, None)
+    np.testing.assert_array_equal(mask[0], expected)
+    # Each prompt's positions count from 0: windows are measured within it.
+    mask = prefix_mask(jnp.asarray([[2, 1], [1, 0]]), continued, prefix, 2)
+    np.testing.assert_array_equal(mask[0], [[0, 1, 0, 0], *expected[1:]])
 
 
 def draw(*shape: int, seed: int) -> jax.Array:
@@ -63,8 +74,8 @@ def draw(*shape: int, seed: int) -> jax.Array:
 
 def example_prefix() -> KVPrefix:
     positions = jnp.tile(jnp.arange(S), (P, 1))
-    valid = jnp.asarray([[False] * 2 + [True] * 5, [True] * 7])
-    return KVPrefix(draw(P, S, H, D, seed=3), draw(P, S, H, D, seed=4), positions, valid)
+    segments = jnp.asarray([[0] * 2 + [1] * 5, [1] * 4 + [2] * 3])
+    return KVPrefix(draw(P, S, H, D, seed=3), draw(P, S, H, D, seed=4), positions, segments)
 
 
 def example() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -98,7 +109,7 @@ def test_shared_prefix_equals_copies(window):
     q, k, v, positions = example()
     prefix, R = example_prefix(), B // P
     mask = own_mask(positions, jnp.ones((B, T), int), window)
-    before = prefix_mask(positions, prefix, window)
+    before = prefix_mask(positions, jnp.ones_like(positions).at[-1].set(2), prefix, window)
     actual = attend(q, k, v, mask, prefix, before)
 
     copied_k = jnp.concatenate([jnp.repeat(prefix.k, R, axis=0), k], axis=1)
@@ -110,10 +121,8 @@ def test_shared_prefix_equals_copies(window):
 def test_prefix_is_not_copied_to_its_sequences():
     q, k, v, positions = example()
     prefix = example_prefix()
-    mask, before = (
-        own_mask(positions, jnp.ones_like(positions), None),
-        prefix_mask(positions, prefix, None),
-    )
+    ones = jnp.ones_like(positions)
+    mask, before = own_mask(positions, ones, None), prefix_mask(positions, ones, prefix, None)
     jaxpr = jax.make_jaxpr(lambda *x: attend(*x, mask, prefix, before))(q, k, v)
     sizes = [np.prod(o.aval.shape) for equation in jaxpr.eqns for o in equation.outvars]
     assert max(sizes) < B * S * H * D

@@ -78,6 +78,67 @@ def test_branches_of_one_prefix_equal_full_sequences(a: Architecture):
     close(nnx.to_pure_dict(actual_grad), nnx.to_pure_dict(expected_grad), 2e-5)
 
 
+@variants
+def test_packed_rows_equal_each_sequence_alone(a: Architecture):
+    """Values and gradients; prompts of 4, 3 and 5 tokens in two rows, five branches in four.
+
+    Row 0 of the prompts holds prompts 0 and 1, row 1 padding and prompt 2.
+    """
+    prompts = [tokens((4,)), tokens((3,), seed=1), tokens((5,), seed=2)]
+    places = [(0, 0, 1), (0, 4, 2), (1, 2, 1)]  # row, first slot, segment id
+    branches = [tokens((n,), seed=3 + i) for i, n in enumerate((3, 2, 4, 5, 2))]
+    # Row, first slot, segment id, prompt: rows 0 and 1 continue prompt row 0.
+    packed = [(0, 0, 1, 0), (0, 3, 2, 1), (1, 1, 1, 1), (2, 0, 1, 2), (3, 4, 3, 2)]
+    prompt_PS, branch_BT = _empty_rows(2, 8), _empty_rows(4, 6)
+    for ids, (row, start, segment) in zip(prompts, places, strict=True):
+        _write(prompt_PS, row, start, ids, 0, segment, 0)
+    for ids, (row, start, segment, p) in zip(branches, packed, strict=True):
+        _write(branch_BT, row, start, ids, len(prompts[p]), segment, places[p][2])
+    graph, weights = nnx.split(decoder(a))
+
+    def shared(weights):
+        model = nnx.merge(graph, weights)
+        *prompt_rows, _ = jnp.asarray(prompt_PS)
+        *branch_rows, continued_BT = jnp.asarray(branch_BT)
+        _, prefix = model.hidden(*prompt_rows)
+        states, _ = model.hidden(*branch_rows, prefix, continued_BT)
+        starts = [(row, at) for row, at, _, _ in packed]
+        outputs = zip(branches, starts, strict=True)
+        return _weighted([states[row, at : at + len(ids)] for ids, (row, at) in outputs])
+
+    def alone(weights):
+        model = nnx.merge(graph, weights)
+        outputs = []
+        for ids, (_, _, _, p) in zip(branches, packed, strict=True):
+            whole = jnp.concatenate([prompts[p], ids])[None]
+            order, ones = jnp.arange(whole.shape[1])[None], jnp.ones(whole.shape, int)
+            outputs.append(model.hidden(whole, order, ones)[0][0, len(prompts[p]) :])
+        return _weighted(outputs)
+
+    (_, actual), actual_grad = jax.jit(jax.value_and_grad(shared, has_aux=True))(weights)
+    (_, expected), expected_grad = jax.jit(jax.value_and_grad(alone, has_aux=True))(weights)
+    close(actual, expected)
+    close(nnx.to_pure_dict(actual_grad), nnx.to_pure_dict(expected_grad), 2e-5)
+
+
+def _empty_rows(rows: int, slots: int) -> np.ndarray:
+    """Tokens, positions, segment ids and those of the prompts, [4, rows, slots]."""
+    return np.zeros((4, rows, slots), np.int32)
+
+
+def _write(packed, row: int, start: int, ids, position: int, segment: int, prompt: int) -> None:
+    n = len(ids)
+    packed[:, row, start : start + n] = np.stack(
+        [ids, position + np.arange(n), np.full(n, segment), np.full(n, prompt)]
+    )
+
+
+def _weighted(states: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
+    """A sum in which every number has a weight of its own, and the states."""
+    total = sum(jnp.sum(jnp.sin(jnp.arange(x.size)).reshape(x.shape) * x) for x in states)
+    return jnp.asarray(total), states
+
+
 def _objective(logits: jax.Array, valid: jax.Array) -> jax.Array:
     log_pi = jax.nn.log_softmax(logits)[..., 7]
     return jnp.sum(jnp.where(valid, log_pi * (1 + jnp.arange(log_pi.shape[1]))[None], 0))

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from nrt_jax.models.log_probs import TokenScores, token_scores
-from tests.models.tiny import close, tokens
+from tests.models.tiny import close, mesh, tokens
 
 B, T, D, V = 2, 48, 8, 101
 
@@ -23,7 +25,7 @@ def example() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
 
 def plain(hidden, head, targets, temperature) -> TokenScores:
     log_pi = jax.nn.log_softmax(hidden @ head / temperature[..., None], axis=-1)
-    log_prob = (log_pi * jax.nn.one_hot(targets, V)).sum(-1)
+    log_prob = jnp.take_along_axis(log_pi, targets[..., None], axis=-1)[..., 0]
     return TokenScores(log_prob, -(jnp.exp(log_pi) * log_pi).sum(-1))
 
 
@@ -38,43 +40,67 @@ def chunked(hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V) -
     )
 
 
-def weighted_sum(scores: TokenScores) -> jax.Array:
+def weighted_sum(scores: TokenScores, of_log_prob: float = 1, of_entropy: float = 1) -> jax.Array:
     """A scalar in which every score counts differently."""
-    weights = 1 + jnp.arange(B * T, dtype=jnp.float32).reshape(B, T) / T
-    return jnp.sum(weights * scores.log_prob_BT + jnp.sin(weights) * scores.entropy_BT)
+    weights = 1 + jnp.arange(scores.log_prob_BT.size, dtype=jnp.float32) / T
+    weights = weights.reshape(scores.log_prob_BT.shape)
+    log_prob, entropy = weights * scores.log_prob_BT, jnp.sin(weights) * scores.entropy_BT
+    return jnp.sum(of_log_prob * log_prob + of_entropy * entropy)
+
+
+def with_gradient(function, hidden, head, *rest, weights=(1, 1)):
+    """The gradient of a sum of the scores with respect to states and head, and the scores."""
+
+    def loss(hidden, head):
+        scores = function(hidden, head, *rest)
+        return weighted_sum(scores, *weights), scores
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
+
+
+def exact(hidden, head, targets, temperature, weights=(1, 1)):
+    """The same of a plain log-softmax in float64."""
+    with jax.enable_x64(True):
+        doubles = (jnp.asarray(np.asarray(x), jnp.float64) for x in (hidden, head))
+        temperature = jnp.asarray(np.asarray(temperature), jnp.float64)
+        result = with_gradient(plain, *doubles, targets, temperature, weights=weights)
+        return jax.tree.map(np.asarray, result)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 10, 16, 62, B * T, 10**6])
 def test_equals_plain_log_softmax(chunk_tokens):
     """Also where the chunk does not divide T, is smaller than B, or holds everything."""
-    hidden, head, targets, temperature = example()
+    function = partial(chunked, chunk_tokens=chunk_tokens)
+    close(with_gradient(function, *example()), exact(*example()))
 
-    def run(function):
-        """The scores, and the gradient of a sum of them with respect to states and head."""
 
-        def loss(hidden, head):
-            scores = function(hidden, head, targets, temperature)
-            return weighted_sum(scores), scores
+@pytest.mark.parametrize("weights", [(1, 0), (0, 1)])
+def test_gradient_of_either_score_alone(weights):
+    inputs = example()
+    close(with_gradient(chunked, *inputs, weights=weights), exact(*inputs, weights=weights))
 
-        return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(hidden, head)
 
-    close(run(partial(chunked, chunk_tokens=chunk_tokens)), run(plain))
+@pytest.mark.parametrize("shape", [(1, 1), (1, 47), (2, 1), (3, 13)])
+def test_any_number_of_rows_and_tokens(shape):
+    """Where the chunks do not divide T, the zeros that fill the last have no part in anything."""
+    _, head, _, _ = example()
+    hidden = jax.random.normal(jax.random.key(3), (*shape, D))
+    inputs = hidden, head, tokens(shape, V), jnp.full(shape, 0.7)
+    close(with_gradient(partial(chunked, chunk_tokens=12), *inputs), exact(*inputs))
 
 
 def test_columns_beyond_the_vocabulary_do_not_exist():
-    """Value, entropy and gradient are those of the head without them; theirs is zero."""
+    """Value, entropy and gradient are those of the head without them; theirs is zero.
+
+    Also where the gradient of the entropy is so large that it overflows times their score.
+    """
     hidden, head, targets, temperature = example()
     padded = jnp.pad(head, ((0, 0), (0, 27)), constant_values=3.0)
-
-    def loss(head):
-        scores = chunked(hidden, head, targets, temperature / 8)
-        return weighted_sum(scores), scores
-
-    (gradient, scores) = jax.jit(jax.grad(loss, has_aux=True))(padded)
-    expected_gradient, expected = jax.jit(jax.grad(loss, has_aux=True))(head)
-    close(scores, expected)
-    close(gradient[:, :V], expected_gradient)
-    np.testing.assert_array_equal(gradient[:, V:], 0)
+    rest = targets, temperature / 8
+    (of_hidden, of_head), scores = with_gradient(chunked, hidden, padded, *rest, weights=(1, 9))
+    expected = exact(hidden, head, *rest, weights=(1, 9))
+    close(((of_hidden, of_head[:, :V]), scores), expected)
+    np.testing.assert_array_equal(of_head[:, V:], 0)
 
 
 def test_without_temperature_it_is_one():
@@ -96,6 +122,26 @@ def test_scores_of_bfloat16_states_are_float32():
     close(scores, plain(*rounded, targets, jnp.ones((B, T))))
 
 
+def test_gradient_of_bfloat16_states_is_close_to_the_exact_one():
+    """The head's, which is kept in float32, is a float32 sum over the chunks."""
+    hidden, head, targets, temperature = example()
+    low = hidden.astype(jnp.bfloat16)
+    (of_hidden, of_head), _ = with_gradient(chunked, low, head, targets, temperature)
+    assert (of_hidden.dtype, of_head.dtype) == (jnp.bfloat16, jnp.float32)
+    rounded = (x.astype(jnp.bfloat16).astype(jnp.float32) for x in (hidden, head))
+    expected, _ = exact(*rounded, targets, temperature)
+    close((of_hidden, of_head), expected, tolerance=2**-7)
+
+
+SHAPES = re.compile(r"\b(?:f32|bf16|s32|pred)\[([\d,]*)\]")
+GATHERS = re.compile(r"= (.*?) (?:all-gather|all-to-all|collective-permute)(?:-start)?\(")
+
+
+def shapes_in(text: str) -> list[list[int]]:
+    """Of every array that a piece of a compiled program names."""
+    return [[int(n) for n in shape.split(",") if n] for shape in SHAPES.findall(text)]
+
+
 def largest_buffer(chunk_tokens: int) -> int:
     """Elements of the largest array in the compiled value-and-gradient."""
     hidden, head, targets, temperature = example()
@@ -105,11 +151,50 @@ def largest_buffer(chunk_tokens: int) -> int:
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     text = step.lower(hidden, head).compile().as_text()
-    shapes = re.findall(r"\b(?:f32|bf16|s32|pred)\[([\d,]*)\]", text)
-    return max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in shapes)
+    return max(int(np.prod(shape)) for shape in shapes_in(text))
 
 
 def test_no_array_of_all_tokens_times_vocabulary():
     """Forward and backward, as compiled; the same search finds it where nothing is chunked."""
     assert largest_buffer(chunk_tokens=B * T) >= B * T * V
     assert largest_buffer(chunk_tokens=B * 8) <= B * 8 * V < T * V
+
+
+MESHES = [
+    {},
+    {"tensor": 2},
+    {"data": 2},
+    {"fsdp": 2, "tensor": 2},
+    {"context": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+]
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_on_a_mesh_scores_are_the_same_and_no_logits_move(sizes):
+    """Rows over data and fsdp, tokens over context, the head over fsdp and tensor."""
+    rows, width = 4, 104
+    hidden = jax.random.normal(jax.random.key(0), (rows, T, D))
+    head = 0.7 * jax.random.normal(jax.random.key(1), (D, width))
+    inputs = hidden, head, tokens((rows, T), width), jnp.full((rows, T), 0.7)
+    of_tokens = Spec(("data", "fsdp"), "context")
+    specs = of_tokens, Spec("fsdp", "tensor"), of_tokens, of_tokens
+    spread = [
+        jax.device_put(x, NamedSharding(mesh(**sizes), s))
+        for x, s in zip(inputs, specs, strict=True)
+    ]
+
+    def loss(hidden, head, *rest):
+        scores = chunked(hidden, head, *rest, chunk_tokens=rows * 12, vocab_size=width)
+        return weighted_sum(scores), scores
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*spread).compile()
+    close(step(*spread), exact(*inputs))
+    text, parts = step.as_text(), sizes.get("tensor", 1)
+    of_vocabulary = [s for s in shapes_in(text) if s and s[-1] in (width, width // parts)]
+    chunk = rows * 12 * width // mesh(**sizes).size
+    assert max(int(np.prod(s)) for s in of_vocabulary) <= max(chunk, D * width)
+    moved = [shape for found in GATHERS.findall(text) for shape in shapes_in(found)]
+    # The head is gathered over fsdp, which shows that the search finds what there is.
+    assert all(shape == [D, width // parts] for shape in moved)
+    assert bool(moved) == ("fsdp" in sizes)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nrt_jax.rollout import jetstream_compat as jetstream
-from nrt_jax.rollout.decode_state import SlotRequests, bucket, slot_sampling
+from nrt_jax.rollout.decode_state import SlotRequests, bucket, padded, slot_sampling
 from nrt_jax.rollout.engine import DecoderEngine, SampledTokens
 from nrt_jax.rollout.sampler import Sampling
 from tests.rollout.toy import (
@@ -178,3 +178,10 @@ def test_the_state_is_donated_and_the_weights_are_not():
 )
 def test_bucket(length, size):
     assert bucket(length) == size
+
+
+def test_padded():
+    tokens = padded(np.arange(1, 18))
+    assert tokens.dtype == np.int32
+    assert tokens.tolist() == [*range(1, 18), *[0] * 15]
+    assert len(padded(np.arange(16))) == 16

@@ -156,8 +156,8 @@ def test_few_sequences_move_into_few_slots():
             while scheduler.busy:
                 for event in scheduler.step():
                     tokens.setdefault((event.ticket, event.copy), []).extend(event.tokens.tolist())
-                slots.add(len(scheduler._sequences))
-                if first == 0 and len(scheduler._sequences) == fewest:
+                slots.add(len(scheduler._table))
+                if first == 0 and len(scheduler._table) == fewest:
                     break
         assert slots >= {16, 4, fewest}
         for ticket, group in enumerate(alone):

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import pytest
 import transformers
 
@@ -26,6 +28,14 @@ def plain(tmp_path_factory):
     """A run whose template is plain, from its directory."""
     run = write_run(tmp_path_factory.mktemp("plain"), "sft")
     return open_checkpoint(run / "checkpoints" / str(STEP), ServingConfig())
+
+
+def with_rollout(served, **settings):
+    """The same weights with other settings of the run's rollouts."""
+    rollout = served.trained.config.rollout.model_copy(update=settings)
+    config = served.trained.config.model_copy(update={"rollout": rollout})
+    trained = dataclasses.replace(served.trained, config=config)
+    return serve_trained(trained, "tiny", ServingConfig())
 
 
 @pytest.mark.parametrize("turns", [1, 2, 4])
@@ -85,8 +95,18 @@ def test_limits(served):
 
 
 def test_too_many_stop_tokens(served):
-    rollout = served.trained.config.rollout.model_copy(update={"stop_tokens": list("abcdefghi")})
-    config = served.trained.config.model_copy(update={"rollout": rollout})
-    trained = dataclasses.replace(served.trained, config=config)
     with pytest.raises(InputError, match=r"rollout.stop_tokens: 9 tokens .* 8 are the most"):
-        serve_trained(trained, "tiny", ServingConfig())
+        with_rollout(served, stop_tokens=list("abcdefghi"))
+
+
+def test_an_engine_decodes_as_the_run_does(served):
+    rollout = {"dtype": "bfloat16", "cache_dtype": "int8", "prefill_chunk": 32}
+    engine = with_rollout(served, **rollout).engine(4, top_log_probs=2)
+    caches = jax.tree.leaves(engine.init_decode_state().layers)
+    assert jnp.dtype("int8") in {leaf.dtype for leaf in caches}
+    assert engine.empty_prefix(16).k_LSHd.dtype == jnp.bfloat16
+    assert engine.prefill_chunk == 32
+    assert engine.max_concurrent_decodes == 4
+    assert engine.top_log_probs == 2
+    with pytest.raises(InputError, match=r"rollout.attention: pallas: there is no kernel for the"):
+        with_rollout(served, attention="pallas").engine(4)

@@ -85,11 +85,11 @@ def test_config_file(text, said, refused, tmp_path):
         ),
         (
             "mesh.data=3",
-            "mesh: data=3, fsdp=1, tensor=1 does not cover 8 devices; the sizes must multiply to 8",
+            "mesh: data=3, fsdp=1, tensor=1, context=1 does not cover 8 devices; the sizes must",
         ),
         (
             "rollout.mesh.data=3",
-            "rollout.mesh: data=3, fsdp=1, tensor=1 does not cover 8 devices; the sizes must",
+            "rollout.mesh: data=3, fsdp=1, tensor=1, context=1 does not cover 8 devices; the sizes",
         ),
         (
             "rollout.mesh={data: 4, tensor: 2}",

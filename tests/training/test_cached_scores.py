@@ -13,7 +13,7 @@ from nrt_jax.records import Group
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate, generate_and_score
 from nrt_jax.rollout.scheduler import Request, SuffixScores
-from nrt_jax.training.batch import answer_mask, at_answer, nrt_batch
+from nrt_jax.training.batch import answer_mask, at_answer, flat_groups
 from nrt_jax.training.forward import run_prompts, score_baseline, score_branches
 from nrt_jax.training.rewards import compute_rewards, judge
 from tests.objective import oracle
@@ -60,14 +60,15 @@ def sampled() -> tuple[list[Group], list[SuffixScores]]:
 
 def forward(groups: Sequence[Group]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log c, log c_base and the mask of the answers, as the loss computes them."""
-    batch = worlds.as_jax(nrt_batch(groups, think_start=THINK_START, think_end=THINK_END))
+    batch = worlds.batch_of(list(groups))
+    flat = flat_groups(batch.groups)
     settings = worlds.settings(DEFINITION)
     decoder = nnx.merge(DEFINITION, PARAMS)
     prompts = run_prompts(decoder, batch)
     log_prob_BT = score_branches(decoder, settings, prompts, batch).log_prob_BT
-    log_c_PKA = at_answer(log_prob_BT.reshape(batch.sampler_log_prob_PKT.shape), batch)
+    log_c_PKA = at_answer(log_prob_BT.reshape(flat.sampler_log_prob_PKT.shape), flat)
     log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
-    return log_c_PKA, log_c_base_PA, answer_mask(batch)
+    return log_c_PKA, log_c_base_PA, answer_mask(flat)
 
 
 def test_scores_equal_the_training_forward(sampled):

@@ -60,7 +60,7 @@ def test_import_says_what_it_wrote(tiny_config, tmp_path, words):
         ("model=4", "'model=4' must be one of data, fsdp, tensor"),
         ("fsdp", "'fsdp' must be one of"),
         ("fsdp=0", "'fsdp=0' must be"),
-        ("fsdp=3", "mesh: data=1, fsdp=3, tensor=1 does not cover 8 devices"),
+        ("fsdp=3", "mesh: data=1, fsdp=3, tensor=1, context=1 does not cover 8"),
         ("tensor=-1", "tensor=8 does not divide"),
     ],
 )

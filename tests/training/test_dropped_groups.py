@@ -7,13 +7,15 @@ import pytest
 
 from nrt_jax.objective.advantages import has_spread
 from nrt_jax.rollout.scheduler import SuffixScores
-from nrt_jax.training.batch import kept_first
+from nrt_jax.training.batch import group_lengths
 from nrt_jax.training.forward import SamplingScores
-from nrt_jax.training.nrt import _step_metrics, any_kept
+from nrt_jax.training.nrt import _mean_metrics
 from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.rewards import judge
+from nrt_jax.training.rollouts import mini_batch
 from nrt_jax.training.scoring import make_scorer
-from nrt_jax.training.step import Metrics, accumulate, micro_batches, summarise
+from nrt_jax.training.step import summarise
 from tests.training import worlds
 
 DEFINITION, PARAMS = worlds.tiny_decoder()
@@ -28,32 +30,23 @@ OBJECTIVE = {
 }
 
 
+GROUPS = worlds.random_groups(PROMPTS, TRACES)
+
+
 def batch():
-    return worlds.random_batch(PROMPTS, TRACES)
+    return worlds.batch_of(GROUPS)
 
 
-def reordered(batch, kept_P, micro_count):
-    """As training sorts a mini-batch."""
-    order_P = kept_first(kept_P, mini_batch=PROMPTS, micro_count=micro_count)
-    return jax.tree.map(lambda x: x[order_P], batch._replace(kept_P=jnp.asarray(kept_P)))
-
-
-def loss_and_gradient(batch, micro_count, *, objective=OBJECTIVE, dropping=True):
+def loss_and_gradient(batches):
     """Metrics and gradient under the divisor of the whole mini-batch."""
-    settings = worlds.settings(DEFINITION, **objective)
+    settings = worlds.settings(DEFINITION, **OBJECTIVE)
     moved = jax.tree.map(lambda w: w * 1.1, PARAMS)
-    wanted = any_kept if dropping else None
-    score = make_scorer(
-        settings, micro_count, several_updates=True, reference=PARAMS, wanted=wanted
-    )
+    score = make_scorer(settings, several_updates=True, reference=PARAMS)
 
     def loss_fn(params, inputs):
         return nrt_loss(params, *inputs, sequences=PROMPTS * TRACES, settings=settings)
 
-    wanted_pair = (lambda inputs: any_kept(inputs[0])) if dropping else None
-    step = jax.jit(lambda p, b: accumulate(loss_fn, p, b, micro_count, wanted_pair))
-    gradient, metrics = step(moved, (batch, score(PARAMS, batch)))
-    return metrics, gradient
+    return worlds.summed(loss_fn, moved, [(batch, score(PARAMS, batch)) for batch in batches])
 
 
 def assert_close(first, second, tolerance=1e-5):
@@ -62,84 +55,59 @@ def assert_close(first, second, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale)
 
 
+KEPT_GROUPS = [group for group, kept in zip(GROUPS, KEPT, strict=True) if kept]
+
+
 @pytest.fixture(scope="module")
 def by_hand():
-    """The groups that are kept and nothing else, under the same divisor."""
-    kept = jax.tree.map(lambda x: x[KEPT], batch())
-    return loss_and_gradient(kept, 1, dropping=False)
+    """The groups that are kept, a unit each, under the same divisor."""
+    return loss_and_gradient([worlds.batch_of(KEPT_GROUPS)])
+
+
+def laid_out(micro_batch, kept_P):
+    think = {"think_start": worlds.THINK_START, "think_end": worlds.THINK_END}
+    return mini_batch(GROUPS, kept_P, Packer(Layout(micro_batch)), **think)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_loss_and_gradient_are_those_of_the_groups_that_are_kept(micro_batch, by_hand):
-    micro_count = PROMPTS // micro_batch
-    sorted_batch = reordered(batch(), KEPT, micro_count)
-    metrics, gradient = loss_and_gradient(sorted_batch, micro_count)
+    mini = laid_out(micro_batch, KEPT)
+    assert mini.kept
+    metrics, gradient = loss_and_gradient(mini.micro_batches)
     assert_close(gradient, by_hand[1], 2e-5)
-    assert_close(summarise(metrics), summarise(by_hand[0]), 2e-5)
+    first, second = summarise(metrics), summarise(by_hand[0])
+    # An empty trace equals the baseline up to rounding.
+    del first["reward/above_baseline_share"], second["reward/above_baseline_share"]
+    assert_close(first, second, 2e-5)
 
 
-def runs_of(kept_P, micro_count) -> tuple[int, np.ndarray]:
-    """How often a loss was run over the micro-batches, and its gradient, the sum of prompt 0."""
-    runs = []
-
-    def loss_fn(params, batch):
-        jax.debug.callback(lambda: runs.append(1))
-        kept_P1 = batch.kept_P[:, None]
-        loss = jnp.sum(params * jnp.where(kept_P1, batch.prompt_PS, 0))
-        return loss, Metrics({"loss/x": loss}, {}, {"x_max": loss})
-
-    sorted_batch = reordered(batch(), kept_P, micro_count)
-    step = jax.jit(lambda p, b: accumulate(loss_fn, p, b, micro_count, any_kept))
-    gradient, _ = jax.block_until_ready(step(jnp.float32(1), sorted_batch))
-    jax.effects_barrier()
-    return len(runs), np.asarray(gradient)
+def test_groups_that_are_dropped_take_no_room():
+    everyone = laid_out(1, np.ones(PROMPTS, bool))
+    some = laid_out(1, KEPT)
+    positions = [sum(plan.slots for plan in mini.plans) for mini in (everyone, some)]
+    assert positions[1] < 0.6 * positions[0]
+    kept = sum(int(batch.groups.kept_P.sum()) for batch in some.micro_batches)
+    assert kept == KEPT.sum()
 
 
-@pytest.mark.parametrize(("micro_batch", "expected"), [(1, 3), (2, 2), (4, 1), (8, 1)])
-def test_micro_batches_without_a_kept_group_are_not_run(micro_batch, expected):
-    runs, gradient = runs_of(KEPT, PROMPTS // micro_batch)
-    assert runs == expected
-    assert gradient == np.asarray(batch().prompt_PS)[KEPT].sum()
+def test_without_any_group_loss_and_gradient_are_zero():
+    mini = laid_out(4, np.zeros(PROMPTS, bool))
+    assert not mini.kept
+    metrics, gradient = loss_and_gradient(mini.micro_batches)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((metrics.sums, gradient)))
 
 
-@pytest.mark.parametrize("micro_count", [1, 4])
-def test_without_any_group_nothing_is_run(micro_count):
-    assert runs_of(np.zeros(PROMPTS, bool), micro_count) == (0, 0)
-
-
-def test_with_all_groups_kept_nothing_changes():
-    plain, whole = batch(), batch()._replace(kept_P=jnp.ones(PROMPTS, bool))
-    first = loss_and_gradient(plain, 2, dropping=False)
-    second = loss_and_gradient(whole, 2)
-    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
-
-
-def test_garbage_in_a_dropped_group_reaches_nothing(by_hand):
-    mixed = reordered(batch(), KEPT, 1)
-    dropped_P = ~np.asarray(mixed.kept_P)
-    poisoned = mixed._replace(
+def test_garbage_in_a_group_without_part_in_the_loss_reaches_nothing(by_hand):
+    whole = batch()
+    order_P = np.argsort([-max(group_lengths(g).branches) for g in GROUPS], kind="stable")
+    kept_U1 = KEPT[order_P][:, None]
+    poisoned = whole.groups._replace(
+        kept_P=jnp.asarray(kept_U1),
         sampler_log_prob_PKT=jnp.where(
-            dropped_P[:, None, None], jnp.nan, mixed.sampler_log_prob_PKT
-        )
+            kept_U1[..., None, None], whole.groups.sampler_log_prob_PKT, jnp.nan
+        ),
     )
-    assert_close(loss_and_gradient(poisoned, 1)[1], by_hand[1], 2e-5)
-
-
-def test_the_first_micro_batches_hold_what_is_kept():
-    kept_P = np.asarray([0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 1, 1], bool)
-    order_P = kept_first(kept_P, mini_batch=6, micro_count=3)
-    # Mini-batch by mini-batch, nothing lost.
-    assert sorted(order_P[:6].tolist()) == list(range(6))
-    assert sorted(order_P[6:].tolist()) == list(range(6, 12))
-    for rows, expected in ((order_P[:6], [2, 1, 0]), (order_P[6:], [2, 0, 0])):
-        assert micro_batches(kept_P[rows], 3).sum(axis=1).tolist() == expected
-    assert kept_first(np.asarray([0, 1, 0, 1], bool), mini_batch=4, micro_count=2).tolist() == [
-        1,
-        0,
-        3,
-        2,
-    ]
+    assert_close(loss_and_gradient([whole._replace(groups=poisoned)])[1], by_hand[1], 2e-5)
 
 
 def test_spread_comes_from_the_cached_scores():
@@ -149,10 +117,10 @@ def test_spread_comes_from_the_cached_scores():
         np.asarray([[-0.1, -0.2], [-0.4, -0.3]], np.float32), np.full(2, -1.0, np.float32)
     )
     settings = worlds.settings(DEFINITION, scheme="am")
-    judged = judge([alike, apart], settings.objective)
-    assert has_spread(*judged, "grpo").tolist() == [False, True]
-    np.testing.assert_allclose(judged.baseline_P, np.exp(-1.0), rtol=1e-6)
-    np.testing.assert_allclose(judged.reward_PK[1], np.exp([[-0.1, -0.2], [-0.4, -0.3]]).mean(1))
+    rewards = judge([alike, apart], settings.objective)
+    assert has_spread(*rewards, "grpo").tolist() == [False, True]
+    np.testing.assert_allclose(rewards.baseline_P, np.exp(-1.0), rtol=1e-6)
+    np.testing.assert_allclose(rewards.reward_PK[1], np.exp([[-0.1, -0.2], [-0.4, -0.3]]).mean(1))
 
 
 @pytest.mark.slow
@@ -184,7 +152,7 @@ def test_a_mini_batch_without_any_group_does_not_dilute_what_is_told():
         return skipped | told
 
     updates = [update(0.0, 0.0, 0.0), update(1.0, 1.2, 0.3), update(2.0, 1.4, 0.7)]
-    metrics = _step_metrics(updates, [False, True, True])
+    metrics = _mean_metrics(updates, [False, True, True])
     assert metrics["loss/total"] == pytest.approx(1.0)
     assert metrics["policy/ratio"] == pytest.approx(1.3)
     assert metrics["mismatch/mean"] == pytest.approx(0.3)
@@ -192,5 +160,5 @@ def test_a_mini_batch_without_any_group_does_not_dilute_what_is_told():
 
 def test_nothing_is_scored_before_sampling_scores_are_asked_for():
     settings = worlds.settings(DEFINITION)
-    score = make_scorer(settings, 1, several_updates=False, reference=None, wanted=any_kept)
+    score = make_scorer(settings, several_updates=False, reference=None)
     assert score(PARAMS, batch()) == SamplingScores()

@@ -89,7 +89,12 @@ def test_the_engines_weights_are_the_trainings_own(opened):
 
 def test_a_mesh_and_a_dtype_of_their_own(opened):
     run = opened("mesh={data: 1, fsdp: 8}", "rollout.mesh={data: 8}", "rollout.dtype=bfloat16")
-    assert rollouts.rollout_engine(run).mesh.shape == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert rollouts.rollout_engine(run).mesh.shape == {
+        "data": 8,
+        "fsdp": 1,
+        "tensor": 1,
+        "context": 1,
+    }
     first = run.engine_weights()
     embedding = first.params["embedding"]
     assert embedding.dtype == jnp.bfloat16

@@ -9,7 +9,7 @@ from flax import nnx
 
 from nrt_jax.config import load_config
 from nrt_jax.training import nrt
-from nrt_jax.training.batch import nrt_batch
+from nrt_jax.training.batch import flat_groups
 from nrt_jax.training.config import RunConfig
 from nrt_jax.training.forward import (
     NrtSettings,
@@ -60,9 +60,9 @@ class Watched:
             self.events.append(f"update {run.step + 1}")
             return update(functions, run, batch)
 
-        def step_metrics(updates, kept):
+        def step_metrics(*args):
             self.events.append("read")
-            return read(updates, kept)
+            return read(*args)
 
         def finish(run, metrics):
             finish_step(run, metrics)
@@ -81,11 +81,12 @@ class Watched:
         """Largest difference of a step's sampled log-probs from those under a version's weights."""
         settings = self.settings
         assert settings is not None
-        think = {"think_start": settings.think_start, "think_end": settings.think_end}
-        batch = worlds.as_jax(nrt_batch(self.groups[step], **think))
+        assert (settings.think_start, settings.think_end) == (worlds.THINK_START, worlds.THINK_END)
+        batch = worlds.batch_of(self.groups[step])
         decoder = nnx.merge(settings.definition, worlds.as_jax(self.weights[version]))
         scores = score_branches(decoder, settings, run_prompts(decoder, batch), batch)
-        branches = as_branches(scores, batch, SamplingScores(), settings.objective)
+        groups = flat_groups(batch.groups)
+        branches = as_branches(scores, groups, SamplingScores(), settings.objective)
         gap_BT = np.abs(branches.log_prob_BT - branches.sampler_log_prob_BT)
         return float(np.where(branches.covered_BT, gap_BT, 0).max())
 

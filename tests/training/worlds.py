@@ -1,5 +1,7 @@
 """A tiny decoder and made-up groups for the tests of the training room."""
 
+from functools import partial
+
 import jax
 import numpy as np
 from flax import nnx
@@ -8,8 +10,10 @@ from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.variants import Architecture
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.records import Example, Group, TokenizedExample, Trace
-from nrt_jax.training.batch import TrainBatch, nrt_batch
+from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.packing import Layout, Packer
+from nrt_jax.training.step import Metrics, add_micro_batch, nothing
 
 VOCAB, EOS, THINK_START, THINK_END = 16, 1, 2, 3
 ARCHITECTURE = Architecture(
@@ -66,9 +70,41 @@ def _trace(rng: np.random.Generator, k: int) -> Trace:
 
 
 def random_batch(prompts: int = 4, traces: int = 4, seed: int = 0) -> TrainBatch:
-    groups = random_groups(prompts, traces, seed)
-    return as_jax(nrt_batch(groups, think_start=THINK_START, think_end=THINK_END))
+    return batch_of(random_groups(prompts, traces, seed))
+
+
+def batch_of(groups: list[Group], packer: Packer | None = None) -> TrainBatch:
+    """One micro-batch: a unit a group and a row a branch, unless a packer says otherwise."""
+    (batch,) = batches_of(groups, packer or Packer(Layout(len(groups), packing=False)))
+    return batch
+
+
+def batches_of(groups: list[Group], packer: Packer) -> list[TrainBatch]:
+    """The groups as micro-batches."""
+    plans = packer.plan([group_lengths(group) for group in groups])
+    think = {"think_start": THINK_START, "think_end": THINK_END}
+    return [as_jax(nrt_batch(groups, plan, **think)) for plan in plans]
+
+
+def summed(loss_fn, params, batches) -> tuple[Metrics, dict]:
+    """Metrics and gradient of the sum of the micro-batches' losses, as an update adds them up."""
+    add = jax.jit(partial(add_micro_batch, loss_fn))
+    total = nothing(loss_fn, params, batches[0])
+    for batch in batches:
+        total = add(params, total, batch)
+    return total.metrics, total.gradient
 
 
 def as_jax(tree):
     return jax.tree.map(jax.numpy.asarray, tree)
+
+
+def wider(rows, extra: int, segments: str):
+    """Rows with so many more tokens of padding, which are 7 in every array but that of segments."""
+
+    def pad(name: str, x: jax.Array) -> jax.Array:
+        fill = 0 if name == segments else 7
+        widths = ((0, 0),) * (x.ndim - 1) + ((0, extra),)
+        return jax.numpy.pad(x, widths, constant_values=x.dtype.type(fill))
+
+    return type(rows)(*(pad(name, x) for name, x in rows._asdict().items()))

@@ -1,0 +1,63 @@
+"""Models of the sizes that the benchmarks take, and their traces started side by side.
+
+Letters: P prompts, S prompt tokens, K traces that share a room.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from nrt_jax.models.variants import Architecture
+from nrt_jax.rollout.cache import Sizes
+from nrt_jax.rollout.decode_state import DecodeState, SlotRequests, bucket, padded, slot_sampling
+from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.rollout.sampler import Sampling
+
+PEER = Architecture(
+    vocab_size=8192,
+    hidden_size=256,
+    intermediate_size=1024,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+)
+"""That of the comparison with other systems."""
+LLAMA_1B = Architecture(
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
+"""That of Llama-3.2-1B."""
+
+
+def start_traces(
+    engine: DecoderEngine, params: Any, tokens_PS: np.ndarray, traces: int, sampling: Sampling
+) -> DecodeState:
+    """All slots after their prompts: `traces` of each, in rooms of as many as the engine's copies.
+
+    The traces of prompt 0 have the first slots. Each may get the engine's `max_new_tokens`.
+    """
+    (P, S), K = tokens_PS.shape, engine.copies
+    assert traces % K == 0, "rooms are full"
+    rooms = traces // K
+    state = engine.init_decode_state(Sizes(P * rooms, bucket(S), bucket(engine.max_new_tokens)))
+    for p, tokens_S in enumerate(tokens_PS):
+        prefix = engine.prefill(params=params, padded_tokens=padded(tokens_S), true_length=S)
+        for room in range(p * rooms, (p + 1) * rooms):
+            requests = SlotRequests(
+                slot_K=room * K + np.arange(K, dtype=np.int32),
+                row_K=np.arange(K, dtype=np.int32),
+                prompt=room,
+                key_K=jax.random.split(jax.random.key(room), K),
+                limit_K=np.full(K, engine.max_new_tokens, np.int32),
+                sampling=slot_sampling([sampling] * K),
+            )
+            state = engine.insert_copies(prefix, state, requests)
+    return state

@@ -1,0 +1,106 @@
+"""Which attention trains: XLA's own, or the fused kernels of the platform."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from nrt_jax.errors import InputError
+from nrt_jax.models.attention import KVPrefix, attend, own_mask, prefix_mask
+from nrt_jax.models.config import AttentionChoice
+from nrt_jax.models.cudnn_attention import cudnn_attend
+from nrt_jax.models.sharding import constrain
+from nrt_jax.models.splash_attention import splash_attend
+from nrt_jax.models.variants import Architecture
+
+Backend = Literal["xla", "splash", "cudnn"]
+RowAttention = Callable[..., Float[Array, "B T H G d"]]
+"""From q [B, T, H, G, d], k and v [B, T, H, d] and one layer's prefix: the attention's output."""
+
+_FUSED: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}
+SPLASH_HEAD = 64
+CUDNN_HEAD = 8
+CUDNN_LARGEST_HEAD = 128
+
+
+def choose_backend(
+    asked: AttentionChoice,
+    platform: str,
+    architecture: Architecture,
+    dtype: DTypeLike,
+    longest: int,
+) -> Backend:
+    """The platform's backend for contexts of up to `longest` tokens; XLA's where it cannot run.
+
+    Raises InputError when a backend is asked for by name that cannot.
+    """
+    named: Backend | None = None if asked == "auto" else asked
+    backend: Backend = named or _FUSED.get(platform, "xla")
+    reason = _why_not(backend, platform, architecture, jnp.dtype(dtype), longest)
+    if reason is not None and named is not None:
+        raise InputError(f"model.attention: {named}: {reason}; set it to xla or auto")
+    return "xla" if reason is not None else backend
+
+
+def _why_not(
+    backend: Backend, platform: str, architecture: Architecture, dtype: jnp.dtype, longest: int
+) -> str | None:
+    """What of all this a backend does not take; None when it takes it."""
+    d, window = architecture.head_dim, architecture.sliding_window
+    if backend == "xla":
+        return None
+    if _FUSED.get(platform) != backend:
+        return f"it does not run on a {platform}"
+    if backend == "splash":
+        if d % SPLASH_HEAD:
+            return f"head_dim {d} is no multiple of {SPLASH_HEAD}"
+        # Its masks go by a row's order, not by positions: the prefix has no part in that.
+        if window is not None and longest > window:
+            return f"a sliding_window of {window} tokens hides some of up to {longest} before"
+        return None
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in bfloat16 and float16, not model.dtype {dtype}"
+    if d % CUDNN_HEAD or d > CUDNN_LARGEST_HEAD:
+        return f"head_dim {d} is no multiple of {CUDNN_HEAD} up to {CUDNN_LARGEST_HEAD}"
+    return None
+
+
+def row_attention(
+    backend: Backend,
+    mesh: Mesh | None,
+    window: int | None,
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"],
+    prefix: KVPrefix | None,
+    prefix_segment_ids_BT: Int[Array, "B T"] | None,
+) -> RowAttention:
+    """Attention of rows as one layer after the other calls it; masks are made once for all."""
+    if backend == "splash":
+        continued_BT = None if prefix is None else prefix_segment_ids_BT
+
+        def splash(q_BTHGd, k_BTHd, v_BTHd, here):
+            return splash_attend(
+                q_BTHGd, k_BTHd, v_BTHd, segment_ids_BT, here, continued_BT, mesh=mesh
+            )
+
+        return splash
+    mask_BTT = own_mask(positions_BT, segment_ids_BT, window)
+    mask_PQS = None
+    if prefix is not None:
+        assert prefix_segment_ids_BT is not None
+        mask_PQS = prefix_mask(positions_BT, prefix_segment_ids_BT, prefix, window)
+    fused = partial(cudnn_attend, mesh=mesh) if backend == "cudnn" else attend
+
+    def with_masks(q_BTHGd, k_BTHd, v_BTHd, here):
+        whole = ("batch", None, "kv_heads", None)
+        k_BTHd, v_BTHd = (constrain(x, mesh, whole) for x in (k_BTHd, v_BTHd))
+        if here is not None:
+            k, v = (constrain(x, mesh, whole) for x in (here.k, here.v))
+            here = here._replace(k=k, v=v)
+        return fused(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, here, mask_PQS)
+
+    return with_masks

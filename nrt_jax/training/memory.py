@@ -1,0 +1,92 @@
+"""What a step takes of a device's memory, and what to change where it does not fit."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+
+from nrt_jax.errors import RunFailed
+from nrt_jax.training.state import TrainState
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, MOMENTS = "weights", "optimizer moments"
+GRADIENT, ACTIVATIONS = "gradient", "activations and temporaries"
+
+REMEDIES = {
+    WEIGHTS: "spread them over more devices with mesh.fsdp or mesh.tensor",
+    MOMENTS: "set optimizer.offload=true, or spread them over more devices with mesh.fsdp",
+    GRADIENT: "spread it over more devices with mesh.fsdp or mesh.tensor",
+    ACTIVATIONS: "lower train.micro_batch_prompts, set model.remat=full, "
+    "lower model.log_prob_chunk_tokens, or spread tokens with mesh.context",
+}
+
+
+def bytes_a_device(tree: Any) -> int:
+    """Bytes that one device holds of arrays, or of their shapes with shardings."""
+    on_device = [leaf for leaf in jax.tree.leaves(tree) if _on_device(leaf)]
+    return sum(
+        np.dtype(leaf.dtype).itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
+        for leaf in on_device
+    )
+
+
+def _on_device(leaf: Any) -> bool:
+    return leaf.sharding.memory_kind in (None, "device")
+
+
+class DeviceMemory:
+    """Bytes of each part of a step on one device, as far as they are known."""
+
+    def __init__(self, state: TrainState):
+        weights = bytes_a_device(state.params)
+        self.parts = {
+            WEIGHTS: weights,
+            MOMENTS: bytes_a_device(state.opt_state),
+            GRADIENT: weights,
+        }
+        log.info("memory a device: %s", self._told())
+
+    def add_program(self, name: str, compiled: jax.stages.Compiled) -> None:
+        """Tell what a compiled program takes, by XLA's own analysis of it."""
+        analysis = compiled.memory_analysis()
+        if analysis is None:
+            return
+        temporaries = int(analysis.temp_size_in_bytes)
+        self.parts[ACTIVATIONS] = max(temporaries, self.parts.get(ACTIVATIONS, 0))
+        state = sum(size for part, size in self.parts.items() if part != ACTIVATIONS)
+        log.info(
+            "memory a device: %s: %s of temporaries, %s with the state",
+            name,
+            gibibytes(temporaries),
+            gibibytes(temporaries + state),
+        )
+
+    def _told(self) -> str:
+        return ", ".join(f"{part} {gibibytes(size)}" for part, size in self.parts.items())
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """RunFailed in the place of jax's error when a device has no memory left.
+
+        It names the largest part and what makes it smaller.
+        """
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            largest = max(self.parts, key=self.parts.__getitem__)
+            first_line = str(error).splitlines()[0]
+            raise RunFailed(
+                f"out of memory: the largest part of a device's memory is {largest} "
+                f"({self._told()}); {REMEDIES[largest]} [{first_line}]"
+            ) from error
+
+
+def gibibytes(size: int) -> str:
+    """A number of bytes to read."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"

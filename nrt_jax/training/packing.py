@@ -1,0 +1,369 @@
+"""Which groups share rows of a batch: little padding, in few shapes, each of which is a program.
+
+A unit is what attention sees together: one row of S tokens that holds one or several prompts, and
+rows of T tokens that hold their branches. Two prompts of K = 2 traces in one unit:
+
+    prompts    x1 x1 x1 x1 x2 x2 x2 .
+    rows       a1 a1 a1 a1 a1 a2 a2 a2          branches a of x1, b of x2
+               b1 b1 b1 b1 b2 b2 b2 .
+    baselines  a0 a0 a0 b0 b0 . . .             the empty traces
+
+A micro-batch is a number of units. Everything here is lengths in tokens; batch.py makes the arrays.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+from nrt_jax.models.variants import Architecture
+
+BEARABLE_PADDING = 0.10
+"""Share of padding for which no new shape is looked for while there are few."""
+LARGEST_WASTE = 1.05
+"""A shape that a batch before had is taken again unless it costs this times the best there is."""
+MICRO_BATCH_COST = 128
+"""What one micro-batch more costs, in positions: its gradient is added to the others."""
+SLACK = 1.05
+"""Room of a unit beyond that of its mean groups, which all of them do not fill alike."""
+MOST_GROUPS = 64
+"""Groups that may share a unit."""
+GROUPS_OF_UNITS = (1, 2, 3, 4, 6, 8, 12, 16)
+EVEN_PARTS = (1, 2, 3, 4, 6)
+"""Micro-batches that all groups that are left are split into evenly."""
+WINDOW = 4
+"""Groups that are tried, for each that a shape has room for: enough to fill holes."""
+ROWS_OF_UNITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+
+
+class Lengths(NamedTuple):
+    """Tokens of one group."""
+
+    prompt: int
+    branches: tuple[int, ...]
+    """Predicted tokens of each branch: z, t_end and y*."""
+    baseline: int
+    """Predicted tokens of the empty trace: t_end and y*."""
+
+
+class Shape(NamedTuple):
+    """What the arrays of a micro-batch are like; one compiled program each."""
+
+    units: int
+    """On all devices."""
+    groups: int
+    """Most groups of a unit."""
+    prompt_tokens: int
+    rows: int
+    row_tokens: int
+    baseline_tokens: int
+    """All baselines of a unit lie in one row."""
+    branch_tokens: int
+    """Longest branch; a row may hold several."""
+    answer_tokens: int
+
+    @property
+    def unit_tokens(self) -> int:
+        """Positions of a unit, padding included."""
+        return self.prompt_tokens + self.rows * self.row_tokens + self.baseline_tokens
+
+    @property
+    def unit_scores(self) -> int:
+        """Pairs of a query and a key in the rows of branches of a unit."""
+        return self.rows * self.row_tokens * (self.prompt_tokens + self.row_tokens)
+
+
+class Layout(NamedTuple):
+    """What bounds the shapes of a run."""
+
+    micro_batch_prompts: int
+    shards: int = 1
+    """Devices that units are split over."""
+    sequence_shards: int = 1
+    """Devices that the tokens of a row are split over."""
+    equal_keys: float = math.inf
+    """Keys a token at which attention costs what the rest of a layer does."""
+    packing: bool = True
+    most_shapes: int | None = None
+    """None: any number."""
+    largest: Lengths | None = None
+    """Lengths that no group of the run exceeds."""
+
+
+def equal_keys(architecture: Architecture) -> float:
+    """Weights of a layer, over what a token multiplies for each key that it sees."""
+    a = architecture
+    heads = 2 * (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
+    weights = a.hidden_size * (heads + 3 * a.intermediate_size)
+    return weights / (2 * a.num_attention_heads * a.head_dim)
+
+
+@dataclass
+class Unit:
+    """The places of the groups that share a unit."""
+
+    shape: Shape
+    packing: bool = True
+    groups: list[int] = field(default_factory=list)
+    """Which groups, by their number in the mini-batch."""
+    prompt_starts: list[int] = field(default_factory=list)
+    branch_places: list[list[tuple[int, int]]] = field(default_factory=list)
+    """Row and first token of each branch of each group."""
+    baseline_starts: list[int] = field(default_factory=list)
+    prompt_used: int = 0
+    branch_used: int = 0
+    baseline_used: int = 0
+    row_used: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.row_used = [0] * self.shape.rows
+
+    def add(self, group: int, lengths: Lengths) -> bool:
+        """Take the group in, where it fits."""
+        shape, tokens = self.shape, sum(lengths.branches)
+        if (
+            len(self.groups) == shape.groups
+            or self.prompt_used + lengths.prompt > shape.prompt_tokens
+            or self.branch_used + tokens > shape.rows * shape.row_tokens
+            or self.baseline_used + lengths.baseline > shape.baseline_tokens
+        ):
+            return False
+        placed = _place(self.row_used, shape.row_tokens, lengths.branches, self.packing)
+        if placed is None:
+            return False
+        self.groups.append(group)
+        self.row_used, places = placed
+        self.branch_places.append(places)
+        self.prompt_starts.append(self.prompt_used)
+        self.baseline_starts.append(self.baseline_used)
+        self.prompt_used += lengths.prompt
+        self.branch_used += tokens
+        self.baseline_used += lengths.baseline
+        return True
+
+
+def _place(
+    used: list[int], width: int, lengths: Sequence[int], shared: bool
+) -> tuple[list[int], list[tuple[int, int]]] | None:
+    """Each length into the first row with room, long ones first; None where one finds none.
+
+    A row that is not shared is full as soon as it holds anything.
+    """
+    used, places = list(used), [(0, 0)] * len(lengths)
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        for row, start in enumerate(used):
+            if start + lengths[i] <= width and (shared or not start):
+                used[row], places[i] = start + lengths[i], (row, start)
+                break
+        else:
+            return None
+    return used, places
+
+
+class Plan(NamedTuple):
+    """Where the groups of a micro-batch go."""
+
+    shape: Shape
+    units: list[Unit]
+
+    @property
+    def groups(self) -> list[int]:
+        """Which groups, by their number in the mini-batch."""
+        return [group for unit in self.units for group in unit.groups]
+
+    @property
+    def padding(self) -> float:
+        """Share of the positions that hold no token."""
+        used = sum(u.prompt_used + u.branch_used + u.baseline_used for u in self.units)
+        return 1 - used / self.slots
+
+    @property
+    def slots(self) -> int:
+        """Positions, padding included."""
+        return self.shape.units * self.shape.unit_tokens
+
+
+@dataclass
+class Packer:
+    """Lays mini-batches out, in no more shapes than the layout allows."""
+
+    layout: Layout
+    shapes: list[Shape] = field(default_factory=list)
+    """Those in use; part of a run's state, since a sum may round by the shape it runs in."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The shapes, for a checkpoint."""
+        return {"layout": repr(self.layout), "shapes": [list(shape) for shape in self.shapes]}
+
+    def set_state(self, saved: dict[str, Any]) -> None:
+        """Go on with the shapes of a checkpoint, if they are of the same layout."""
+        if saved["layout"] == repr(self.layout):
+            self.shapes = [Shape(*sizes) for sizes in saved["shapes"]]
+
+    def plan(self, lengths: Sequence[Lengths]) -> list[Plan]:
+        """The groups of a mini-batch as micro-batches, those with the longest branches first."""
+        left = sorted(range(len(lengths)), key=lambda p: (-max(lengths[p].branches), p))
+        plans = []
+        while left:
+            plans.append(self._next({p: lengths[p] for p in left}))
+            taken = set(plans[-1].groups)
+            left = [p for p in left if p not in taken]
+        return plans
+
+    def _next(self, left: dict[int, Lengths]) -> Plan:
+        """A micro-batch with the first of the groups: in the best of the known shapes, or in one
+        that wastes less and becomes known."""
+        known = [plan for shape in self.shapes if (plan := self._fill(left, shape)).units]
+        again = min(known, key=self._cost, default=None)
+        if again is not None and (again.padding <= self._bearable() or self._full):
+            return again
+        best = min(self._candidates(left), key=self._cost)
+        if again is not None and self._cost(again) <= LARGEST_WASTE * self._cost(best):
+            return again
+        if self._full:
+            # The last one must hold whatever comes.
+            assert self.layout.largest is not None, "a bound needs the largest group there can be"
+            best = self._fill(left, _alone([self.layout.largest], self.layout))
+            assert best.units, "no group is larger than the largest"
+        self.shapes.append(best.shape)
+        return best
+
+    @property
+    def _full(self) -> bool:
+        """Whether no shape may become known but that of the largest groups."""
+        most = self.layout.most_shapes
+        return most is not None and len(self.shapes) >= most - 1
+
+    def _bearable(self) -> float:
+        """The share of padding for which no other shape is looked for: more, the fewer are left."""
+        most = self.layout.most_shapes or math.inf
+        return BEARABLE_PADDING + (1 - BEARABLE_PADDING) * (len(self.shapes) / most) ** 3
+
+    def _cost(self, plan: Plan) -> float:
+        """Positions with the keys that each sees, for each token that is no padding."""
+        shape, keys = plan.shape, self.layout.equal_keys
+        S, W, E = shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens
+        cost = S * (1 + S / keys) + shape.rows * W * (1 + (S + W) / keys)
+        cost += E * (1 + (S + E) / keys) / 3  # no backward pass
+        return (cost * shape.units + MICRO_BATCH_COST) / ((1 - plan.padding) * plan.slots)
+
+    def _fill(self, left: dict[int, Lengths], shape: Shape) -> Plan:
+        """The groups that find room, the first of all among them; no units where that has none.
+
+        Each goes into the fullest unit with room for it.
+        """
+        units: list[Unit] = []
+        for p, lengths in islice(left.items(), WINDOW * shape.units * shape.groups):
+            branch, answer = max(lengths.branches), lengths.baseline - 1
+            fits = branch <= shape.branch_tokens and answer <= shape.answer_tokens
+            fullest_first = sorted(units, key=lambda unit: -unit.branch_used)
+            if len(units) < shape.units:
+                fullest_first.append(Unit(shape, self.layout.packing))
+            added = next((u for u in fullest_first if fits and u.add(p, lengths)), None)
+            if added is None and not units:
+                break
+            if added is not None and len(added.groups) == 1:
+                units.append(added)
+        return Plan(shape, units)
+
+    def _candidates(self, left: dict[int, Lengths]) -> Iterator[Plan]:
+        """A unit a group, and plans of more groups and rows a unit, none of which takes more memory
+        than a unit a group can."""
+        layout = self.layout
+        count = min(len(left), layout.micro_batch_prompts)
+        first = list(islice(left.values(), count))
+        alone = _alone(first, layout)
+        yield self._fill(left, alone._replace(units=_multiple(count, layout.shards)))
+        if not layout.packing:
+            return
+        # Memory must do for a unit a group of the largest size.
+        most = alone if layout.largest is None else _alone([layout.largest], layout)
+        even = [len(left) / (layout.shards * parts) for parts in EVEN_PARTS]
+        shapes = (
+            *_shared(first, layout, alone, GROUPS_OF_UNITS),
+            *_shared(list(left.values()), layout, alone, [g for g in even if g > 1]),
+        )
+        for shape in shapes:
+            fits = min(
+                most.units * most.unit_tokens // shape.unit_tokens,
+                most.units * most.unit_scores // shape.unit_scores,
+            )
+            most_units = fits // layout.shards
+            for units in {most_units, (most_units + 1) // 2, min(most_units, 1)}:
+                units *= layout.shards
+                plan = self._fill(left, shape._replace(units=units))
+                if plan.units:
+                    yield self._trimmed(plan)
+
+    def _trimmed(self, plan: Plan) -> Plan:
+        """Without units that nothing is in."""
+        units = _multiple(len(plan.units), self.layout.shards)
+        groups = _power(max(len(unit.groups) for unit in plan.units))
+        return plan._replace(shape=plan.shape._replace(units=units, groups=groups))
+
+
+def packing_metrics(plans: Sequence[Plan], packer: Packer) -> dict[str, float]:
+    """How well the groups of a step fill their rows, and in how many shapes so far."""
+    slots = sum(plan.slots for plan in plans)
+    return {
+        "batch/padding_share": sum(plan.padding * plan.slots for plan in plans) / slots,
+        "batch/micro_batches": float(len(plans)),
+        "batch/shapes": float(len(packer.shapes)),
+    }
+
+
+def _alone(lengths: Sequence[Lengths], layout: Layout) -> Shape:
+    """A unit a group and a row a branch, as long as the longest."""
+    shards = layout.sequence_shards
+    longest = max(max(group.branches) for group in lengths)
+    return Shape(
+        units=layout.micro_batch_prompts,
+        groups=1,
+        prompt_tokens=_rounded(max(group.prompt for group in lengths), shards),
+        rows=max(len(group.branches) for group in lengths),
+        row_tokens=_rounded(longest, shards),
+        baseline_tokens=_rounded(max(group.baseline for group in lengths), shards),
+        branch_tokens=_power(longest),
+        answer_tokens=_power(max(group.baseline - 1 for group in lengths)),
+    )
+
+
+def _shared(
+    lengths: Sequence[Lengths], layout: Layout, alone: Shape, numbers: Sequence[float | int]
+) -> Iterator[Shape]:
+    """Units with room for such numbers of groups of the mean size, and always for the largest."""
+    count, shards = len(lengths), layout.sequence_shards
+
+    def room(groups: float | int, sizes: Sequence[int]) -> int:
+        return max(max(sizes), math.ceil(SLACK * groups * sum(sizes) / count))
+
+    for groups in numbers:
+        tokens = room(groups, [sum(group.branches) for group in lengths])
+        for rows in ROWS_OF_UNITS:
+            yield alone._replace(
+                groups=MOST_GROUPS,
+                prompt_tokens=_rounded(room(groups, [g.prompt for g in lengths]), shards),
+                rows=rows,
+                row_tokens=max(alone.row_tokens, _rounded(math.ceil(tokens / rows), shards)),
+                baseline_tokens=_rounded(room(groups, [g.baseline for g in lengths]), shards),
+            )
+            if alone.row_tokens * rows >= tokens:
+                break
+
+
+def _power(length: int) -> int:
+    """Up to a power of two, 0 of nothing."""
+    return 0 if length <= 0 else 1 << (length - 1).bit_length()
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+def _rounded(length: int, shards: int) -> int:
+    """Up to one of sixteen lengths an octave, multiples of 8 and of the shards."""
+    if length <= 0:
+        return 0
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 5))
+    return _multiple(_multiple(length, step), shards)
