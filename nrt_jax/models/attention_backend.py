@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -93,7 +94,9 @@ def row_attention(
     if prefix is not None:
         assert prefix_segment_ids_BT is not None
         mask_PQS = prefix_mask(positions_BT, prefix_segment_ids_BT, prefix, window)
-    fused = partial(cudnn_attend, mesh=mesh) if backend == "cudnn" else attend
+    # The scores of all pairs are cheaper to compute again than to keep for every layer.
+    attend_anew = jax.checkpoint(attend)
+    fused = partial(cudnn_attend, mesh=mesh) if backend == "cudnn" else attend_anew
 
     def with_masks(q_BTHGd, k_BTHd, v_BTHd, here):
         whole = ("batch", None, "kv_heads", None)

@@ -21,14 +21,15 @@ class ModelConfig(Section):
     """Shape of the model when there is no path."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; the weights and the optimizer stay float32."""
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass recomputes in a layer: nothing, all, or all but matrix products."""
+    remat: Literal["none", "full", "dots", "offload"] = "none"
+    """What the backward pass recomputes in a layer: the attention scores and the gated activations
+    only; all; all but the products with weights; the same with these in the host's memory."""
     attention: AttentionChoice = "auto"
     """What computes the attention in training: xla, with every score in memory; splash, the Pallas
     kernels of TPUs; cudnn, those of NVIDIA GPUs, in bfloat16; auto, the platform's kernels where
     they take the model, and xla elsewhere."""
     log_prob_chunk_tokens: int = Field(default=512, ge=1)
-    """Positions whose vocabulary-sized logits exist at the same time."""
+    """Positions whose vocabulary-sized logits exist at the same time on a device."""
 
     vocab_multiple: int = Field(default=128, ge=1)
     """The vocabulary is padded to a multiple of this, so that it divides over the mesh; the padding

@@ -18,16 +18,24 @@ from jaxtyping import Array, Float, Int
 from nrt_jax.models import rope
 from nrt_jax.models.attention import KVPrefix, segment_positions
 from nrt_jax.models.attention_backend import Backend, row_attention
-from nrt_jax.models.sharding import check_rows, constrain
+from nrt_jax.models.log_probs import TokenScores, token_scores
+from nrt_jax.models.project import PRODUCT, project
+from nrt_jax.models.sharding import check_rows, constrain, token_shards
 from nrt_jax.models.variants import Architecture
 
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "dots", "offload"]
 Attend = Callable[..., tuple[Float[Array, "B T H G d"], Any]]
 """From q [B, T, H, G, d], k and v [B, T, H, d]: the output, and what a caller wants to keep."""
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[PRODUCT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -79,17 +87,15 @@ class Attention(nnx.Module):
         dtype = x_BTD.dtype
         B, T, _ = x_BTD.shape
         frequencies = jnp.asarray(self.frequencies, jnp.float32)
-        q_BTNd = jnp.einsum("btd,dnh->btnh", x_BTD, self.query[...].astype(dtype))
-        k_BTHd = jnp.einsum("btd,dnh->btnh", x_BTD, self.key[...].astype(dtype))
-        v_BTHd = jnp.einsum("btd,dnh->btnh", x_BTD, self.value[...].astype(dtype))
+        q_BTNd = project(x_BTD, self.query[...].astype(dtype))
+        k_BTHd = project(x_BTD, self.key[...].astype(dtype))
+        v_BTHd = project(x_BTD, self.value[...].astype(dtype))
         q_BTNd = rope.rotate(q_BTNd, positions_BT, frequencies)
         k_BTHd = rope.rotate(k_BTHd, positions_BT, frequencies)
         q_BTHGd = q_BTNd.reshape(B, T, k_BTHd.shape[2], -1, q_BTNd.shape[-1])
         out_BTHGd, extra = attend(q_BTHGd, k_BTHd, v_BTHd)
-        out_BTD = jnp.einsum(
-            "btnh,nhd->btd", out_BTHGd.reshape(q_BTNd.shape), self.output[...].astype(dtype)
-        )
-        return out_BTD, extra
+        out_BTNd = out_BTHGd.reshape(q_BTNd.shape)
+        return project(out_BTNd, self.output[...].astype(dtype), 2), extra
 
 
 class SwiGLU(nnx.Module):
@@ -106,10 +112,16 @@ class SwiGLU(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], mesh: Mesh | None = None
     ) -> Float[Array, "B T D"]:
         dtype = x_BTD.dtype
-        gate_BTF = jax.nn.silu(x_BTD @ self.gate[...].astype(dtype))
-        up_BTF = x_BTD @ self.up[...].astype(dtype)
-        inner_BTF = constrain(gate_BTF * up_BTF, mesh, ("batch", "sequence", "mlp"))
-        return inner_BTF @ self.down[...].astype(dtype)
+        gate_BTF = project(x_BTD, self.gate[...].astype(dtype))
+        up_BTF = project(x_BTD, self.up[...].astype(dtype))
+        inner_BTF = constrain(_gated(gate_BTF, up_BTF), mesh, ("batch", "sequence", "mlp"))
+        return project(inner_BTF, self.down[...].astype(dtype))
+
+
+@jax.checkpoint
+def _gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Array:
+    """silu(gate) * up, whose gradient needs only the two of them kept."""
+    return jax.nn.silu(gate_BTF) * up_BTF
 
 
 class Layer(nnx.Module):
@@ -138,7 +150,8 @@ class Decoder(nnx.Module):
     """Embedding, L stacked layers run by one scan, final norm, head.
 
     Weights are drawn in float32; `dtype` is the dtype of the computation. `remat` says what the
-    backward pass recomputes: nothing, everything inside a layer, or all but the matrix products.
+    backward pass recomputes: the cheap parts, everything inside a layer, or all but the products
+    with weights, which are kept on the device or in the host's memory.
     The vocabulary dim of embedding and head is padded with zeros to a multiple of `vocab_multiple`,
     so that it divides over a mesh axis; no token id and no logit stands for those rows.
     `attention` computes the attention of whole rows, and `mesh` is what the rows and their tokens
@@ -262,6 +275,24 @@ class Decoder(nnx.Module):
     def head_DV(self) -> Float[Array, "D V"]:
         """The output matrix, V padded; the transposed embedding when the two are tied."""
         return self.embedding[...].T if self.architecture.tie_word_embeddings else self.head[...]
+
+    def scores(
+        self,
+        hidden_BTD: Float[Array, "B T D"],
+        targets_BT: Int[Array, "B T"],
+        chunk_tokens: int,
+        inverse_temperature_BT: Float[Array, "B T"] | None = None,
+    ) -> TokenScores:
+        """Log-probs of `targets_BT` and entropies, with the logits of `chunk_tokens` positions at a
+        time on each device."""
+        return token_scores(
+            hidden_BTD,
+            self.head_DV(),
+            targets_BT,
+            vocab_size=self.architecture.vocab_size,
+            chunk_tokens=chunk_tokens * token_shards(self.mesh),
+            inverse_temperature_BT=inverse_temperature_BT,
+        )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Float32 scores of the next token, for the ids of the vocabulary alone."""

@@ -159,6 +159,13 @@ def check_rows(mesh: Mesh | None, rows: int, tokens: int) -> None:
         _check_divides("a row's tokens", (tokens,), PartitionSpec(spec[1]), mesh)
 
 
+def token_shards(mesh: Mesh | None) -> int:
+    """Devices that the tokens of a batch are spread over."""
+    spec = partition_spec(("batch", "sequence"))
+    names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes)]
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Sharding of an array that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

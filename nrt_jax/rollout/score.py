@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Int
 
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.log_probs import token_scores
 from nrt_jax.rollout.decode import Decoding
 from nrt_jax.rollout.decode_state import DecodeState, sizes_of
 
@@ -41,13 +40,7 @@ def score_suffixes(
     hidden_RWD, _ = decoder.hidden(
         tokens_RA[:, :-1], positions_RW, jnp.ones_like(positions_RW), prefix
     )
-    return token_scores(
-        hidden_RWD,
-        decoder.head_DV(),
-        tokens_RA[:, 1:],
-        vocab_size=decoder.architecture.vocab_size,
-        chunk_tokens=CHUNK_TOKENS,
-    ).log_prob_BT
+    return decoder.scores(hidden_RWD, tokens_RA[:, 1:], CHUNK_TOKENS).log_prob_BT
 
 
 def score_prompt(

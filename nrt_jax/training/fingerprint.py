@@ -11,9 +11,19 @@ from jaxtyping import Array, UInt32
 def fingerprints(state: Any) -> dict[str, int]:
     """One 32-bit number for each array of a state, or of a part of one, by its dotted path.
 
-    The same on any mesh.
+    The same on any mesh. Arrays in the hosts' memory are brought to the devices one by one.
     """
-    return {name: int(value) for name, value in jax.device_get(_of_each(state)).items()}
+    leaves = by_path(state)
+    on_hosts = {name for name, leaf in leaves.items() if _on_host(leaf)}
+    sums = _of_each({name: leaf for name, leaf in leaves.items() if name not in on_hosts})
+    for name in on_hosts:
+        on_device = leaves[name].sharding.with_memory_kind("device")
+        sums |= _of_each({name: jax.device_put(leaves[name], on_device)})
+    return {name: int(value) for name, value in jax.device_get(sums).items()}
+
+
+def _on_host(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and leaf.sharding.memory_kind not in (None, "device")
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -23,8 +33,8 @@ def by_path(tree: Any) -> dict[str, Any]:
 
 
 @jax.jit
-def _of_each(state: Any) -> dict[str, UInt32[Array, ""]]:
-    return {name: _fingerprint(leaf) for name, leaf in by_path(state).items()}
+def _of_each(leaves: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
+    return {name: _fingerprint(leaf) for name, leaf in leaves.items()}
 
 
 def _fingerprint(leaf: Array) -> UInt32[Array, ""]:

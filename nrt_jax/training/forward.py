@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.log_probs import TokenScores, token_scores
+from nrt_jax.models.log_probs import TokenScores
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.masked import masked_fill
 from nrt_jax.training.batch import BranchRows, Groups, TrainBatch, from_rows, target_masks
@@ -74,13 +74,7 @@ def run_prompts(decoder: Decoder, batch: TrainBatch) -> Prompts:
 def score_start(decoder: Decoder, settings: NrtSettings, prompts: Prompts) -> Float[Array, " P"]:
     """log pi(t_start | x): one value a prompt, the same for all its traces."""
     targets_UG = jnp.full(prompts.last_UGD.shape[:2], settings.think_start, jnp.int32)
-    scores = token_scores(
-        prompts.last_UGD,
-        decoder.head_DV(),
-        targets_UG,
-        vocab_size=decoder.architecture.vocab_size,
-        chunk_tokens=settings.chunk_tokens,
-    )
+    scores = decoder.scores(prompts.last_UGD, targets_UG, settings.chunk_tokens)
     return scores.log_prob_BT.reshape(-1)
 
 
@@ -119,14 +113,8 @@ def _score_rows(
     hidden_BWD, _ = decoder.hidden(
         rows_BW.inputs_URW, rows_BW.positions_URW, rows_BW.segments_URW, prefix, rows_BW.prompts_URW
     )
-    scores = token_scores(
-        hidden_BWD,
-        decoder.head_DV(),
-        rows_BW.targets_URW,
-        vocab_size=decoder.architecture.vocab_size,
-        chunk_tokens=settings.chunk_tokens,
-        inverse_temperature_BT=jnp.where(rows_BW.trace_URW, 1.0 / settings.temperature, 1.0),
-    )
+    inverse_BW = jnp.where(rows_BW.trace_URW, 1.0 / settings.temperature, 1.0)
+    scores = decoder.scores(hidden_BWD, rows_BW.targets_URW, settings.chunk_tokens, inverse_BW)
     return TokenScores(*(x.reshape(shape) for x in scores))
 
 

@@ -257,7 +257,7 @@ def packing_layout(config: RunConfig, model: Model) -> Layout:
     return Layout(
         train.micro_batch_prompts,
         shards=sizes["data"] * sizes["fsdp"],
-        sequence_shards=sizes.get("context", 1),
+        sequence_shards=sizes["context"],
         equal_keys=equal_keys(model.architecture),
         packing=train.packing,
         most_shapes=train.batch_shapes,

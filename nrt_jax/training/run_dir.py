@@ -22,8 +22,22 @@ CONFIG_FILE, VERSIONS_FILE, LOCK_FILE = "config.yaml", "versions.json", "lock"
 CHECKPOINTS = "checkpoints"
 _OF_A_NEW_RUN = {LOCK_FILE, CONFIG_FILE + PART_SUFFIX}
 """What a run that was killed in its first moments may have left."""
-FREE_TO_CHANGE = ("run_dir", "checkpoint.", "logging.", "train.max_skipped_updates")
-"""Settings that a continued run may have otherwise: they change no weight."""
+FREE_TO_CHANGE = (
+    "run_dir",
+    "checkpoint.",
+    "logging.",
+    "train.max_skipped_updates",
+    "mesh.",
+    "model.attention",
+    "model.remat",
+    "model.log_prob_chunk_tokens",
+    "optimizer.offload",
+    "train.micro_batch_prompts",
+    "train.packing",
+    "train.batch_shapes",
+)
+"""Settings that a continued run may have otherwise, on other devices for instance: they change no
+weight but by rounding."""
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from nrt_jax.models.log_probs import token_scores
 from nrt_jax.objective.losses import sft_loss
 from nrt_jax.objective.masked import masked_count, masked_sum
 from nrt_jax.training.batch import SftBatch, sft_batch, sft_lengths
@@ -73,13 +72,7 @@ def sft_loss_of_rows(
     decoder = nnx.merge(definition, params)
     rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
     hidden_BWD, _ = decoder.hidden(rows.inputs_URW, rows.positions_URW, rows.segments_URW)
-    scores = token_scores(
-        hidden_BWD,
-        decoder.head_DV(),
-        rows.targets_URW,
-        vocab_size=decoder.architecture.vocab_size,
-        chunk_tokens=chunk_tokens,
-    )
+    scores = decoder.scores(hidden_BWD, rows.targets_URW, chunk_tokens)
     loss = masked_sum(sft_loss(scores.log_prob_BT), rows.answer_URW) / answer_tokens
     entropy = (masked_sum(scores.entropy_BT, rows.answer_URW), masked_count(rows.answer_URW))
     means = jax.lax.stop_gradient({"policy/entropy": entropy})

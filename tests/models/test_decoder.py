@@ -168,7 +168,7 @@ def _loss_and_gradient(model: Decoder, ids: jax.Array) -> tuple[jax.Array, dict]
     return value, nnx.to_pure_dict(gradient)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_remat_changes_neither_loss_nor_gradient(remat):
     a, ids = architecture(**LLAMA), tokens((2, 24))
     close(

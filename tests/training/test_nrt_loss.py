@@ -251,7 +251,7 @@ def test_padding_changes_neither_loss_nor_gradient():
     assert_close(second, first, 1e-5)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_remat_changes_neither_loss_nor_gradient(remat):
     batch = worlds.random_batch(PROMPTS, TRACES)
     plain = loss_and_gradient(batch, worlds.settings(DEFINITION))
