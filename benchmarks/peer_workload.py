@@ -9,6 +9,11 @@ step: beside the trace term it runs the baseline and an answer that is the end-o
 alone, so each sequence has 3 tokens more (t_start, t_end, eos); the prompt is run once for its
 traces. Times are medians over the steps after the first, and CPU seconds are the figure to compare
 on a shared machine.
+
+The update is also set against the machine: `matrix_gflops_per_cpu_s` is the rate of a large matrix
+product in this run, `update_matrix_share` what the update's matrix products would take at that rate
+over what the update takes. Its layers, its head and the optimizer are run by themselves too; the
+rest is the loss, the baseline and the sum of the gradients.
 """
 
 import argparse
@@ -26,6 +31,7 @@ import numpy as np
 import optax
 import tokenizers
 from flax import nnx
+from update_parts import cpu_seconds, update_parts
 
 from nrt_jax.models.config import ModelConfig
 from nrt_jax.models.decoder import abstract_decoder
@@ -109,7 +115,7 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         batches = [(nrt_batch(groups, plan, **think), SamplingScores()) for plan in plans]
         (state, _), seconds = _timed(partial(update, state, jax.device_put(batches)))
         updates.append(seconds)
-    return {
+    figures = {
         "rollout_cpu_s": median(cpu for _, cpu in rollouts[1:]),
         "rollout_wall_s": median(wall for wall, _ in rollouts[1:]),
         "update_cpu_s": median(cpu for _, cpu in updates[1:]),
@@ -118,6 +124,14 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2,
         "tokens": tokens,
     }
+    batches = [jax.device_put(batch) for batch, _ in batches]
+    figures |= update_parts(
+        definition, architecture, state.params, batches, CHUNK_TOKENS, figures["update_cpu_s"]
+    )
+    figures["optimizer_cpu_s"] = cpu_seconds(
+        jax.jit(optimizer.update), state.params, state.opt_state, state.params
+    )
+    return figures
 
 
 def _prompt(backend: tokenizers.Tokenizer, text: str) -> np.ndarray:

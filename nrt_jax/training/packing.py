@@ -1,12 +1,12 @@
 """Which groups share rows of a batch: little padding, in few shapes, each of which is a program.
 
 A unit is what attention sees together: one row of S tokens that holds one or several prompts, and
-rows of T tokens that hold their branches. Two prompts of K = 2 traces in one unit:
+rows of W tokens that hold their branches. Two groups of K = 2 traces in one unit:
 
-    prompts    x1 x1 x1 x1 x2 x2 x2 .
-    rows       a1 a1 a1 a1 a1 a2 a2 a2          branches a of x1, b of x2
-               b1 b1 b1 b1 b2 b2 b2 .
-    baselines  a0 a0 a0 b0 b0 . . .             the empty traces
+    prompts    x1 x1 x1 x1 x2 x2 .  .
+    rows       a1 a1 a1 a1 a1 b1 b1 b1          branches a of x1, b of x2
+               a2 a2 a2 a2 a2 b2 b2 .
+    baselines  a0 a0 a0 b0 b0 .  .  .           the empty traces
 
 A micro-batch is a number of units. Everything here is lengths in tokens; batch.py makes the arrays.
 """
