@@ -48,6 +48,9 @@ class DeviceMemory:
             MOMENTS: bytes_a_device(state.opt_state),
             GRADIENT: weights,
         }
+
+    def tell(self) -> None:
+        """Say what is known."""
         log.info("memory a device: %s", self._told())
 
     def add_program(self, name: str, compiled: jax.stages.Compiled) -> None:

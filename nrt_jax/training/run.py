@@ -220,6 +220,7 @@ def open_run(config: RunConfig, stop: StopRequest) -> Iterator[Run]:
             with memory.explained():
                 state = init_state(optimizer, own, shardings)
         _report_bad_rows(dataset)
+        memory.tell()
         yield Run(
             config,
             tokenizer,

@@ -97,9 +97,15 @@ class Outcome:
     err: str
 
     @property
+    def told(self) -> list[str]:
+        """Lines of errors and warnings, without those that every run has: what memory it takes."""
+        usual = "nrt-jax: INFO: memory a device: "
+        return [line for line in self.err.splitlines() if not line.startswith(usual)]
+
+    @property
     def error(self) -> str:
         """The line that an error prints, without its prefix; asserts that it is the only one."""
-        lines = self.err.splitlines()
+        lines = self.told
         assert len(lines) == 1, self.err
         assert lines[0].startswith("nrt-jax: error: "), self.err
         return lines[0].removeprefix("nrt-jax: error: ")

@@ -305,7 +305,7 @@ def test_a_changed_setting(copied):
 def test_an_unreadable_checkpoint(copied, reference):
     truncate_arrays(copied.checkpoints / "8")
     outcome = copied.trained()
-    warning, info = outcome.err.splitlines()
+    warning, info = outcome.told
     assert warning.startswith("nrt-jax: WARNING: checkpoint 8 cannot be read, using 6: ")
     assert info == f"nrt-jax: INFO: continuing {copied.directory} from step 6"
     assert_same(copied, reference(*SFT))
@@ -341,7 +341,7 @@ def test_a_best_metric_that_is_never_measured(new_run):
     outcome = run.train("checkpoint.best_metric=loss/totl")
     assert outcome.status == 2
     assert outcome.error.startswith(
-        "checkpoint.best_metric='loss/totl' is no metric of this run; use one of loss/"
+        "checkpoint.best_metric='loss/totl' is no metric of this run; use one of batch/"
     )
     # The mistake is mended in the same directory.
     run.trained("checkpoint.best_metric=loss/total", "checkpoint.best_mode=min")

@@ -13,8 +13,9 @@ from nrt_jax.records import Group
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate, generate_and_score
 from nrt_jax.rollout.scheduler import Request, SuffixScores
-from nrt_jax.training.batch import answer_mask, at_answer, flat_groups
+from nrt_jax.training.batch import answer_mask, at_answer, flat_groups, group_lengths
 from nrt_jax.training.forward import run_prompts, score_baseline, score_branches
+from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.rewards import compute_rewards, judge
 from tests.objective import oracle
 from tests.training import worlds
@@ -68,7 +69,10 @@ def forward(groups: Sequence[Group]) -> tuple[jax.Array, jax.Array, jax.Array]:
     log_prob_BT = score_branches(decoder, settings, prompts, batch).log_prob_BT
     log_c_PKA = at_answer(log_prob_BT.reshape(flat.sampler_log_prob_PKT.shape), flat)
     log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
-    return log_c_PKA, log_c_base_PA, answer_mask(flat)
+    # A batch has the longest groups first.
+    (plan,) = Packer(Layout(PROMPTS, packing=False)).plan([group_lengths(g) for g in groups])
+    back_P = np.argsort(plan.groups)
+    return log_c_PKA[back_P], log_c_base_PA[back_P], answer_mask(flat)[back_P]
 
 
 def test_scores_equal_the_training_forward(sampled):

@@ -11,6 +11,7 @@ from tests.training.runs import TinyRun, assert_same
 
 NRT = ("method=nrt",)
 SFT = ("method=sft",)
+BOTH = [NRT, pytest.param(SFT, marks=pytest.mark.slow)]
 EVERY_STEP = ("checkpoint.every_steps=1",)
 
 
@@ -35,7 +36,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("method", [NRT, SFT], ids=["nrt", "sft"])
+@pytest.mark.parametrize("method", BOTH, ids=["nrt", "sft"])
 def test_killed_at_chosen_moments(method, new_run, reference):
     whole = reference(*method, *EVERY_STEP)
     run = new_run(*method, *EVERY_STEP)
@@ -48,7 +49,7 @@ def test_killed_at_chosen_moments(method, new_run, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", [NRT, SFT], ids=["nrt", "sft"])
+@pytest.mark.parametrize("method", BOTH, ids=["nrt", "sft"])
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments(method, seed, new_run, reference):
     whole = reference(*method)
@@ -100,7 +101,7 @@ def stop_at(run: TinyRun, moment: Callable[[], bool], *more: int) -> str:
     return outcome.err
 
 
-@pytest.mark.parametrize("method", [NRT, SFT], ids=["nrt", "sft"])
+@pytest.mark.parametrize("method", BOTH, ids=["nrt", "sft"])
 def test_stopped_by_sigterm(method, new_run, reference):
     whole = reference(*method)
     run = new_run(*method)

@@ -9,7 +9,7 @@ from flax import nnx
 
 from nrt_jax.config import load_config
 from nrt_jax.training import nrt
-from nrt_jax.training.batch import flat_groups
+from nrt_jax.training.batch import flat_groups, group_lengths, nrt_batch
 from nrt_jax.training.config import RunConfig
 from nrt_jax.training.forward import (
     NrtSettings,
@@ -19,6 +19,7 @@ from nrt_jax.training.forward import (
     score_branches,
 )
 from nrt_jax.training.loop import train
+from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.run import Run
 from nrt_jax.training.saved_groups import pack_groups, read_arrays, unpack_groups
 from tests.training import worlds
@@ -81,12 +82,17 @@ class Watched:
         """Largest difference of a step's sampled log-probs from those under a version's weights."""
         settings = self.settings
         assert settings is not None
-        assert (settings.think_start, settings.think_end) == (worlds.THINK_START, worlds.THINK_END)
-        batch = worlds.batch_of(self.groups[step])
+        groups = self.groups[step]
+        (plan,) = Packer(Layout(len(groups), packing=False)).plan(
+            [group_lengths(group) for group in groups]
+        )
+        think = {"think_start": settings.think_start, "think_end": settings.think_end}
+        batch = worlds.as_jax(nrt_batch(groups, plan, **think))
         decoder = nnx.merge(settings.definition, worlds.as_jax(self.weights[version]))
         scores = score_branches(decoder, settings, run_prompts(decoder, batch), batch)
-        groups = flat_groups(batch.groups)
-        branches = as_branches(scores, groups, SamplingScores(), settings.objective)
+        branches = as_branches(
+            scores, flat_groups(batch.groups), SamplingScores(), settings.objective
+        )
         gap_BT = np.abs(branches.log_prob_BT - branches.sampler_log_prob_BT)
         return float(np.where(branches.covered_BT, gap_BT, 0).max())
 

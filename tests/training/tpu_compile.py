@@ -1,0 +1,142 @@
+"""Compile a training step's programs for a TPU topology, and print what they take as one JSON line.
+
+    python -m tests.training.tpu_compile llama-8b fsdp=4,tensor=2
+
+For a v5p of eight chips; needs libtpu and no TPU. Bytes and FLOPs are those of one chip. XLA counts
+the FLOPs of a loop's body once, such as those of the scan over the layers, and so far too few.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from nrt_jax.models.attention_backend import choose_backend
+from nrt_jax.models.decoder import abstract_decoder
+from nrt_jax.models.sharding import (
+    abstract_params,
+    batch_sharding,
+    make_mesh,
+    parse_mesh,
+    replicated,
+)
+from nrt_jax.models.variants import Architecture, Llama3Scaling
+from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.training.batch import TrainBatch, nrt_batch
+from nrt_jax.training.config import OptimizerConfig
+from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.optimizer import make_optimizer
+from nrt_jax.training.packing import Plan, Shape
+from nrt_jax.training.scoring import make_scorer
+from nrt_jax.training.state import abstract_state, state_shardings
+from nrt_jax.training.step import Total, Update, nothing
+from tests.rollout.tpu_compile import SHAPES, bytes_a_chip
+from tests.training import worlds
+
+TRACES = 8
+SHAPE = Shape(
+    units=8,
+    groups=1,
+    prompt_tokens=1024,
+    rows=4,
+    row_tokens=2048,
+    baseline_tokens=256,
+    branch_tokens=1024,
+    answer_tokens=256,
+)
+"""Groups of a prompt of 1,000 tokens, an answer of 200 and eight traces of some 700."""
+CHUNK_TOKENS = 512
+KERNELS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
+
+
+def main(shape: str, mesh_axes: str) -> None:
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
+    mesh = make_mesh(parse_mesh(mesh_axes), topology.devices)
+    a = Architecture(**SHAPES[shape], head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling())
+    decoder = abstract_decoder(
+        a,
+        dtype=jnp.bfloat16,
+        remat="full",
+        attention=choose_backend("auto", "tpu", a, jnp.bfloat16, 4096),
+        mesh=mesh,
+    )
+    settings = NrtSettings(
+        nnx.graphdef(decoder), ObjectiveConfig(old_log_probs="recompute"), 2, 3, 1.0, CHUNK_TOKENS
+    )
+    params = abstract_params(mesh, decoder, jnp.float32)
+    optimizer = make_optimizer(OptimizerConfig(), updates=100)
+    shardings = state_shardings(optimizer, params, mesh)
+    state = abstract_state(optimizer, params, shardings)
+
+    def loss_fn(params: Any, batch: Any) -> Any:
+        sequences = SHAPE.units * SHAPE.groups * TRACES
+        return nrt_loss(params, *batch, sequences=sequences, settings=settings)
+
+    batch = abstract_batch(mesh)
+    scorer = jax.jit(make_scorer(settings, several_updates=True, reference=None))
+    score, score_costs = compiled(lambda: scorer.lower(params, batch))
+    scores = jax.tree.map(
+        lambda leaf, sharding: leaf.update(sharding=sharding),
+        jax.eval_shape(scorer, params, batch),
+        score.output_shardings,
+    )
+    update = Update(loss_fn, optimizer, shardings)
+    total = abstract_total(loss_fn, params, (batch, scores), mesh)
+    report = {
+        "parameter_bytes": bytes_a_chip(params),
+        "moment_bytes": bytes_a_chip(state.opt_state),
+        "score": score_costs,
+        "add": compiled(lambda: update.add.lower(params, total, (batch, scores)))[1],
+        "apply": compiled(lambda: update.apply.lower(state, total))[1],
+    }
+    print(json.dumps(report))
+
+
+def abstract_batch(mesh: Mesh) -> TrainBatch:
+    """A micro-batch of SHAPE, in shapes."""
+    groups, sharding = worlds.random_groups(1, TRACES), batch_sharding(mesh)
+    batch = nrt_batch(groups, Plan(SHAPE, units=[]), think_start=2, think_end=3)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
+
+
+def abstract_total(loss_fn: Any, params: Any, batch: Any, mesh: Mesh) -> Total:
+    """The sums over no micro-batch, in shapes."""
+    total = jax.eval_shape(partial(nothing, loss_fn), params, batch)
+    everywhere = replicated(mesh)
+    gradient = jax.tree.map(lambda g, p: g.update(sharding=p.sharding), total.gradient, params)
+    metrics = jax.tree.map(lambda metric: metric.update(sharding=everywhere), total.metrics)
+    return Total(gradient, metrics)
+
+
+def compiled(lower: Callable[[], Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
+    """A program, and what it takes."""
+    start = time.perf_counter()
+    program = lower().compile()
+    seconds = time.perf_counter() - start
+    memory, costs, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
+    assert memory is not None
+    assert costs is not None
+    assert text is not None
+    return program, {
+        "compile_seconds": round(seconds, 1),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "flops": costs["flops"],
+        "kernels": [kernel for kernel in KERNELS if kernel in text],
+    }
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
