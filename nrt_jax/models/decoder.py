@@ -236,7 +236,10 @@ class Decoder(nnx.Module):
 
         if self.remat != "none":
             run_layer = jax.checkpoint(run_layer, policy=_POLICIES[self.remat])
-        h_BTD = constrain(self.embedding[...][tokens_BT].astype(self.dtype), mesh, stream)
+        h_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
+        # First as the table lies: else the partitioner gives every device all that was looked up.
+        h_BTD = constrain(h_BTD, mesh, ("looked_up", "sequence", "embed"))
+        h_BTD = constrain(h_BTD, mesh, stream)
         kv_L = None if prefix is None else (prefix.k, prefix.v)
         h_BTD, (k, v) = jax.lax.scan(run_layer, h_BTD, (weights_L, kv_L))
         return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, segment_ids_BT)

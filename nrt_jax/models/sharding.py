@@ -22,6 +22,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
+    "looked_up": "data",
     "sequence": "context",
     "layers": None,
     "vocab": "tensor",
