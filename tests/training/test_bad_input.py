@@ -389,6 +389,7 @@ def test_no_room_for_metrics(new_run, reference):
     assert run.metrics() == whole.metrics()
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint(new_run, reference):
     whole = reference(*SFT)
     run = new_run(*SFT)
