@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from nrt_jax.models.flops import Flops, Rows, forward_flops, training_flops
 from nrt_jax.models.variants import Architecture
-from nrt_jax.training.batch import TrainBatch
+from nrt_jax.training.batch import TrainBatch, flat_rows
 from nrt_jax.training.forward import run_prompts
 
 REPEATS = 3
@@ -38,7 +38,7 @@ def update_parts(
     def layers(params: Any, batch: TrainBatch) -> Array:
         decoder = nnx.merge(definition, params)
         prefix = run_prompts(decoder, batch).prefix
-        rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch.traces)
+        rows = flat_rows(batch.traces)
         hidden_BWD, _ = decoder.hidden(
             rows.inputs_URW, rows.positions_URW, rows.segments_URW, prefix, rows.prompts_URW
         )
@@ -46,7 +46,7 @@ def update_parts(
 
     def head(params: Any, batch: TrainBatch) -> Array:
         decoder = nnx.merge(definition, params)
-        targets_BW = batch.traces.targets_URW.reshape(-1, batch.traces.targets_URW.shape[-1])
+        targets_BW = flat_rows(batch.traces.targets_URW)
         hidden_BWD = decoder.embedding[...][targets_BW]
         return jnp.sum(decoder.scores(hidden_BWD, targets_BW, chunk_tokens).log_prob_BT)
 

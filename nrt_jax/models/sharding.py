@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 from pydantic import Field
@@ -165,6 +165,11 @@ def token_shards(mesh: Mesh | None) -> int:
     spec = partition_spec(("batch", "sequence"))
     names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes)]
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
+
+
+def on_device(sharding: Sharding) -> bool:
+    """Whether arrays of this sharding lie in the devices' memory, not in the hosts'."""
+    return sharding.memory_kind in (None, "device")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

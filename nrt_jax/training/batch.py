@@ -57,7 +57,7 @@ class Groups(NamedTuple):
     prompt_last_P: Int[Array, "*P"]
     """Place of the prompt's last token in its row."""
     branch_start_PK: Int[Array, "*P K"]
-    """Place of the branch's first target among the R * T of its unit."""
+    """Place of the branch's first target among the R * W of its unit."""
     baseline_start_P: Int[Array, "*P"]
     """The same of the empty trace, in the row of baselines."""
     trace_length_PK: Int[Array, "*P K"]
@@ -96,6 +96,11 @@ class SftBatch(NamedTuple):
 def flat_groups(tree: Any) -> Any:
     """[U, G, ...] to [P, ...]."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tree)
+
+
+def flat_rows(tree: Any) -> Any:
+    """[U, R, W] to [U * R, W]."""
+    return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tree)
 
 
 def padded_length(length: int) -> int:

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, UInt32
 
+from nrt_jax.models.sharding import on_device
+
 
 def fingerprints(state: Any) -> dict[str, int]:
     """One 32-bit number for each array of a state, or of a part of one, by its dotted path.
@@ -23,7 +25,7 @@ def fingerprints(state: Any) -> dict[str, int]:
 
 
 def _on_host(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array) and leaf.sharding.memory_kind not in (None, "device")
+    return isinstance(leaf, jax.Array) and not on_device(leaf.sharding)
 
 
 def by_path(tree: Any) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.log_probs import TokenScores
 from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.masked import masked_fill
-from nrt_jax.training.batch import BranchRows, Groups, TrainBatch, from_rows, target_masks
+from nrt_jax.training.batch import (
+    BranchRows,
+    Groups,
+    TrainBatch,
+    flat_rows,
+    from_rows,
+    target_masks,
+)
 
 
 class NrtSettings(NamedTuple):
@@ -109,7 +116,7 @@ def _score_rows(
 ) -> TokenScores:
     """Scores of every target of the rows, as [U, R, W]."""
     shape = rows.inputs_URW.shape
-    rows_BW = jax.tree.map(lambda x: x.reshape(-1, shape[-1]), rows)
+    rows_BW = flat_rows(rows)
     hidden_BWD, _ = decoder.hidden(
         rows_BW.inputs_URW, rows_BW.positions_URW, rows_BW.segments_URW, prefix, rows_BW.prompts_URW
     )

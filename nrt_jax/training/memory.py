@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from nrt_jax.errors import RunFailed
+from nrt_jax.models.sharding import on_device
 from nrt_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -27,15 +28,11 @@ REMEDIES = {
 
 def bytes_a_device(tree: Any) -> int:
     """Bytes that one device holds of arrays, or of their shapes with shardings."""
-    on_device = [leaf for leaf in jax.tree.leaves(tree) if _on_device(leaf)]
     return sum(
         np.dtype(leaf.dtype).itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
-        for leaf in on_device
+        for leaf in jax.tree.leaves(tree)
+        if on_device(leaf.sharding)
     )
-
-
-def _on_device(leaf: Any) -> bool:
-    return leaf.sharding.memory_kind in (None, "device")
 
 
 class DeviceMemory:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
+from nrt_jax.models.flops import Rows, forward_flops
 from nrt_jax.models.variants import Architecture
 
 BEARABLE_PADDING = 0.10
@@ -92,11 +93,9 @@ class Layout(NamedTuple):
 
 
 def equal_keys(architecture: Architecture) -> float:
-    """Weights of a layer, over what a token multiplies for each key that it sees."""
-    a = architecture
-    heads = 2 * (a.num_attention_heads + a.num_key_value_heads) * a.head_dim
-    weights = a.hidden_size * (heads + 3 * a.intermediate_size)
-    return weights / (2 * a.num_attention_heads * a.head_dim)
+    """Keys a token at which attention costs what the products with weights do."""
+    of_a_token = forward_flops(architecture, Rows(tokens=1, keys=1))
+    return of_a_token.weights / of_a_token.attention
 
 
 @dataclass
@@ -218,14 +217,15 @@ class Packer:
         again = min(known, key=self._cost, default=None)
         if again is not None and (again.padding <= self._bearable() or self._full):
             return again
-        best = min(self._candidates(left), key=self._cost)
-        if again is not None and self._cost(again) <= LARGEST_WASTE * self._cost(best):
-            return again
         if self._full:
             # The last one must hold whatever comes.
             assert self.layout.largest is not None, "a bound needs the largest group there can be"
             best = self._fill(left, _alone([self.layout.largest], self.layout))
             assert best.units, "no group is larger than the largest"
+        else:
+            best = min(self._candidates(left), key=self._cost)
+            if again is not None and self._cost(again) <= LARGEST_WASTE * self._cost(best):
+                return again
         self.shapes.append(best.shape)
         return best
 
@@ -340,14 +340,14 @@ def _shared(
 
     for groups in numbers:
         tokens = room(groups, [sum(group.branches) for group in lengths])
+        shape = alone._replace(
+            groups=MOST_GROUPS,
+            prompt_tokens=_rounded(room(groups, [group.prompt for group in lengths]), shards),
+            baseline_tokens=_rounded(room(groups, [group.baseline for group in lengths]), shards),
+        )
         for rows in ROWS_OF_UNITS:
-            yield alone._replace(
-                groups=MOST_GROUPS,
-                prompt_tokens=_rounded(room(groups, [g.prompt for g in lengths]), shards),
-                rows=rows,
-                row_tokens=max(alone.row_tokens, _rounded(math.ceil(tokens / rows), shards)),
-                baseline_tokens=_rounded(room(groups, [g.baseline for g in lengths]), shards),
-            )
+            width = max(alone.row_tokens, _rounded(math.ceil(tokens / rows), shards))
+            yield shape._replace(rows=rows, row_tokens=width)
             if alone.row_tokens * rows >= tokens:
                 break
 

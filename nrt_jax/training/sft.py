@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from nrt_jax.objective.losses import sft_loss
 from nrt_jax.objective.masked import masked_count, masked_sum
-from nrt_jax.training.batch import SftBatch, sft_batch, sft_lengths
+from nrt_jax.training.batch import SftBatch, flat_rows, sft_batch, sft_lengths
 from nrt_jax.training.packing import packing_metrics
 from nrt_jax.training.run import Run, mean_over_updates
 from nrt_jax.training.state import TrainState
@@ -70,7 +70,7 @@ def sft_loss_of_rows(
 ) -> tuple[Float[Array, ""], Metrics]:
     """-sum log pi(y*_i | x, y*_<i) / answer_tokens, the count being of the whole mini-batch."""
     decoder = nnx.merge(definition, params)
-    rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+    rows = flat_rows(batch)
     hidden_BWD, _ = decoder.hidden(rows.inputs_URW, rows.positions_URW, rows.segments_URW)
     scores = decoder.scores(hidden_BWD, rows.targets_URW, chunk_tokens)
     loss = masked_sum(sft_loss(scores.log_prob_BT), rows.answer_URW) / answer_tokens

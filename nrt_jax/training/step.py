@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from nrt_jax.models.sharding import on_device
 from nrt_jax.training.state import TrainState
 
 
@@ -92,8 +93,7 @@ def apply_update(
 
 def _on_devices(shardings: TrainState) -> Any | None:
     """Shardings of an optimizer's state that is kept in the hosts' memory, on the devices."""
-    moments = jax.tree.leaves(shardings.opt_state)
-    if all(sharding.memory_kind in (None, "device") for sharding in moments):
+    if all(map(on_device, jax.tree.leaves(shardings.opt_state))):
         return None
     return jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
 
