@@ -22,11 +22,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 from shapes import PEER, start_traces
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.native import read_params
-from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
-from nrt_jax.models.variants import Architecture
+from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.rollout.decode_state import DecodeState
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate

@@ -19,10 +19,10 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.models.huggingface_config import config_json
 from nrt_jax.models.json_files import write_json
 from nrt_jax.models.safetensors_files import MAX_SHARD_BYTES, NewTensor, write_tensors
-from nrt_jax.models.variants import Architecture, Llama3Scaling
 from nrt_jax.models.weight_table import weight_table
 
 LLAMA_3B = Architecture(
@@ -53,7 +53,8 @@ import sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
 from nrt_jax.models import load_pretrained
-from nrt_jax.models.sharding import make_mesh, parse_mesh
+from nrt_jax.config.mesh import parse_mesh
+from nrt_jax.models.sharding import make_mesh
 start = time.perf_counter()
 decoder = load_pretrained(sys.argv[1], mesh=make_mesh(parse_mesh(sys.argv[3])), dtype="bfloat16")
 jax.block_until_ready(decoder)

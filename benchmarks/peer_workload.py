@@ -33,12 +33,13 @@ import tokenizers
 from flax import nnx
 from update_parts import cpu_seconds, update_parts
 
-from nrt_jax.models.config import ModelConfig
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.config.model import ModelConfig
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.native import read_params
-from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
-from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate

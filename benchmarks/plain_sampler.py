@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Int, Key
 
-from nrt_jax.models.variants import Architecture
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.rollout.decode_state import slot_sampling
 from nrt_jax.rollout.sampler import Sampling, sample
 

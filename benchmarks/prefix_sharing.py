@@ -24,12 +24,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.attention import segment_positions
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.flops import Rows, forward_flops, training_flops
 from nrt_jax.models.log_probs import token_scores
-from nrt_jax.models.variants import Architecture
-from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.masked import masked_sum
 from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.training.batch import (

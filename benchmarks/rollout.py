@@ -31,9 +31,10 @@ from machine import Machine, measure_machine
 from plain_sampler import PlainSampler
 from shapes import LLAMA_1B, PEER
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.sharding import MeshConfig, make_mesh
-from nrt_jax.models.variants import Architecture
+from nrt_jax.models.sharding import make_mesh
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.scheduler import Request, Scheduler
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from nrt_jax.models.variants import Architecture
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.rollout.cache import Sizes
 from nrt_jax.rollout.decode_state import DecodeState, SlotRequests, bucket, padded, slot_sampling
 from nrt_jax.rollout.engine import DecoderEngine

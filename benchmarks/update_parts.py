@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.flops import Flops, Rows, forward_flops, training_flops
-from nrt_jax.models.variants import Architecture
 from nrt_jax.training.batch import TrainBatch, flat_rows
 from nrt_jax.training.forward import run_prompts
 

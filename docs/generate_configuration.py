@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from nrt_jax.config import Section
-from nrt_jax.serving.config import ServingConfig
-from nrt_jax.training.config import RunConfig
+from nrt_jax.config.load import Section
+from nrt_jax.config.run import RunConfig
+from nrt_jax.config.serving import ServingConfig
 
 TARGET = Path(__file__).with_name("configuration.md")
 BOUNDS = {Ge: ("≥", "ge"), Gt: (">", "gt"), Le: ("≤", "le"), Lt: ("<", "lt")}
@@ -19,9 +19,8 @@ TYPES = {bool: "true, false", int: "integer", float: "number", str: "text", Path
 INTRODUCTION = """\
 # Configuration reference
 
-Made from the schema by `make docs`; edit the descriptions in the code, where each section lives in
-the `config.py` of its room (the sections `mesh` and `model.architecture` in
-[sharding.py](../nrt_jax/models/sharding.py) and [variants.py](../nrt_jax/models/variants.py)).
+Made from the schema by `make docs`; edit the descriptions in [nrt_jax/config](../nrt_jax/config),
+which has one file per section.
 
 A config is one or more YAML files, merged from left to right, followed by overrides:
 

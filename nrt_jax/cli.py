@@ -228,8 +228,8 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace):
-    from nrt_jax.config import load_config
-    from nrt_jax.training.config import RunConfig
+    from nrt_jax.config.load import load_config
+    from nrt_jax.config.run import RunConfig
 
     # A file may have an equals sign in its path.
     overrides = [word for word in args.config if "=" in word and not Path(word).is_file()]
@@ -264,7 +264,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
-    from nrt_jax.models.sharding import parse_mesh
+    from nrt_jax.config.mesh import parse_mesh
     from nrt_jax.training.convert import import_checkpoint
 
     with _exit_on_sigterm():
@@ -312,13 +312,13 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _config_show(args: argparse.Namespace) -> None:
-    from nrt_jax.config import dump_config
+    from nrt_jax.config.load import dump_config
 
     print(dump_config(_load(args)), end="")
 
 
 def _config_schema(args: argparse.Namespace) -> None:
-    from nrt_jax.config import config_schema
-    from nrt_jax.training.config import RunConfig
+    from nrt_jax.config.load import config_schema
+    from nrt_jax.config.run import RunConfig
 
     print(json.dumps(config_schema(RunConfig), indent=1))

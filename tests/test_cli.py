@@ -13,9 +13,9 @@ import yaml
 
 import nrt_jax
 from nrt_jax import cli
-from nrt_jax.config import load_config
+from nrt_jax.config.load import load_config
+from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError, RunFailed
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.stop import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from nrt_jax.cli import _load, _parser
-from nrt_jax.training.config import RunConfig
+from nrt_jax.config.run import RunConfig
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")]

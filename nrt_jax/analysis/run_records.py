@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ConfigDict, Field
 
-from nrt_jax.config import Section, load_config
+from nrt_jax.config.load import Section, load_config
 from nrt_jax.errors import InputError
 
 EXACT_MATCH = "eval/exact_match"

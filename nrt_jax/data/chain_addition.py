@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from nrt_jax.data.config import ChainConfig
+from nrt_jax.config.data import ChainConfig
 from nrt_jax.errors import InputError
 from nrt_jax.records import Example
 

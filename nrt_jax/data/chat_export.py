@@ -5,9 +5,9 @@ import re
 
 import jinja2
 
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.chat_template import Messages, render_template
-from nrt_jax.data.config import DataConfig
 from nrt_jax.data.template_source import compile_template, template_text
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError

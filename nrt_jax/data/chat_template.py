@@ -4,8 +4,8 @@ from typing import Any, NamedTuple
 
 import jinja2
 
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow, shorten
-from nrt_jax.data.config import DataConfig
 from nrt_jax.data.control_split import ControlSplit, Text, unmark
 from nrt_jax.data.template_source import compile_template, template_text
 from nrt_jax.data.tokenizer import Tokenizer

@@ -9,9 +9,9 @@ from pathlib import Path
 import grain
 import numpy as np
 
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows
-from nrt_jax.data.config import DataConfig
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.sources import read_rows
 from nrt_jax.data.tokenizer import Tokenizer

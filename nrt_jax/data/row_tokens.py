@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow, shorten
 from nrt_jax.data.chat_template import PromptTemplate, Rendered
-from nrt_jax.data.config import DataConfig
 from nrt_jax.data.control_split import Text
 from nrt_jax.data.sources import Row
 from nrt_jax.data.tokenizer import Tokenizer

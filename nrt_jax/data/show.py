@@ -10,8 +10,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.config import DataConfig
 from nrt_jax.data.pipeline import first_rows
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.records import TokenizedExample

@@ -12,7 +12,7 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from nrt_jax.data.config import DataConfig
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.tokenizer_export import OLD_TEMPLATE_FILE, TEMPLATE_FILE
 from nrt_jax.data.tokenizer_files import SETTINGS_FILE, read_json, read_settings
 from nrt_jax.errors import InputError

@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.model import AttentionChoice
 from nrt_jax.errors import InputError
 from nrt_jax.models.attention import KVPrefix, attend, own_mask, prefix_mask
-from nrt_jax.models.config import AttentionChoice
 from nrt_jax.models.cudnn_attention import cudnn_attend
 from nrt_jax.models.sharding import constrain
 from nrt_jax.models.splash_attention import splash_attend
-from nrt_jax.models.variants import Architecture
 
 Backend = Literal["xla", "splash", "cudnn"]
 RowAttention = Callable[..., Float[Array, "B T H G d"]]

@@ -15,13 +15,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.models import rope
 from nrt_jax.models.attention import KVPrefix, segment_positions
 from nrt_jax.models.attention_backend import Backend, row_attention
 from nrt_jax.models.log_probs import TokenScores, token_scores
 from nrt_jax.models.project import PRODUCT, project
 from nrt_jax.models.sharding import check_rows, constrain, token_shards
-from nrt_jax.models.variants import Architecture
 
 Remat = Literal["none", "full", "dots", "offload"]
 Attend = Callable[..., tuple[Float[Array, "B T H G d"], Any]]

@@ -6,8 +6,8 @@ work are left out: a few per cent of a model of real width.
 
 from typing import NamedTuple
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.decoder import Remat
-from nrt_jax.models.variants import Architecture
 
 _ATTENTION_AGAIN: dict[Remat, float] = {"none": 0.5, "full": 1.5, "dots": 1.5, "offload": 1.5}
 """Products of the attention that the backward pass computes again, over those of the forward: the

@@ -18,6 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.errors import InputError
 from nrt_jax.models.huggingface_config import (
     CONFIG_FILE,
@@ -36,7 +37,6 @@ from nrt_jax.models.safetensors_files import (
     open_tensors,
     write_tensors,
 )
-from nrt_jax.models.variants import Architecture
 from nrt_jax.models.weight_table import EMBEDDING, HEAD, Weight, weight_table
 
 # Old Llama exports store these constants of the architecture, which are no weights.

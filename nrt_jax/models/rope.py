@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nrt_jax.models.variants import Architecture, Llama3Scaling
+from nrt_jax.config.architecture import Architecture, Llama3Scaling
 
 
 def inverse_frequencies(architecture: Architecture) -> np.ndarray:

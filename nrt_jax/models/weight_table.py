@@ -9,7 +9,7 @@ from typing import NamedTuple
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
-from nrt_jax.models.variants import Architecture
+from nrt_jax.config.architecture import Architecture
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -8,7 +8,7 @@ from typing import get_args
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
-from nrt_jax.objective.config import Estimator
+from nrt_jax.config.objective import Estimator
 from nrt_jax.objective.masked import at_least_float32
 
 ESTIMATORS: tuple[str, ...] = get_args(Estimator)

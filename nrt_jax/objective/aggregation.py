@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
-from nrt_jax.objective.config import Scheme, WsNormalisation
+from nrt_jax.config.objective import Scheme, WsNormalisation
 from nrt_jax.objective.masked import (
     as_mask,
     at_least_float32,

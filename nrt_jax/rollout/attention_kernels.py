@@ -4,10 +4,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.rollout import AttentionKernel
 from nrt_jax.errors import InputError
-from nrt_jax.models.variants import Architecture
 from nrt_jax.rollout.cache import KVCache
-from nrt_jax.rollout.config import AttentionKernel
 from nrt_jax.rollout.paged_cache import PagedCache
 from nrt_jax.rollout.triton_cache import TritonCache
 

@@ -16,13 +16,13 @@ from flax import nnx, struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.rollout import AttentionKernel
 from nrt_jax.models.sharding import replicated
-from nrt_jax.models.variants import Architecture
 from nrt_jax.rollout import jetstream_compat as jetstream
 from nrt_jax.rollout import prefill, score
 from nrt_jax.rollout.attention_kernels import kv_cache
 from nrt_jax.rollout.cache import Sizes, shards_of
-from nrt_jax.rollout.config import AttentionKernel
 from nrt_jax.rollout.decode import Decoding, decode_steps, insert_copies
 from nrt_jax.rollout.decode_state import (
     DecodeState,

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.variants import Architecture
 
 
 class Prefix(NamedTuple):

@@ -7,16 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
+from nrt_jax.config.run import RunConfig
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.sampler import MAX_STOP_IDS
-from nrt_jax.serving.config import ServingConfig
 from nrt_jax.serving.text import TokenTexts
 from nrt_jax.training import run_dir
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.engines import E, make_engine, trace_stop_ids
 from nrt_jax.training.inference import Trained, load_trained
 

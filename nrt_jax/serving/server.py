@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import uvicorn
 
-from nrt_jax.config import load_config
+from nrt_jax.config.load import load_config
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.errors import InputError
 from nrt_jax.rollout.scheduler import Scheduler
 from nrt_jax.serving.admission import Admission
-from nrt_jax.serving.config import ServingConfig
 from nrt_jax.serving.engine_loop import EngineLoop
 from nrt_jax.serving.metrics import Metrics
 from nrt_jax.serving.openai_api import OpenAIServer

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.config.run import RunConfig
 from nrt_jax.data.chat_export import chat_template_text
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.tokenizer_check import check_tokenizer
@@ -24,9 +26,8 @@ from nrt_jax.models.huggingface_config import (
     read_generation,
 )
 from nrt_jax.models.new_directory import check_new
-from nrt_jax.models.sharding import MeshConfig, make_mesh, spread_mesh
+from nrt_jax.models.sharding import make_mesh, spread_mesh
 from nrt_jax.models.token_rows import copy_token_rows
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.inference import load_trained
 from nrt_jax.training.model import token_id
 from nrt_jax.training.model_card import converted_card, trained_card

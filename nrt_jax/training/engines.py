@@ -3,11 +3,11 @@
 from functools import partial
 from typing import TypeVar
 
+from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.evaluation.exact_match import Answerer
 from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.model import Model, token_id
 from nrt_jax.training.rewards import judge
 
@@ -99,7 +99,7 @@ def make_engine(
         max_prompt_tokens=longest_prompt,
         max_new_tokens=new_tokens,
         stop_ids=stop_ids,
-        dtype=rollout.dtype or config.model.jax_dtype,
+        dtype=rollout.dtype or config.model.dtype,
         cache_dtype=rollout.cache_dtype,
         attention=rollout.attention,
         copies=copies,

@@ -11,18 +11,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.config.model import ModelConfig
+from nrt_jax.config.rollout import RolloutConfig
+from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.models import native
 from nrt_jax.models.attention_backend import choose_backend
-from nrt_jax.models.config import ModelConfig
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
+from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.models.token_rows import copy_token_rows
-from nrt_jax.models.variants import Architecture
-from nrt_jax.rollout.config import RolloutConfig
-from nrt_jax.training.config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -67,9 +68,9 @@ def open_model(
     vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
     architecture = architecture.model_copy(update={"vocab_size": vocab_size})
     if make is not None:
-        return _on_mesh(model, architecture, make(architecture), model.jax_dtype)
+        return _on_mesh(model, architecture, make(architecture), jnp.dtype(model.dtype))
     mesh = make_mesh(config.mesh, _devices(config.rollout)[0])
-    opened = _on_mesh(model, architecture, mesh, model.jax_dtype)
+    opened = _on_mesh(model, architecture, mesh, jnp.dtype(model.dtype))
     return replace(opened, definition=_training_definition(config, architecture, mesh))
 
 
@@ -83,7 +84,7 @@ def engine_model(config: RunConfig, model: Model) -> Model:
     """
     rollout = config.rollout
     mesh = model.mesh
-    dtype = config.model.jax_dtype if rollout.dtype is None else jnp.dtype(rollout.dtype)
+    dtype = jnp.dtype(config.model.dtype) if rollout.dtype is None else jnp.dtype(rollout.dtype)
     try:
         if rollout.mesh is not None or rollout.devices is not None:
             mesh = make_mesh(rollout.mesh or MeshConfig(), _devices(rollout)[1])
@@ -132,11 +133,11 @@ def _training_definition(config: RunConfig, architecture: Architecture, mesh: Me
     return nnx.graphdef(
         abstract_decoder(
             architecture,
-            dtype=model.jax_dtype,
+            dtype=jnp.dtype(model.dtype),
             remat=model.remat,
             vocab_multiple=model.vocab_multiple,
             attention=choose_backend(
-                model.attention, platform, architecture, model.jax_dtype, longest
+                model.attention, platform, architecture, jnp.dtype(model.dtype), longest
             ),
             mesh=mesh,
         )

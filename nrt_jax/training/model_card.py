@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import nrt_jax
+from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.models import native
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.inference import Trained
 
 METHODS = {

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective import losses
-from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.masked import masked_fill, masked_sum
 from nrt_jax.training.batch import Groups, TrainBatch, answer_mask, at_answer, flat_groups
 from nrt_jax.training.forward import (

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective.advantages import has_spread
 from nrt_jax.objective.aggregation import WS_SCHEMES, ws_weights
-from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.objective.losses import PolicyTerms, truncated_importance
 from nrt_jax.objective.masked import masked_count, masked_fill, masked_sum
 from nrt_jax.training.batch import Groups, answer_mask

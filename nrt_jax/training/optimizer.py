@@ -3,7 +3,7 @@
 import jax
 import optax
 
-from nrt_jax.training.config import OptimizerConfig
+from nrt_jax.config.optimizer import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:

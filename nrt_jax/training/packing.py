@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.flops import Rows, forward_flops
-from nrt_jax.models.variants import Architecture
 
 BEARABLE_PADDING = 0.10
 """Share of padding for which no new shape is looked for while there are few."""

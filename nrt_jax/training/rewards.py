@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective.advantages import advantages
 from nrt_jax.objective.aggregation import aggregate
-from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.rollout.scheduler import SuffixScores
 from nrt_jax.training.batch import padded_length
 

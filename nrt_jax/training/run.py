@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError, RunFailed
@@ -21,7 +22,6 @@ from nrt_jax.records import Group
 from nrt_jax.rollout.weights import EngineWeights, WeightTransfer
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints, Restored
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.engines import make_answerer, trace_stop_ids
 from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.metrics import MetricsWriter, PhaseTimer

@@ -6,9 +6,9 @@ import jax
 import pytest
 from flax import nnx
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.variants import Architecture
-from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.training.batch import nrt_batch
 from nrt_jax.training.forward import NrtSettings
 from tests.benchmarks.scripts import load

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nrt_jax.models.variants import Architecture
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.training.packing import Shape
 from tests.benchmarks.scripts import load
 

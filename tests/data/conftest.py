@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nrt_jax.data.config import DataConfig
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from tests.data.made_tokenizers import write_made_tokenizer

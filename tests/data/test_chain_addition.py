@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nrt_jax.config.data import ChainConfig
 from nrt_jax.data.chain_addition import (
     NOISE_SYMBOLS,
     addition,
@@ -15,7 +16,6 @@ from nrt_jax.data.chain_addition import (
     is_held_out,
     running_totals,
 )
-from nrt_jax.data.config import ChainConfig
 from nrt_jax.errors import InputError
 
 CHAIN = ChainConfig()

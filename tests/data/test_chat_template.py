@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.config import DataConfig
 from nrt_jax.data.control_split import MARK, ControlSplit, unmark
 from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
 from nrt_jax.data.row_tokens import RowTokenizer

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.evaluation.exact_match import Answerer, end_name, evaluate
-from nrt_jax.models.variants import Architecture
 from nrt_jax.records import Example, TokenizedExample, Trace
 from nrt_jax.rollout.engine import DecoderEngine
 from tests.models.tiny import architecture, decoder

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.variants import Architecture
 from tests.models.incremental import prefill_and_decode
 from tests.models.tiny import LLAMA, WINDOW, architecture, close, decoder, tokens
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.config.architecture import Llama3Scaling
 from nrt_jax.models.rope import inverse_frequencies, rotate
-from nrt_jax.models.variants import Llama3Scaling
 from tests.models.tiny import architecture
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.sharding import MeshConfig, make_mesh, param_shardings
+from nrt_jax.models.sharding import make_mesh, param_shardings
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.scheduler import Request
 from tests.models.tiny import WINDOW, architecture

@@ -7,8 +7,9 @@ import torch
 from flax import nnx
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
+from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.errors import InputError
-from nrt_jax.models.sharding import MeshConfig, make_mesh, param_shardings
+from nrt_jax.models.sharding import make_mesh, param_shardings
 from nrt_jax.rollout.cache import Sizes
 from nrt_jax.rollout.decode_state import bucket, sizes_of
 from nrt_jax.rollout.generate import generate_and_score

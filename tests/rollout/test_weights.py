@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
+from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate
 from nrt_jax.rollout.scheduler import Request

@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from scipy.stats import chisquare
 
-from nrt_jax.models.sharding import MeshConfig, make_mesh
-from nrt_jax.models.variants import Architecture
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.models.sharding import make_mesh
 from nrt_jax.records import Trace
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate

@@ -18,9 +18,10 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from nrt_jax.config.architecture import Architecture, Llama3Scaling
+from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.sharding import abstract_params, make_mesh, parse_mesh
-from nrt_jax.models.variants import Architecture, Llama3Scaling
+from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.rollout.cache import Sizes
 from nrt_jax.rollout.decode_state import state_shardings
 from nrt_jax.rollout.engine import DecoderEngine

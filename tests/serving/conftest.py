@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nrt_jax.serving.config import ServingConfig
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.serving.served_model import ServedModel
 from nrt_jax.serving.server import make_server
 from tests.serving.live import Live, listening

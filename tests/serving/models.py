@@ -7,14 +7,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nrt_jax.config.run import RunConfig
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate
 from nrt_jax.rollout.sampler import Sampling
 from nrt_jax.rollout.scheduler import Request
-from nrt_jax.serving.config import ServingConfig
 from nrt_jax.serving.served_model import ServedModel, serve_trained
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.inference import Trained
 from nrt_jax.training.model import Model
 from tests.data.made_tokenizers import write_made_tokenizer

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import yaml
 
-from nrt_jax.config import load_config
+from nrt_jax.config.load import load_config
+from nrt_jax.config.run import RunConfig
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.model import init_params, load_tokenizer, open_model
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.state import init_state, state_shardings

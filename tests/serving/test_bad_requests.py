@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nrt_jax.serving.config import ServingConfig
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.serving.server import make_server
 from tests.serving.live import listening
 from tests.serving.models import DECODE_STEPS, NEW, PROMPT, SLOTS, TRACE

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from nrt_jax.serving.config import ServingConfig
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.serving.jetstream_server import GrpcServer, JetStreamTokenizer, messages, services
 from nrt_jax.serving.server import free_port, start_grpc
 from tests.serving.live import wait_until

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from nrt_jax.serving.config import ServingConfig
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.serving.server import make_server
 from nrt_jax.serving.text import REPLACEMENT, prompt_offsets
 from tests.serving.conftest import SETTINGS

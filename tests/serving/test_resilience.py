@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from nrt_jax.serving.config import ServingConfig
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.serving.server import make_server
 from tests.serving.live import Live, listening, wait_until
 from tests.serving.models import DECODE_STEPS, NEW, SLOTS

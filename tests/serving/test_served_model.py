@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 import transformers
 
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.errors import InputError
-from nrt_jax.serving.config import ServingConfig
 from nrt_jax.serving.served_model import find_limits, open_checkpoint, serve_trained
 from tests.data.templates import TEMPLATES
 from tests.serving.models import NEW, PROMPT, TRACE

@@ -17,10 +17,10 @@ import orbax.checkpoint as ocp
 import yaml
 from flax import nnx
 
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.models import huggingface
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.variants import Architecture
 from nrt_jax.training.metrics import TIMING_PREFIXES
 
 REPOSITORY = Path(__file__).resolve().parents[2]

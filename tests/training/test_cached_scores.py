@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nrt_jax.models.sharding import MeshConfig, make_mesh
-from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.models.sharding import make_mesh
 from nrt_jax.records import Group
 from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.rollout.generate import generate, generate_and_score

@@ -141,8 +141,8 @@ def run_with_new_tokens(tmp_path_factory, tiny_config) -> TinyRun:
 
 
 def initial_params(run: TinyRun, *overrides: str) -> dict:
-    from nrt_jax.config import load_config
-    from nrt_jax.training.config import RunConfig
+    from nrt_jax.config.load import load_config
+    from nrt_jax.config.run import RunConfig
     from nrt_jax.training.model import init_params, load_tokenizer, open_model
 
     config = load_config(

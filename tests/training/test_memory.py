@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.config.checkpoint import CheckpointConfig
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.errors import RunFailed
-from nrt_jax.models.sharding import MeshConfig, batch_sharding, make_mesh, param_shardings
+from nrt_jax.models.sharding import batch_sharding, make_mesh, param_shardings
 from nrt_jax.training.checkpoint import Checkpoints
-from nrt_jax.training.config import CheckpointConfig, OptimizerConfig
 from nrt_jax.training.forward import SamplingScores
 from nrt_jax.training.memory import (
     ACTIVATIONS,

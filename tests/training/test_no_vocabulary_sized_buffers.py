@@ -17,10 +17,11 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax.config.mesh import parse_mesh
+from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh, parse_mesh
+from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh
 from nrt_jax.training.batch import nrt_batch, sft_batch
-from nrt_jax.training.config import OptimizerConfig
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape

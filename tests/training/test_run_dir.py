@@ -7,9 +7,9 @@ import jax
 import pytest
 
 import nrt_jax
-from nrt_jax.config import dump_config, load_config
+from nrt_jax.config.load import dump_config, load_config
+from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.run_dir import load_run, locked, prepare
 
 

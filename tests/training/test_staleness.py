@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nrt_jax.config import load_config
+from nrt_jax.config.load import load_config
+from nrt_jax.config.run import RunConfig
 from nrt_jax.training import nrt
 from nrt_jax.training.batch import flat_groups, group_lengths, nrt_batch
-from nrt_jax.training.config import RunConfig
 from nrt_jax.training.forward import (
     NrtSettings,
     SamplingScores,

@@ -8,14 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from nrt_jax.models.sharding import (
-    MeshConfig,
-    batch_sharding,
-    make_mesh,
-    param_shardings,
-    parse_mesh,
-)
-from nrt_jax.training.config import OptimizerConfig
+from nrt_jax.config.mesh import MeshConfig, parse_mesh
+from nrt_jax.config.optimizer import OptimizerConfig
+from nrt_jax.models.sharding import batch_sharding, make_mesh, param_shardings
 from nrt_jax.training.forward import SamplingScores
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer, make_schedule

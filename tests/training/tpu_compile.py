@@ -19,19 +19,14 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from nrt_jax.config.architecture import Architecture, Llama3Scaling
+from nrt_jax.config.mesh import parse_mesh
+from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.attention_backend import choose_backend
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.sharding import (
-    abstract_params,
-    batch_sharding,
-    make_mesh,
-    parse_mesh,
-    replicated,
-)
-from nrt_jax.models.variants import Architecture, Llama3Scaling
-from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh, replicated
 from nrt_jax.training.batch import TrainBatch, nrt_batch
-from nrt_jax.training.config import OptimizerConfig
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer

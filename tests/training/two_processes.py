@@ -13,8 +13,9 @@ def main(port: str, rank: str, source: Path, out: Path) -> None:
     """Four devices of eight; asserts that each weight is held in part only."""
     jax.config.update("jax_num_cpu_devices", 4)
     jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+    from nrt_jax.config.mesh import MeshConfig
     from nrt_jax.models.native import import_directory
-    from nrt_jax.models.sharding import MeshConfig, make_mesh
+    from nrt_jax.models.sharding import make_mesh
     from nrt_jax.training.convert import export
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))

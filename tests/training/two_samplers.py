@@ -35,8 +35,9 @@ def sample():
     import numpy as np
     from flax import nnx
 
+    from nrt_jax.config.mesh import MeshConfig
     from nrt_jax.models.decoder import Decoder
-    from nrt_jax.models.sharding import MeshConfig, abstract_params, make_mesh
+    from nrt_jax.models.sharding import abstract_params, make_mesh
     from nrt_jax.rollout.engine import DecoderEngine
     from nrt_jax.rollout.generate import generate_and_score
     from nrt_jax.rollout.scheduler import Request

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.variants import Architecture
-from nrt_jax.objective.config import ObjectiveConfig
 from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings

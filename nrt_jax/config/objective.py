@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nrt_jax.config import Section
+from nrt_jax.config.load import Section
 
 Scheme = Literal["logp", "p", "am", "gm", "ws_inv_p", "ws_neg_log_p"]
 WsNormalisation = Literal["mean", "sum", "normalised"]

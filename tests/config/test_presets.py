@@ -2,8 +2,8 @@
 
 import pytest
 
-from nrt_jax.config import load_config
-from nrt_jax.training.config import RunConfig
+from nrt_jax.config.load import load_config
+from nrt_jax.config.run import RunConfig
 from tests.conftest import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"

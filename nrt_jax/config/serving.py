@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from nrt_jax.config import Section
+from nrt_jax.config.load import Section
 
 
 class ServingConfig(Section):

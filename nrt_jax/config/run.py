@@ -1,120 +1,21 @@
-"""The whole config of a run: the rooms' sections, and the loop's own."""
+"""The whole config of a run, and the rules that hold between its sections."""
 
 from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nrt_jax.config import Section
-from nrt_jax.data.config import DataConfig
-from nrt_jax.models.config import ModelConfig
-from nrt_jax.models.sharding import MeshConfig
-from nrt_jax.objective.config import ObjectiveConfig
-from nrt_jax.rollout.config import RolloutConfig
-
-
-class OptimizerConfig(Section):
-    """AdamW with a schedule and a clip of the gradient's global norm."""
-
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """Highest learning rate."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: no change, or a fall to zero at the last update."""
-    warmup_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Share of the updates in which the rate rises linearly from zero."""
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    """Decay of Adam's first moment."""
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    """Decay of Adam's second moment."""
-    epsilon: float = Field(default=1e-8, gt=0)
-    """Added to the root of Adam's second moment."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled decay of every weight, norms excepted."""
-    clip_norm: float | None = Field(default=1.0, gt=0)
-    """Largest global norm of the gradient; null for no clip."""
-    offload: bool = False
-    """Keep the moments in the memory of the hosts between updates: 8 bytes a weight less on the
-    devices, for a transfer of as much in both directions at each update."""
-
-
-class TrainConfig(Section):
-    """Sizes and length of the run."""
-
-    steps: int = Field(default=100, ge=1)
-    """Batches to train on; each is one rollout and batch_prompts / mini_batch_prompts updates."""
-    batch_prompts: int = Field(default=256, ge=1)
-    """Prompts that share one rollout (SFT: rows of one update's batch)."""
-    mini_batch_prompts: int = Field(default=64, ge=1)
-    """Prompts of one update; divides batch_prompts."""
-    micro_batch_prompts: int = Field(default=8, ge=1)
-    """Prompts whose activations exist at once; divides mini_batch_prompts, changes no number."""
-    packing: bool = True
-    """Put short branches, and prompts, into one row; false for a row each. Changes no number."""
-    batch_shapes: int = Field(default=16, ge=2)
-    """Most shapes of batches, each of which is a compiled program. Shapes are chosen from the
-    lengths as they come; the last of them holds whatever the limits of lengths allow."""
-    max_skipped_updates: int = Field(default=10, ge=1)
-    """The run stops after this many non-finite gradients in a row."""
-
-    @model_validator(mode="after")
-    def _sizes_divide(self) -> "TrainConfig":
-        if self.batch_prompts % self.mini_batch_prompts:
-            raise ValueError(
-                f"mini_batch_prompts {self.mini_batch_prompts} must divide "
-                f"batch_prompts {self.batch_prompts}"
-            )
-        if self.mini_batch_prompts % self.micro_batch_prompts:
-            raise ValueError(
-                f"micro_batch_prompts {self.micro_batch_prompts} must divide "
-                f"mini_batch_prompts {self.mini_batch_prompts}"
-            )
-        return self
-
-    @property
-    def updates(self) -> int:
-        """Optimizer updates of the whole run."""
-        return self.steps * (self.batch_prompts // self.mini_batch_prompts)
-
-
-class CheckpointConfig(Section):
-    """When state is saved, and what is kept."""
-
-    every_steps: int = Field(default=100, ge=1)
-    """Steps between saves; the last step is always saved."""
-    keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept."""
-    best_metric: str | None = None
-    """Metric whose best checkpoint is kept too, such as eval/exact_match; null for none."""
-    best_mode: Literal["max", "min"] = "max"
-    """Whether the best is the highest or the lowest."""
-
-
-class EvaluationConfig(Section):
-    """Exact match on held-out examples while training."""
-
-    every_steps: int = Field(default=100, ge=1)
-    """Steps between evaluations; before the first and after the last step there is always one."""
-    examples: int = Field(default=512, ge=0)
-    """Held-out examples to answer; 0 for no evaluation."""
-    max_answer_tokens: int = Field(default=64, ge=1)
-    """Longest answer to generate, in tokens."""
-    trace_temperature: float = Field(default=0.0, ge=0)
-    """Temperature of the traces; 0 is greedy, 1 samples as training does. Answers are greedy."""
-    score_references: bool = False
-    """Also score the reference answer after each trace (eval/reward and others); not for sft."""
-    samples: int = Field(default=10, ge=0)
-    """Examples whose trace and answer are written to samples.jsonl."""
-
-
-class LoggingConfig(Section):
-    """Where metrics go, besides metrics.jsonl."""
-
-    every_steps: int = Field(default=1, ge=1)
-    """Steps between lines on the terminal; the files get every step."""
-    tensorboard: bool = True
-    """Write TensorBoard events to the run directory."""
-    wandb_project: str | None = None
-    """Weights & Biases project to log to; needs `pip install wandb`."""
+from nrt_jax.config.checkpoint import CheckpointConfig
+from nrt_jax.config.data import DataConfig
+from nrt_jax.config.evaluation import EvaluationConfig
+from nrt_jax.config.load import Section
+from nrt_jax.config.logging import LoggingConfig
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.config.model import ModelConfig
+from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.config.optimizer import OptimizerConfig
+from nrt_jax.config.rollout import RolloutConfig
+from nrt_jax.config.train import TrainConfig
 
 
 class RunConfig(Section):

@@ -1,6 +1,6 @@
 """Config files: YAML that extends other YAML, dotted overrides, one-line errors, one resolved dump.
 
-A room declares its own section as a subclass of `Section`; this module knows none of them.
+Each section is a subclass of `Section` in a file of its own; this module knows none of them.
 """
 
 import json

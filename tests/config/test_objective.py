@@ -6,7 +6,7 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from nrt_jax.objective.config import ObjectiveConfig
+from nrt_jax.config.objective import ObjectiveConfig
 
 
 def test_defaults_are_the_papers():
@@ -76,5 +76,5 @@ def test_every_field_is_described():
 
 
 def test_config_loads_without_jax():
-    program = "import sys, nrt_jax.objective.config; sys.exit('jax' in sys.modules)"
+    program = "import sys, nrt_jax.config.objective; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nrt_jax.config import ConfigPath, Section
+from nrt_jax.config.load import ConfigPath, Section
 
 
 class ChainConfig(Section):

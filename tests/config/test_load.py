@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field, model_validator
 
-from nrt_jax.config import ConfigPath, Section, config_schema, dump_config, load_config
+from nrt_jax.config.load import ConfigPath, Section, config_schema, dump_config, load_config
 from nrt_jax.errors import InputError
 
 

@@ -2,11 +2,10 @@
 
 from typing import Literal
 
-import jax.numpy as jnp
 from pydantic import Field, model_validator
 
-from nrt_jax.config import ConfigPath, Section
-from nrt_jax.models.variants import Architecture
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.config.load import ConfigPath, Section
 
 AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 
@@ -43,8 +42,3 @@ class ModelConfig(Section):
         if (self.path is None) == (self.architecture is None):
             raise ValueError("set one of path (a checkpoint) and architecture (random weights)")
         return self
-
-    @property
-    def jax_dtype(self) -> jnp.dtype:
-        """`dtype` as jax names it."""
-        return jnp.dtype(self.dtype)

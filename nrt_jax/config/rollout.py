@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from nrt_jax.config import Section
-from nrt_jax.models.sharding import MeshConfig
+from nrt_jax.config.load import Section
+from nrt_jax.config.mesh import MeshConfig
 
 AttentionKernel = Literal["auto", "xla", "pallas"]
 

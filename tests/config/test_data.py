@@ -2,8 +2,8 @@
 
 import pytest
 
-from nrt_jax.config import Section, load_config
-from nrt_jax.data.config import DataConfig
+from nrt_jax.config.data import DataConfig
+from nrt_jax.config.load import Section, load_config
 from nrt_jax.errors import InputError
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nrt_jax.config import Section
+from nrt_jax.config.load import Section
 
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 

@@ -1,0 +1,44 @@
+"""The `train` section: sizes and length of a run."""
+
+from pydantic import Field, model_validator
+
+from nrt_jax.config.load import Section
+
+
+class TrainConfig(Section):
+    """Sizes and length of the run."""
+
+    steps: int = Field(default=100, ge=1)
+    """Batches to train on; each is one rollout and batch_prompts / mini_batch_prompts updates."""
+    batch_prompts: int = Field(default=256, ge=1)
+    """Prompts that share one rollout (SFT: rows of one update's batch)."""
+    mini_batch_prompts: int = Field(default=64, ge=1)
+    """Prompts of one update; divides batch_prompts."""
+    micro_batch_prompts: int = Field(default=8, ge=1)
+    """Prompts whose activations exist at once; divides mini_batch_prompts, changes no number."""
+    packing: bool = True
+    """Put short branches, and prompts, into one row; false for a row each. Changes no number."""
+    batch_shapes: int = Field(default=16, ge=2)
+    """Most shapes of batches, each of which is a compiled program. Shapes are chosen from the
+    lengths as they come; the last of them holds whatever the limits of lengths allow."""
+    max_skipped_updates: int = Field(default=10, ge=1)
+    """The run stops after this many non-finite gradients in a row."""
+
+    @model_validator(mode="after")
+    def _sizes_divide(self) -> "TrainConfig":
+        if self.batch_prompts % self.mini_batch_prompts:
+            raise ValueError(
+                f"mini_batch_prompts {self.mini_batch_prompts} must divide "
+                f"batch_prompts {self.batch_prompts}"
+            )
+        if self.mini_batch_prompts % self.micro_batch_prompts:
+            raise ValueError(
+                f"micro_batch_prompts {self.micro_batch_prompts} must divide "
+                f"mini_batch_prompts {self.mini_batch_prompts}"
+            )
+        return self
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates of the whole run."""
+        return self.steps * (self.batch_prompts // self.mini_batch_prompts)
