@@ -24,15 +24,15 @@ from shapes import PEER, start_traces
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine.decode_state import DecodeState
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.generate import generate
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import abstract_params, make_mesh
-from nrt_jax.rollout.decode_state import DecodeState
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate
-from nrt_jax.rollout.sampler import Sampling
-from nrt_jax.rollout.scheduler import Request
 
 DTYPES = ("float32", "bfloat16", "int8")
 RANDOM_MODEL = PEER.model_copy(update={"initializer_range": 0.13})

@@ -16,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Int, Key
 
 from nrt_jax.config.architecture import Architecture
-from nrt_jax.rollout.decode_state import slot_sampling
-from nrt_jax.rollout.sampler import Sampling, sample
+from nrt_jax.engine.decode_state import slot_sampling
+from nrt_jax.engine.sampling import Sampling, sample
 
 
 class PlainSampler:

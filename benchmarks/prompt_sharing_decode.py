@@ -19,11 +19,11 @@ from shapes import PEER, start_traces
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine.decode_state import DecodeState
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.sampling import Sampling
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.sharding import make_mesh
-from nrt_jax.rollout.decode_state import DecodeState
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.sampler import Sampling
 
 COPIES = 8
 STEPS = 16

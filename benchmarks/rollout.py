@@ -33,10 +33,10 @@ from shapes import LLAMA_1B, PEER
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.scheduler import Request, Scheduler
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.sharding import make_mesh
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.scheduler import Request, Scheduler
 
 COPIES = 8
 SHAPES = {"peer": PEER, "llama-1b": LLAMA_1B}

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from nrt_jax.config.architecture import Architecture
-from nrt_jax.rollout.cache import Sizes
-from nrt_jax.rollout.decode_state import DecodeState, SlotRequests, bucket, padded, slot_sampling
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.sampler import Sampling
+from nrt_jax.engine.decode_state import DecodeState, SlotRequests, bucket, padded, slot_sampling
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.kv_cache import Sizes
+from nrt_jax.engine.sampling import Sampling
 
 PEER = Architecture(
     vocab_size=8192,

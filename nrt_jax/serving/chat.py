@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from nrt_jax.engine.scheduler import Request
 from nrt_jax.errors import InputError
-from nrt_jax.rollout.scheduler import Request
 from nrt_jax.serving.api_errors import bad_request
 from nrt_jax.serving.call import Call, join, merge
 from nrt_jax.serving.engine_loop import Generation

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from nrt_jax.rollout.scheduler import Request
+from nrt_jax.engine.scheduler import Request
 from nrt_jax.serving.api_errors import bad_request
 from nrt_jax.serving.call import Call, join, merge
 from nrt_jax.serving.log_probs import legacy_logprobs, prompt_scores

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from nrt_jax.engine.scheduler import Event, Request
 from nrt_jax.errors import InputError
-from nrt_jax.rollout.scheduler import Event, Request
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ class EngineFailed(Exception):
 
 
 class Scheduling(Protocol):
-    """What the loop needs of a `rollout.scheduler.Scheduler`."""
+    """What the loop needs of a `engine.scheduler.Scheduler`."""
 
     def submit(self, request: Request, key: jax.Array) -> int: ...
     def cancel(self, ticket: int, copy: int | None = None) -> None: ...

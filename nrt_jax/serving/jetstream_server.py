@@ -28,9 +28,9 @@ import grpc
 import jax
 import numpy as np
 
+from nrt_jax.engine.decode_state import padded
+from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.errors import InputError
-from nrt_jax.rollout.decode_state import padded
-from nrt_jax.rollout.engine import DecoderEngine
 from nrt_jax.serving.engine_loop import EngineFailed, new_id
 from nrt_jax.serving.served_model import ServedModel
 from nrt_jax.serving.text import Detokenizer
@@ -50,7 +50,7 @@ def _import_quietly(name: str) -> ModuleType:
     return module
 
 
-# What these take from seqio has been stood in for by rollout/jetstream_compat.py, which the import
+# What these take from seqio has been stood in for by engine/jetstream_compat.py, which the import
 # of our engine has run.
 _orchestrator = _import_quietly("jetstream.core.orchestrator")
 _server_lib = _import_quietly("jetstream.core.server_lib")

@@ -12,9 +12,9 @@ from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.sampling import MAX_STOP_IDS
 from nrt_jax.errors import InputError
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.sampler import MAX_STOP_IDS
 from nrt_jax.serving.text import TokenTexts
 from nrt_jax.training import run_dir
 from nrt_jax.training.engines import E, make_engine, trace_stop_ids

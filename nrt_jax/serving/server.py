@@ -14,8 +14,8 @@ import uvicorn
 
 from nrt_jax.config.load import load_config
 from nrt_jax.config.serving import ServingConfig
+from nrt_jax.engine.scheduler import Scheduler
 from nrt_jax.errors import InputError
-from nrt_jax.rollout.scheduler import Scheduler
 from nrt_jax.serving.admission import Admission
 from nrt_jax.serving.engine_loop import EngineLoop
 from nrt_jax.serving.metrics import Metrics

@@ -14,11 +14,11 @@ from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.engine.scheduler import SuffixScores
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.exact_match import end_name
 from nrt_jax.models.sharding import spread_mesh
 from nrt_jax.records import Example
-from nrt_jax.rollout.scheduler import SuffixScores
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.engines import answerer

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nrt_jax.rollout.engine import DecoderEngine
+from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.packing import Packer, packing_metrics

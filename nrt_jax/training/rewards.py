@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.engine.scheduler import SuffixScores
 from nrt_jax.objective.advantages import advantages
 from nrt_jax.objective.aggregation import aggregate
-from nrt_jax.rollout.scheduler import SuffixScores
 from nrt_jax.training.batch import padded_length
 
 

@@ -9,14 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.generate import generate, generate_and_score
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.exact_match import end_name
 from nrt_jax.objective.advantages import has_spread
 from nrt_jax.records import Group, TokenizedExample
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate, generate_and_score
-from nrt_jax.rollout.sampler import Sampling
-from nrt_jax.rollout.scheduler import Request
-from nrt_jax.rollout.weights import EngineWeights
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.engines import trace_engine
 from nrt_jax.training.nrt_metrics import reward_means

@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.exact_match import Answerer, evaluate
 from nrt_jax.models.sharding import batch_sharding
 from nrt_jax.records import Group
-from nrt_jax.rollout.weights import EngineWeights, WeightTransfer
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints, Restored
 from nrt_jax.training.engines import make_answerer, trace_stop_ids

@@ -11,11 +11,11 @@ from flax import nnx
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.evaluation.exact_match import Answerer, end_name, evaluate
 from nrt_jax.records import Example, TokenizedExample, Trace
-from nrt_jax.rollout.engine import DecoderEngine
+from tests.engine.toy import greedy, one_device
 from tests.models.tiny import architecture, decoder
-from tests.rollout.toy import greedy, one_device
 
 EOS, START, END = "<|eos|>", "<|think_start|>", "<|think_end|>"
 

@@ -10,10 +10,10 @@ from flax import nnx
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate
-from nrt_jax.rollout.sampler import Sampling
-from nrt_jax.rollout.scheduler import Request
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.generate import generate
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.engine.scheduler import Request
 from nrt_jax.serving.served_model import ServedModel, serve_trained
 from nrt_jax.training.inference import Trained
 from nrt_jax.training.model import Model

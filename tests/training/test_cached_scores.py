@@ -9,11 +9,11 @@ from flax import nnx
 
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.generate import generate, generate_and_score
+from nrt_jax.engine.scheduler import Request, SuffixScores
 from nrt_jax.models.sharding import make_mesh
 from nrt_jax.records import Group
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate, generate_and_score
-from nrt_jax.rollout.scheduler import Request, SuffixScores
 from nrt_jax.training.batch import answer_mask, at_answer, flat_groups, group_lengths
 from nrt_jax.training.forward import run_prompts, score_baseline, score_branches
 from nrt_jax.training.packing import Layout, Packer

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.engine.scheduler import SuffixScores
 from nrt_jax.objective.advantages import has_spread
-from nrt_jax.rollout.scheduler import SuffixScores
 from nrt_jax.training.batch import group_lengths
 from nrt_jax.training.forward import SamplingScores
 from nrt_jax.training.nrt import _mean_metrics

@@ -34,7 +34,7 @@ from nrt_jax.training.packing import Plan, Shape
 from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.state import abstract_state, state_shardings
 from nrt_jax.training.step import Total, Update, nothing
-from tests.rollout.tpu_compile import SHAPES, bytes_a_chip
+from tests.engine.tpu_compile import SHAPES, bytes_a_chip
 from tests.training import worlds
 
 TRACES = 8

@@ -36,11 +36,11 @@ def sample():
     from flax import nnx
 
     from nrt_jax.config.mesh import MeshConfig
+    from nrt_jax.engine.engine import DecoderEngine
+    from nrt_jax.engine.generate import generate_and_score
+    from nrt_jax.engine.scheduler import Request
     from nrt_jax.models.decoder import Decoder
     from nrt_jax.models.sharding import abstract_params, make_mesh
-    from nrt_jax.rollout.engine import DecoderEngine
-    from nrt_jax.rollout.generate import generate_and_score
-    from nrt_jax.rollout.scheduler import Request
     from tests.training.worlds import ARCHITECTURE, EOS, THINK_END, THINK_START
 
     mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2))

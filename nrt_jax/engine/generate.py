@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from nrt_jax.records import Trace
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.scheduler import (
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.scheduler import (
     Event,
     Request,
     Scheduler,
@@ -19,6 +18,7 @@ from nrt_jax.rollout.scheduler import (
     check,
     first_sizes,
 )
+from nrt_jax.records import Trace
 
 
 def generate(

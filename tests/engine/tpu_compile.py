@@ -1,6 +1,6 @@
 """Compile an engine's programs for a TPU topology, and print what they take as one JSON line.
 
-    python tests/rollout/tpu_compile.py llama-8b data=2,tensor=4
+    python tests/engine/tpu_compile.py llama-8b data=2,tensor=4
 
 For a v5p of eight chips; needs libtpu and no TPU. Bytes are those of one chip.
 """
@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 
 from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.config.mesh import parse_mesh
+from nrt_jax.engine.decode_state import state_shardings
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.kv_cache import Sizes
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
-from nrt_jax.rollout.cache import Sizes
-from nrt_jax.rollout.decode_state import state_shardings
-from nrt_jax.rollout.engine import DecoderEngine
 
 SHAPES = {
     "small": {

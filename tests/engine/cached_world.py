@@ -1,6 +1,6 @@
 """A cache of one layer beside a plain list of what every slot has seen, and float64 attention.
 
-Letters: those of nrt_jax/rollout/cache.py.
+Letters: those of nrt_jax/engine/kv_cache.py.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from nrt_jax.engine.decode_state import bucket
+from nrt_jax.engine.kv_cache import KVCache, Places, Sizes, fit_in_shards, shards_of
 from nrt_jax.models.sharding import partition_spec
-from nrt_jax.rollout.cache import KVCache, Places, Sizes, fit_in_shards, shards_of
-from nrt_jax.rollout.decode_state import bucket
 
 LIKE_ROWS = ("batch", "kv_heads")
 

@@ -18,13 +18,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.rollout import AttentionKernel
-from nrt_jax.models.sharding import replicated
-from nrt_jax.rollout import jetstream_compat as jetstream
-from nrt_jax.rollout import prefill, score
-from nrt_jax.rollout.attention_kernels import kv_cache
-from nrt_jax.rollout.cache import Sizes, shards_of
-from nrt_jax.rollout.decode import Decoding, decode_steps, insert_copies
-from nrt_jax.rollout.decode_state import (
+from nrt_jax.engine import jetstream_compat as jetstream
+from nrt_jax.engine import prefill, score
+from nrt_jax.engine.attention_kernels import kv_cache
+from nrt_jax.engine.decode import Decoding, decode_steps, insert_copies
+from nrt_jax.engine.decode_state import (
     DecodeState,
     Moves,
     Sampled,
@@ -38,8 +36,10 @@ from nrt_jax.rollout.decode_state import (
     slot_sampling,
     state_shardings,
 )
-from nrt_jax.rollout.prefill import Prefix
-from nrt_jax.rollout.sampler import Sampling
+from nrt_jax.engine.kv_cache import Sizes, shards_of
+from nrt_jax.engine.prefill import Prefix
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.models.sharding import replicated
 
 
 @struct.dataclass

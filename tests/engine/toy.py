@@ -13,12 +13,12 @@ from scipy.stats import chisquare
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.generate import generate
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.sharding import make_mesh
 from nrt_jax.records import Trace
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate
-from nrt_jax.rollout.sampler import Sampling
-from nrt_jax.rollout.scheduler import Request
 from tests.models.tiny import LLAMA, architecture, decoder
 
 LLAMA_64 = architecture(**LLAMA, vocab_size=64)

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.engine import engine as engine_module
+from nrt_jax.engine.attention_kernels import kv_cache
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.generate import generate_and_score
+from nrt_jax.engine.kv_cache import KVCache, Places, Sizes
+from nrt_jax.engine.paged_kv_cache import PAGE_TOKENS, PagedCache
+from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.triton_kv_cache import TritonCache
 from nrt_jax.errors import InputError
 from nrt_jax.models.sharding import param_shardings
-from nrt_jax.rollout import engine as engine_module
-from nrt_jax.rollout.attention_kernels import kv_cache
-from nrt_jax.rollout.cache import KVCache, Places, Sizes
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate_and_score
-from nrt_jax.rollout.paged_cache import PAGE_TOKENS, PagedCache
-from nrt_jax.rollout.scheduler import Request
-from nrt_jax.rollout.triton_cache import TritonCache
+from tests.engine.cached_world import busy_world, check_moving_slots, check_resizing, close
+from tests.engine.toy import STOPS, assert_same, params, prompt
+from tests.engine.tpu_interpreter import tpu_interpreter
 from tests.models.tiny import LLAMA, WINDOW, architecture, decoder, mesh
-from tests.rollout.cached_world import busy_world, check_moving_slots, check_resizing, close
-from tests.rollout.toy import STOPS, assert_same, params, prompt
-from tests.rollout.tpu_interpreter import tpu_interpreter
 
 SIZES = Sizes(prompts=8, prompt_tokens=256, own_tokens=128)
 MESHES = [{}, {"data": 2, "fsdp": 2, "tensor": 2}]

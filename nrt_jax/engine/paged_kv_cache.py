@@ -29,8 +29,8 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from nrt_jax.engine.kv_cache import BATCH_AXES, Places, Sizes, fit, gather_in_shards, shards_of
 from nrt_jax.models.sharding import partition_spec
-from nrt_jax.rollout.cache import BATCH_AXES, Places, Sizes, fit, gather_in_shards, shards_of
 
 PAGE_TOKENS = 64
 BLOCK_TOKENS = 256

@@ -13,8 +13,8 @@ from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from nrt_jax.engine.kv_cache import KVCache, LayerCache, Masks, Partial
 from nrt_jax.models.sharding import partition_spec
-from nrt_jax.rollout.cache import KVCache, LayerCache, Masks, Partial
 
 BLOCK_TOKENS = 128
 MOST_SPLITS = 16

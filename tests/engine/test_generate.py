@@ -7,13 +7,12 @@ import pytest
 from flax import nnx
 
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.scheduler import Request
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import make_mesh, param_shardings
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.scheduler import Request
-from tests.models.tiny import WINDOW, architecture
-from tests.rollout.toy import (
+from tests.engine.toy import (
     LLAMA_64,
     MIXED,
     NO_STOPS,
@@ -34,6 +33,7 @@ from tests.rollout.toy import (
     prompt,
     sample,
 )
+from tests.models.tiny import WINDOW, architecture
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), SETTINGS)

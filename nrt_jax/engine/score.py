@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nrt_jax.engine.decode import Decoding
+from nrt_jax.engine.decode_state import DecodeState, sizes_of
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.rollout.decode import Decoding
-from nrt_jax.rollout.decode_state import DecodeState, sizes_of
 
 CHUNK_TOKENS = 1024
 

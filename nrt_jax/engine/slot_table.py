@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nrt_jax.rollout.decode_state import Moves
+from nrt_jax.engine.decode_state import Moves
 
 
 class SequenceId(NamedTuple):

@@ -15,7 +15,7 @@ FITS = 95 * 2**30
 
 
 def compiled(shape: str, **axes: int) -> dict:
-    """What tests/rollout/tpu_compile.py reports. A process of its own: it holds libtpu."""
+    """What tests/engine/tpu_compile.py reports. A process of its own: it holds libtpu."""
     mesh = ",".join(f"{axis}={size}" for axis, size in axes.items())
     # Nothing is asked of a machine that would tell what TPU this is, and other tests may run too.
     quiet = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}

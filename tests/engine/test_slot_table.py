@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from nrt_jax.rollout.slot_table import Place, SequenceId, SlotTable
+from nrt_jax.engine.slot_table import Place, SequenceId, SlotTable
 
 
 def start(table, ticket, first, wanted):

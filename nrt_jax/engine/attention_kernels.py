@@ -6,10 +6,10 @@ from jax.typing import DTypeLike
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.rollout import AttentionKernel
+from nrt_jax.engine.kv_cache import KVCache
+from nrt_jax.engine.paged_kv_cache import PagedCache
+from nrt_jax.engine.triton_kv_cache import TritonCache
 from nrt_jax.errors import InputError
-from nrt_jax.rollout.cache import KVCache
-from nrt_jax.rollout.paged_cache import PagedCache
-from nrt_jax.rollout.triton_cache import TritonCache
 
 TPU_LANES = 128
 GPU_SMALLEST_HEAD = 16

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nrt_jax.rollout.cache import KVCache, Sizes, Stored, store
-from tests.models.tiny import mesh
-from tests.rollout.cached_world import (
+from nrt_jax.engine.kv_cache import KVCache, Sizes, Stored, store
+from tests.engine.cached_world import (
     World,
     busy_world,
     check_moving_slots,
     check_resizing,
     close,
 )
+from tests.models.tiny import mesh
 
 SIZES = Sizes(prompts=8, prompt_tokens=32, own_tokens=16)
 MESHES = [{}, {"data": 2}, {"data": 2, "fsdp": 2}, {"data": 2, "tensor": 2}]

@@ -12,7 +12,7 @@ PROBE = """
 import importlib.util, json, logging, sys
 root = logging.getLogger()
 before = root.level, list(root.handlers)
-from nrt_jax.rollout import jetstream_compat
+from nrt_jax.engine import jetstream_compat
 from jetstream.engine import token_utils
 print(json.dumps({
     "root_logger_untouched": (root.level, root.handlers) == before,

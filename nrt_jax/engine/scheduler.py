@@ -16,9 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from nrt_jax.errors import InputError
-from nrt_jax.rollout.cache import Sizes
-from nrt_jax.rollout.decode_state import (
+from nrt_jax.engine.decode_state import (
     Sampled,
     SlotRequests,
     bucket,
@@ -26,10 +24,12 @@ from nrt_jax.rollout.decode_state import (
     sizes_of,
     slot_sampling,
 )
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.prefill import Prefix
-from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling
-from nrt_jax.rollout.slot_table import Place, SequenceId, SlotTable
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.kv_cache import Sizes
+from nrt_jax.engine.prefill import Prefix
+from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling
+from nrt_jax.engine.slot_table import Place, SequenceId, SlotTable
+from nrt_jax.errors import InputError
 
 SMALLEST_ROOM = 32
 """Own tokens that a slot's cache has room for at first."""

@@ -8,14 +8,14 @@ from flax import nnx
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine.decode_state import bucket, sizes_of
+from nrt_jax.engine.generate import generate_and_score
+from nrt_jax.engine.kv_cache import Sizes
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.engine.scheduler import Request, Scheduler
 from nrt_jax.errors import InputError
 from nrt_jax.models.sharding import make_mesh, param_shardings
-from nrt_jax.rollout.cache import Sizes
-from nrt_jax.rollout.decode_state import bucket, sizes_of
-from nrt_jax.rollout.generate import generate_and_score
-from nrt_jax.rollout.sampler import Sampling
-from nrt_jax.rollout.scheduler import Request, Scheduler
-from tests.rollout.toy import (
+from tests.engine.toy import (
     LLAMA_64,
     MIXED,
     NO_STOPS,

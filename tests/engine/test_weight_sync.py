@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.generate import generate
+from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.weight_sync import WeightTransfer
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
-from nrt_jax.rollout.engine import DecoderEngine
-from nrt_jax.rollout.generate import generate
-from nrt_jax.rollout.scheduler import Request
-from nrt_jax.rollout.weights import WeightTransfer
 from tests.models.tiny import architecture, decoder
 
 A = architecture(vocab_size=64, num_attention_heads=4, num_key_value_heads=2)

@@ -13,9 +13,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from nrt_jax.rollout.decode_state import slot_sampling
-from nrt_jax.rollout.sampler import Sampling, most_probable, sample
-from tests.rollout.toy import SETTINGS, assert_distributed, nucleus
+from nrt_jax.engine.decode_state import slot_sampling
+from nrt_jax.engine.sampling import Sampling, most_probable, sample
+from tests.engine.toy import SETTINGS, assert_distributed, nucleus
 
 jitted = jax.jit(sample)
 

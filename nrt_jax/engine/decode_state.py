@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from nrt_jax.engine.kv_cache import Places, Sizes, fit_in_shards, gather_in_shards
+from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
 from nrt_jax.models.sharding import partition_spec
-from nrt_jax.rollout.cache import Places, Sizes, fit_in_shards, gather_in_shards
-from nrt_jax.rollout.sampler import MAX_STOP_IDS, Sampling, SlotSampling
 
 SMALLEST_BUCKET = 16
 

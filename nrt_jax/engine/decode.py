@@ -13,12 +13,12 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from nrt_jax.engine.decode_state import DecodeState, Sampled, SlotRequests, sizes_of
+from nrt_jax.engine.kv_cache import KVCache, Places
+from nrt_jax.engine.paged_kv_cache import PagedCache
+from nrt_jax.engine.prefill import Prefix
+from nrt_jax.engine.sampling import most_probable, sample
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.rollout.cache import KVCache, Places
-from nrt_jax.rollout.decode_state import DecodeState, Sampled, SlotRequests, sizes_of
-from nrt_jax.rollout.paged_cache import PagedCache
-from nrt_jax.rollout.prefill import Prefix
-from nrt_jax.rollout.sampler import most_probable, sample
 
 
 class Decoding(NamedTuple):

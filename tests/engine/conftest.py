@@ -3,7 +3,7 @@
 import pytest
 
 from nrt_jax.records import Trace
-from tests.rollout.toy import MIXED, engine, params, sample
+from tests.engine.toy import MIXED, engine, params, sample
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import jax
 import numpy as np
 import pytest
 
-from nrt_jax.rollout import jetstream_compat as jetstream
-from nrt_jax.rollout.decode_state import SlotRequests, bucket, padded, slot_sampling
-from nrt_jax.rollout.engine import DecoderEngine, SampledTokens
-from nrt_jax.rollout.sampler import Sampling
-from tests.rollout.toy import (
+from nrt_jax.engine import jetstream_compat as jetstream
+from nrt_jax.engine.decode_state import SlotRequests, bucket, padded, slot_sampling
+from nrt_jax.engine.engine import DecoderEngine, SampledTokens
+from nrt_jax.engine.sampling import Sampling
+from tests.engine.toy import (
     LLAMA_64,
     NO_STOPS,
     STOPS,
