@@ -43,13 +43,13 @@ from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import abstract_params, make_mesh
-from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings, SamplingScores
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer, equal_keys
 from nrt_jax.training.state import init_state, state_shardings
 from nrt_jax.training.step import Update
+from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
 TRACES, NEW_TOKENS, EOS = 8, 128, 2
 CHUNK_TOKENS = ModelConfig.model_fields["log_prob_chunk_tokens"].default

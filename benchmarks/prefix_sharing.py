@@ -31,7 +31,6 @@ from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.flops import Rows, forward_flops, training_flops
 from nrt_jax.models.log_probs import token_scores
 from nrt_jax.objective.masked import masked_sum
-from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.training.batch import (
     TrainBatch,
     answer_mask,
@@ -42,6 +41,7 @@ from nrt_jax.training.batch import (
 )
 from nrt_jax.training.forward import NrtSettings, run_prompts, score_baseline, score_branches
 from nrt_jax.training.packing import Layout, Packer, Plan
+from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
 MODEL = Architecture(
     vocab_size=8192,

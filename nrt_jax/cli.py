@@ -240,7 +240,7 @@ def _load(args: argparse.Namespace):
 
 
 def _train(args: argparse.Namespace) -> None:
-    from nrt_jax.training.stop import StopRequest
+    from nrt_jax.stop import StopRequest
 
     with StopRequest() as stop:
         config = _load(args)

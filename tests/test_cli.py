@@ -16,7 +16,7 @@ from nrt_jax import cli
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError, RunFailed
-from nrt_jax.training.stop import StopRequest
+from nrt_jax.stop import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 VERBS = ("train", "generate", "serve", "export", "report", "config", "config show", "config schema")

@@ -12,7 +12,7 @@ import numpy as np
 
 from nrt_jax.config.data import ChainConfig
 from nrt_jax.errors import InputError
-from nrt_jax.records import Example
+from nrt_jax.types import Example
 
 NOISE_SYMBOLS = "@#%&*~"
 HELD_OUT_ONE_IN = 8

@@ -16,7 +16,7 @@ from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.sources import read_rows
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
-from nrt_jax.records import Example, TokenizedExample
+from nrt_jax.types import Example, TokenizedExample
 
 ROWS_PER_SLICE = 4096
 IN_EVALUATION = "question of the evaluation"

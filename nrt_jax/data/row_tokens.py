@@ -10,7 +10,7 @@ from nrt_jax.data.chat_template import PromptTemplate, Rendered
 from nrt_jax.data.control_split import Text
 from nrt_jax.data.sources import Row
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.records import Example, TokenizedExample
+from nrt_jax.types import Example, TokenizedExample
 
 
 class RowTokenizer:

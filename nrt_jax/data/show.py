@@ -14,7 +14,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.pipeline import first_rows
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.records import TokenizedExample
+from nrt_jax.types import TokenizedExample
 
 BOLD, DIM, RED, RESET = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[0m"
 TRACE = "⟨trace, sampled⟩"

@@ -18,7 +18,7 @@ from nrt_jax.engine.scheduler import (
     check,
     first_sizes,
 )
-from nrt_jax.records import Trace
+from nrt_jax.types import Trace
 
 
 def generate(

@@ -16,7 +16,7 @@ from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request, SuffixScores
-from nrt_jax.records import TokenizedExample, Trace
+from nrt_jax.types import TokenizedExample, Trace
 
 Judge = Callable[[Sequence[SuffixScores]], tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]]
 """Rewards after each trace and after the empty one, from the log-probs of the answers."""

@@ -21,7 +21,7 @@ from nrt_jax.serving.engine_loop import EngineLoop
 from nrt_jax.serving.metrics import Metrics
 from nrt_jax.serving.openai_api import OpenAIServer
 from nrt_jax.serving.served_model import ServedModel, open_checkpoint
-from nrt_jax.training.stop import StopRequest
+from nrt_jax.stop import StopRequest
 
 if TYPE_CHECKING:
     # It brings grpc and JetStream's orchestrator, which grpc_port=null leaves alone.

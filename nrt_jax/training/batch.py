@@ -24,8 +24,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from nrt_jax.records import Group, TokenizedExample
 from nrt_jax.training.packing import Lengths, Plan, Shape, Unit
+from nrt_jax.types import Group, TokenizedExample
 
 
 class PromptRows(NamedTuple):

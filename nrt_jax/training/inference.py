@@ -18,12 +18,12 @@ from nrt_jax.engine.scheduler import SuffixScores
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.exact_match import end_name
 from nrt_jax.models.sharding import spread_mesh
-from nrt_jax.records import Example
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.engines import answerer
 from nrt_jax.training.model import Model, load_tokenizer, open_model
 from nrt_jax.training.rewards import judge
+from nrt_jax.types import Example
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """`nrt-jax train`: open the run and hand it to its method's loop."""
 
 from nrt_jax.config.run import RunConfig
+from nrt_jax.stop import StopRequest
 from nrt_jax.training.nrt import train_nrt
 from nrt_jax.training.run import open_run
 from nrt_jax.training.sft import train_sft
-from nrt_jax.training.stop import StopRequest
 
 
 def train(config: RunConfig, stop: StopRequest | None = None) -> None:

@@ -16,13 +16,13 @@ from nrt_jax.engine.scheduler import Request
 from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.exact_match import end_name
 from nrt_jax.objective.advantages import has_spread
-from nrt_jax.records import Group, TokenizedExample
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.engines import trace_engine
 from nrt_jax.training.nrt_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
 from nrt_jax.training.rewards import judge
 from nrt_jax.training.run import Run
+from nrt_jax.types import Group, TokenizedExample
 
 
 def rollout_engine(run: Run) -> DecoderEngine:

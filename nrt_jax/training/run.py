@@ -19,7 +19,7 @@ from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.exact_match import Answerer, evaluate
 from nrt_jax.models.sharding import batch_sharding
-from nrt_jax.records import Group
+from nrt_jax.stop import StopRequest
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints, Restored
 from nrt_jax.training.engines import make_answerer, trace_stop_ids
@@ -30,7 +30,7 @@ from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
 from nrt_jax.training.saved_groups import pack_groups, unpack_groups
 from nrt_jax.training.state import TrainState, abstract_state, init_state, state_shardings
-from nrt_jax.training.stop import StopRequest
+from nrt_jax.types import Group
 
 log = logging.getLogger(__name__)
 

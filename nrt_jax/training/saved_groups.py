@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nrt_jax.records import Group, TokenizedExample, Trace
+from nrt_jax.types import Group, TokenizedExample, Trace
 
 NO_TOKEN = -1
 

@@ -14,7 +14,7 @@ from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.sources import Row
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
-from nrt_jax.records import TokenizedExample
+from nrt_jax.types import TokenizedExample
 from tests.data.made_tokenizers import KINDS, MULTILINGUAL
 from tests.data.templates import CHAT, MISTRAL, TEMPLATES
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nrt_jax.data.pipeline import BatchIterator, load_dataset
 from nrt_jax.errors import InputError
-from nrt_jax.records import Example, TokenizedExample
+from nrt_jax.types import Example, TokenizedExample
 
 
 def numbered(count: int) -> list[TokenizedExample]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nrt_jax.records import Trace
+from nrt_jax.types import Trace
 from tests.engine.toy import MIXED, engine, params, sample
 
 

@@ -18,7 +18,7 @@ from nrt_jax.engine.generate import generate
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.sharding import make_mesh
-from nrt_jax.records import Trace
+from nrt_jax.types import Trace
 from tests.models.tiny import LLAMA, architecture, decoder
 
 LLAMA_64 = architecture(**LLAMA, vocab_size=64)

@@ -13,7 +13,7 @@ from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.evaluation.exact_match import Answerer, end_name, evaluate
-from nrt_jax.records import Example, TokenizedExample, Trace
+from nrt_jax.types import Example, TokenizedExample, Trace
 from tests.engine.toy import greedy, one_device
 from tests.models.tiny import architecture, decoder
 

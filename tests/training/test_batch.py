@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import pytest
 
-from nrt_jax.records import Example, Group, TokenizedExample, Trace
 from nrt_jax.training.batch import (
     answer_mask,
     at_answer,
@@ -17,6 +16,7 @@ from nrt_jax.training.batch import (
     target_masks,
 )
 from nrt_jax.training.packing import Layout, Packer
+from nrt_jax.types import Example, Group, TokenizedExample, Trace
 from tests.training.worlds import EOS, THINK_END, THINK_START, batch_of, random_groups
 
 X, Z, Y = [4, 5, 6], [7, 8], [9, EOS]

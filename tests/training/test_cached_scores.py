@@ -13,11 +13,11 @@ from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.scheduler import Request, SuffixScores
 from nrt_jax.models.sharding import make_mesh
-from nrt_jax.records import Group
 from nrt_jax.training.batch import answer_mask, at_answer, flat_groups, group_lengths
 from nrt_jax.training.forward import run_prompts, score_baseline, score_branches
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.rewards import compute_rewards, judge
+from nrt_jax.types import Group
 from tests.objective import oracle
 from tests.training import worlds
 from tests.training.worlds import ARCHITECTURE, EOS, THINK_END, THINK_START

@@ -11,9 +11,9 @@ import pytest
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.engine.sampling import Sampling
+from nrt_jax.stop import StopRequest
 from nrt_jax.training import rollouts
 from nrt_jax.training.run import Run, open_run
-from nrt_jax.training.stop import StopRequest
 
 SIZES = (
     "train.batch_prompts=8",
