@@ -1,8 +1,10 @@
 """The nouns that flow through a run: Example → TokenizedExample → Trace → Group."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 
 @dataclass(frozen=True)
@@ -54,3 +56,10 @@ class Group:
     """R of each trace under the weights that drew it, float32; None: not scored."""
     baseline: float = 0.0
     """R of the empty trace under the same weights, where there are rewards."""
+
+
+class SuffixLogprobs(NamedTuple):
+    """log pi of suffix_tokens[1:], in nats, after each sample and after the empty trace."""
+
+    samples_KA: Float[np.ndarray, "K A"]
+    empty_A: Float[np.ndarray, "A"]

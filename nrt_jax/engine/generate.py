@@ -10,15 +10,8 @@ import jax
 import numpy as np
 
 from nrt_jax.engine.engine import DecoderEngine
-from nrt_jax.engine.scheduler import (
-    Event,
-    Request,
-    Scheduler,
-    SuffixScores,
-    check,
-    first_sizes,
-)
-from nrt_jax.types import Trace
+from nrt_jax.engine.scheduler import Event, Request, Scheduler, check, first_sizes
+from nrt_jax.types import SuffixLogprobs, Trace
 
 
 def generate(
@@ -45,7 +38,7 @@ def generate_and_score(
     key: jax.Array,
     *,
     steps: int = 16,
-) -> tuple[list[tuple[Trace, ...]], list[SuffixScores]]:
+) -> tuple[list[tuple[Trace, ...]], list[SuffixLogprobs]]:
     """Traces, and the log-probs of each request's suffix after them, from their keys and values."""
     assert all(request.suffix_tokens is not None and request.copies for request in requests)
     traces, (scheduler, tickets) = _run(engine, params, requests, key, steps)

@@ -66,13 +66,6 @@ class Event(NamedTuple):
     finished: Literal["stop", "length"] | None
 
 
-class SuffixScores(NamedTuple):
-    """log pi of suffix_tokens[1:], in nats, after each copy's tokens and after none."""
-
-    copies_KA: Float[np.ndarray, "K A"]
-    empty_A: Float[np.ndarray, "A"]
-
-
 @dataclass(eq=False)
 class _Job:
     """A request under way."""
@@ -88,7 +81,7 @@ class _Job:
     running: int = 0
     prefix: Prefix | None = None
     prefilled: int = 0
-    scores: SuffixScores | None = None
+    scores: SuffixLogprobs | None = None
 
 
 class _Dispatch(NamedTuple):
@@ -213,7 +206,7 @@ class Scheduler:
             self._unread = _Dispatch(sampled, self._table.sequences)
         return [] if unread is None else self._read(unread)
 
-    def scores(self, ticket: int) -> SuffixScores:
+    def scores(self, ticket: int) -> SuffixLogprobs:
         """The scores of a finished request's suffix; asked for once."""
         scores = self._jobs.pop(ticket).scores
         assert scores is not None, "the request has no suffix_tokens"
@@ -286,7 +279,7 @@ class Scheduler:
         if job.request.suffix_tokens is not None and job.scores is None:
             (empty_A,) = self._score(place.slots[:1], [0], job.request.suffix_tokens)
             rest = np.zeros((job.request.copies, len(empty_A)), np.float32)
-            job.scores = SuffixScores(rest, empty_A)
+            job.scores = SuffixLogprobs(rest, empty_A)
         job.started += len(place.slots)
         job.running += len(place.slots)
 
@@ -403,7 +396,7 @@ class Scheduler:
             ]
             slots = [slot for slot, _ in of_job]
             scores = self._score(slots, lengths, job.request.suffix_tokens)
-            job.scores.copies_KA[[event.copy for _, event in of_job]] = scores
+            job.scores.samples_KA[[event.copy for _, event in of_job]] = scores
 
     def _score(
         self, slots: list[int], lengths: list[int], suffix: np.ndarray

@@ -15,10 +15,12 @@ from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request, SuffixScores
-from nrt_jax.types import TokenizedExample, Trace
+from nrt_jax.engine.scheduler import Request
+from nrt_jax.types import SuffixLogprobs, TokenizedExample, Trace
 
-Judge = Callable[[Sequence[SuffixScores]], tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]]
+Judge = Callable[
+    [Sequence[SuffixLogprobs]], tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]
+]
 """Rewards after each trace and after the empty one, from the log-probs of the answers."""
 
 
@@ -57,7 +59,7 @@ class Answerer:
         prompts: Sequence[np.ndarray],
         references: Sequence[np.ndarray],
         key: jax.Array,
-    ) -> tuple[list[tuple[Trace | None, Trace]], list[SuffixScores]]:
+    ) -> tuple[list[tuple[Trace | None, Trace]], list[SuffixLogprobs]]:
         """The same, and log-probs of each reference answer (eos included) after its trace."""
         assert self.trace_engine is not None, "without a trace there is nothing to score after"
         trace_key, answer_key = jax.random.split(key)
@@ -142,9 +144,9 @@ def evaluate(
     return metrics | scored, records[:samples]
 
 
-def _reference_metrics(scores: Sequence[SuffixScores], judge: Judge) -> dict[str, float]:
+def _reference_metrics(scores: Sequence[SuffixLogprobs], judge: Judge) -> dict[str, float]:
     reward_PK, baseline_P = judge(scores)
-    log_c_P = [score.copies_KA.mean() for score in scores]
+    log_c_P = [score.samples_KA.mean() for score in scores]
     return {
         "eval/reward": float(np.mean(reward_PK)),
         "eval/baseline": float(np.mean(baseline_P)),

@@ -103,12 +103,6 @@ def flat_rows(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), tree)
 
 
-def padded_length(length: int) -> int:
-    """Round up to one of four lengths an octave, 8 at least: few shapes, under 25 % of padding."""
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
 def group_lengths(group: Group) -> Lengths:
     """Tokens of a group, for the packer."""
     example = group.example

@@ -8,8 +8,8 @@ from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.evaluation.exact_match import Answerer
+from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.model import Model, token_id
-from nrt_jax.training.rewards import judge
 
 E = TypeVar("E", bound=DecoderEngine)
 
@@ -69,7 +69,7 @@ def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
         answer_tokens,
         config.evaluation.trace_temperature,
         decode_steps=config.rollout.decode_steps,
-        judge=partial(judge, objective=config.objective) if scores else None,
+        judge=partial(score_rewards, objective=config.objective) if scores else None,
     )
 
 

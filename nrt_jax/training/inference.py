@@ -14,16 +14,15 @@ from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.scheduler import SuffixScores
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.exact_match import end_name
 from nrt_jax.models.sharding import spread_mesh
+from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training import run_dir
 from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.engines import answerer
 from nrt_jax.training.model import Model, load_tokenizer, open_model
-from nrt_jax.training.rewards import judge
-from nrt_jax.types import Example
+from nrt_jax.types import Example, SuffixLogprobs
 
 
 @dataclass(frozen=True)
@@ -133,11 +132,11 @@ def _check_references(
         )
 
 
-def _score_lines(scores: Sequence[SuffixScores], objective: ObjectiveConfig) -> list[str]:
-    reward_PK, baseline_P = judge(scores, objective)
+def _score_lines(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -> list[str]:
+    reward_PK, baseline_P = score_rewards(scores, objective)
     return [
         f"score   R {reward_K[0]:.4g}, after no trace {baseline:.4g}; "
-        f"log c {score.copies_KA.mean():.4g} nats a token"
+        f"log c {score.samples_KA.mean():.4g} nats a token"
         for reward_K, baseline, score in zip(reward_PK, baseline_P, scores, strict=True)
     ]
 

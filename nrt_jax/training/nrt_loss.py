@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective import losses
 from nrt_jax.objective.masked import masked_fill, masked_sum
+from nrt_jax.objective.rewards import Rewards, compute_rewards
 from nrt_jax.training.batch import Groups, TrainBatch, answer_mask, at_answer, flat_groups
 from nrt_jax.training.forward import (
     Branches,
@@ -25,7 +26,6 @@ from nrt_jax.training.forward import (
     score_start,
 )
 from nrt_jax.training.nrt_metrics import measure
-from nrt_jax.training.rewards import Rewards, compute_rewards
 from nrt_jax.training.step import Metrics
 
 

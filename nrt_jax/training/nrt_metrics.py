@@ -11,12 +11,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective.advantages import has_spread
-from nrt_jax.objective.aggregation import WS_SCHEMES, ws_weights
 from nrt_jax.objective.losses import PolicyTerms, truncated_importance
 from nrt_jax.objective.masked import masked_count, masked_fill, masked_sum
+from nrt_jax.objective.rewards import Rewards
+from nrt_jax.objective.schemes import WS_SCHEMES, ws_weights
 from nrt_jax.training.batch import Groups, answer_mask
 from nrt_jax.training.forward import Branches
-from nrt_jax.training.rewards import Rewards
 from nrt_jax.training.step import Metrics
 
 Pair = tuple[Array, Array]

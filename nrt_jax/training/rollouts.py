@@ -16,11 +16,11 @@ from nrt_jax.engine.scheduler import Request
 from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.exact_match import end_name
 from nrt_jax.objective.advantages import has_spread
+from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.engines import trace_engine
 from nrt_jax.training.nrt_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
-from nrt_jax.training.rewards import judge
 from nrt_jax.training.run import Run
 from nrt_jax.types import Group, TokenizedExample
 
@@ -48,7 +48,7 @@ def sample_groups(
     traces, scores = generate_and_score(
         engine, weights.params, requests, key, steps=rollout.decode_steps
     )
-    judged = judge(scores, run.config.objective)
+    judged = score_rewards(scores, run.config.objective)
     return [
         Group(example, group, weights.version, reward_K, float(baseline))
         for example, group, reward_K, baseline in zip(examples, traces, *judged, strict=True)

@@ -201,7 +201,7 @@ def test_traces_and_scores_are_those_of_the_xla_form(monkeypatch, axes, window):
     assert_same(xla[0], pallas[0])
     assert len({len(trace.tokens) for group in xla[0] for trace in group}) > 5
     for one, other in zip(xla[1], pallas[1], strict=True):
-        np.testing.assert_allclose(one.copies_KA, other.copies_KA, atol=1e-5)
+        np.testing.assert_allclose(one.samples_KA, other.samples_KA, atol=1e-5)
         np.testing.assert_allclose(one.empty_A, other.empty_A, atol=1e-5)
 
 

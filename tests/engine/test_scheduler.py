@@ -306,7 +306,7 @@ def test_suffixes_are_scored_on_the_caches(copies):
         assert suffix is not None
         for trace_tokens, actual in zip(
             [*(trace.tokens for trace in group), np.zeros(0, np.int32)],
-            [*score.copies_KA, score.empty_A],
+            [*score.samples_KA, score.empty_A],
             strict=True,
         ):
             before = np.concatenate([request.prompt_tokens, trace_tokens, suffix[:1]])

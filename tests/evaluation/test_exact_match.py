@@ -214,7 +214,7 @@ def test_answers_are_greedy_whatever_the_temperature_of_the_trace(reasoning, tok
 
 def judge_am(scores):
     """Means of the probabilities, in plain NumPy."""
-    rewards = np.asarray([np.exp(score.copies_KA).mean(axis=1) for score in scores])
+    rewards = np.asarray([np.exp(score.samples_KA).mean(axis=1) for score in scores])
     return rewards, np.asarray([np.exp(score.empty_A).mean() for score in scores])
 
 

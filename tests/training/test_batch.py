@@ -4,13 +4,13 @@ import jax
 import numpy as np
 import pytest
 
+from nrt_jax.objective.rewards import padded_length
 from nrt_jax.training.batch import (
     answer_mask,
     at_answer,
     flat_groups,
     from_rows,
     group_lengths,
-    padded_length,
     sft_batch,
     sft_lengths,
     target_masks,

@@ -11,13 +11,13 @@ from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate, generate_and_score
-from nrt_jax.engine.scheduler import Request, SuffixScores
+from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.sharding import make_mesh
+from nrt_jax.objective.rewards import compute_rewards, score_rewards
 from nrt_jax.training.batch import answer_mask, at_answer, flat_groups, group_lengths
 from nrt_jax.training.forward import run_prompts, score_baseline, score_branches
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.rewards import compute_rewards, judge
-from nrt_jax.types import Group
+from nrt_jax.types import Group, SuffixLogprobs
 from tests.objective import oracle
 from tests.training import worlds
 from tests.training.worlds import ARCHITECTURE, EOS, THINK_END, THINK_START
@@ -54,7 +54,7 @@ def requests() -> list[Request]:
 
 
 @pytest.fixture(scope="module")
-def sampled() -> tuple[list[Group], list[SuffixScores]]:
+def sampled() -> tuple[list[Group], list[SuffixLogprobs]]:
     """Fewer slots than sequences, so that slots are used again."""
     traces, scores = generate_and_score(engine(6), PARAMS, requests(), jax.random.key(0), steps=3)
     return [Group(e, t) for e, t in zip(EXAMPLES, traces, strict=True)], scores
@@ -84,8 +84,8 @@ def test_scores_equal_the_training_forward(sampled):
     log_c_PKA, log_c_base_PA, _ = forward(groups)
     for p, (group, score) in enumerate(zip(groups, scores, strict=True)):
         T = len(group.example.answer_tokens)
-        assert score.copies_KA.shape == (TRACES, T)
-        np.testing.assert_allclose(score.copies_KA, log_c_PKA[p, :, :T], atol=1e-4)
+        assert score.samples_KA.shape == (TRACES, T)
+        np.testing.assert_allclose(score.samples_KA, log_c_PKA[p, :, :T], atol=1e-4)
         np.testing.assert_allclose(score.empty_A, log_c_base_PA[p, :T], atol=1e-4)
 
 
@@ -102,7 +102,7 @@ def test_scoring_changes_no_trace(sampled):
 def test_rewards_are_those_of_the_loss(scheme, sampled):
     groups, scores = sampled
     objective = ObjectiveConfig.model_validate({"scheme": scheme, "weight_cap": 20.0})
-    judged = judge(scores, objective)
+    judged = score_rewards(scores, objective)
     expected = compute_rewards(*forward(groups), objective)
     np.testing.assert_allclose(judged.reward_PK, expected.reward_PK, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(judged.baseline_P, expected.baseline_P, rtol=1e-4, atol=1e-5)
@@ -110,9 +110,9 @@ def test_rewards_are_those_of_the_loss(scheme, sampled):
 
 def test_rewards_are_those_of_the_oracle(sampled):
     _, scores = sampled
-    judged = judge(scores, ObjectiveConfig())
+    judged = score_rewards(scores, ObjectiveConfig())
     for p, score in enumerate(scores):
         base = score.empty_A.astype(float).tolist()
-        for k, log_c in enumerate(score.copies_KA.astype(float).tolist()):
+        for k, log_c in enumerate(score.samples_KA.astype(float).tolist()):
             expected, _ = oracle.aggregate("ws_neg_log_p", log_c, base, "mean", 1e4)
             assert judged.reward_PK[p, k] == pytest.approx(expected, rel=1e-5)

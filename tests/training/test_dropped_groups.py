@@ -5,17 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nrt_jax.engine.scheduler import SuffixScores
 from nrt_jax.objective.advantages import has_spread
+from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import group_lengths
 from nrt_jax.training.forward import SamplingScores
 from nrt_jax.training.nrt import _mean_metrics
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.rewards import judge
 from nrt_jax.training.rollouts import mini_batch
 from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.step import summarise
+from nrt_jax.types import SuffixLogprobs
 from tests.training import worlds
 
 DEFINITION, PARAMS = worlds.tiny_decoder()
@@ -112,12 +112,12 @@ def test_garbage_in_a_group_without_part_in_the_loss_reaches_nothing(by_hand):
 
 def test_spread_comes_from_the_cached_scores():
     """Two traces alike to the bit, and two that are not."""
-    alike = SuffixScores(np.full((2, 3), -0.5, np.float32), np.full(3, -1.0, np.float32))
-    apart = SuffixScores(
+    alike = SuffixLogprobs(np.full((2, 3), -0.5, np.float32), np.full(3, -1.0, np.float32))
+    apart = SuffixLogprobs(
         np.asarray([[-0.1, -0.2], [-0.4, -0.3]], np.float32), np.full(2, -1.0, np.float32)
     )
     settings = worlds.settings(DEFINITION, scheme="am")
-    rewards = judge([alike, apart], settings.objective)
+    rewards = score_rewards([alike, apart], settings.objective)
     assert has_spread(*rewards, "grpo").tolist() == [False, True]
     np.testing.assert_allclose(rewards.baseline_P, np.exp(-1.0), rtol=1e-6)
     np.testing.assert_allclose(rewards.reward_PK[1], np.exp([[-0.1, -0.2], [-0.4, -0.3]]).mean(1))

@@ -24,7 +24,7 @@ def main(port: str, rank: str, processes: str, out: Path) -> None:
         for group in groups
         for trace in group
     ]
-    scored = [[score.copies_KA.tolist(), score.empty_A.tolist()] for score in scores]
+    scored = [[score.samples_KA.tolist(), score.empty_A.tolist()] for score in scores]
     (out / f"{rank}.json").write_text(json.dumps({"traces": rows, "scores": scored}))
     if int(processes) > 1:
         jax.distributed.shutdown()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from nrt_jax.objective.aggregation import LARGEST_WEIGHT, SCHEMES, WS_SCHEMES, aggregate, ws_weights
+from nrt_jax.objective.schemes import LARGEST_WEIGHT, SCHEMES, WS_SCHEMES, aggregate, ws_weights
 from tests.objective import oracle
 
 # c = 1/2, 1/4 and c_base = 1/4, 1/2 by hand: log 2 and log 4 are the weights of ws_neg_log_p.

@@ -13,10 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from nrt_jax.config.objective import ObjectiveConfig
-from nrt_jax.engine.scheduler import SuffixScores
 from nrt_jax.objective.advantages import advantages
-from nrt_jax.objective.aggregation import aggregate
-from nrt_jax.training.batch import padded_length
+from nrt_jax.objective.schemes import aggregate
+from nrt_jax.types import SuffixLogprobs
 
 
 class Rewards(NamedTuple):
@@ -51,25 +50,31 @@ def compute_rewards(
     return jax.lax.stop_gradient(rewards)
 
 
-class Judged(NamedTuple):
+class GroupRewards(NamedTuple):
     """R of each trace and of the empty one, under the weights that drew them."""
 
     reward_PK: Float[np.ndarray, "P K"]
     baseline_P: Float[np.ndarray, " P"]
 
 
-def judge(scores: Sequence[SuffixScores], objective: ObjectiveConfig) -> Judged:
+def score_rewards(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -> GroupRewards:
     """The rewards of groups from log-probs of y* that an engine read off its cache."""
     lengths_P = np.asarray([len(score.empty_A) for score in scores])
-    P, K, A = len(scores), len(scores[0].copies_KA), padded_length(int(lengths_P.max()))
+    P, K, A = len(scores), len(scores[0].samples_KA), padded_length(int(lengths_P.max()))
     log_c_PKA = np.zeros((P, K, A), np.float32)
     log_c_base_PA = np.zeros((P, A), np.float32)
     for p, score in enumerate(scores):
-        log_c_PKA[p, :, : lengths_P[p]] = score.copies_KA
+        log_c_PKA[p, :, : lengths_P[p]] = score.samples_KA
         log_c_base_PA[p, : lengths_P[p]] = score.empty_A
     mask_PA = np.arange(A)[None] < lengths_P[:, None]
     rewards = _compute_rewards(log_c_PKA, log_c_base_PA, mask_PA, objective=objective)
-    return Judged(np.asarray(rewards.reward_PK), np.asarray(rewards.baseline_P))
+    return GroupRewards(np.asarray(rewards.reward_PK), np.asarray(rewards.baseline_P))
 
 
 _compute_rewards = partial(jax.jit, static_argnames="objective")(compute_rewards)
+
+
+def padded_length(length: int) -> int:
+    """Round up to one of four lengths an octave, 8 at least: few shapes, under 25 % of padding."""
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
