@@ -22,6 +22,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 from shapes import PEER, start_traces
 
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.import_format import read_params
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.engine.decode_state import DecodeState
@@ -30,8 +32,6 @@ from nrt_jax.engine.generate import generate
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.decoder import Decoder, abstract_decoder
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import abstract_params, make_mesh
 
 DTYPES = ("float32", "bfloat16", "int8")

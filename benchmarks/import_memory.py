@@ -19,11 +19,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
+from nrt_jax.checkpoints.hf_config import config_json
+from nrt_jax.checkpoints.json_files import write_json
+from nrt_jax.checkpoints.safetensors_files import MAX_SHARD_BYTES, NewTensor, write_tensors
+from nrt_jax.checkpoints.weight_table import weight_table
 from nrt_jax.config.architecture import Architecture, Llama3Scaling
-from nrt_jax.models.huggingface_config import config_json
-from nrt_jax.models.json_files import write_json
-from nrt_jax.models.safetensors_files import MAX_SHARD_BYTES, NewTensor, write_tensors
-from nrt_jax.models.weight_table import weight_table
 
 LLAMA_3B = Architecture(
     vocab_size=128256,
@@ -52,7 +52,7 @@ LOAD = """
 import sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-from nrt_jax.models import load_pretrained
+from nrt_jax.checkpoints import load_pretrained
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.models.sharding import make_mesh
 start = time.perf_counter()
@@ -121,7 +121,7 @@ def main() -> None:
         print(f"{args.shape}: {nbytes / 1e9:.2f} GB of bfloat16 weights in {source}")
         print(f"written in {time.perf_counter() - start:.0f} s; idle process: ", end="", flush=True)
         idle = measure(
-            "import time\nfrom nrt_jax.models import load_pretrained\n"
+            "import time\nfrom nrt_jax.checkpoints import load_pretrained\n"
             "import jax\njax.devices()\nstart = time.perf_counter()\n"
         )
         print(f"{idle['peak'] / 1e9:.2f} GB")

@@ -33,6 +33,9 @@ import tokenizers
 from flax import nnx
 from update_parts import cpu_seconds, update_parts
 
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.import_format import read_params
+from nrt_jax.checkpoints.train_state import init_state, state_shardings
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import ModelConfig
 from nrt_jax.config.objective import ObjectiveConfig
@@ -40,14 +43,11 @@ from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings, SamplingScores
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer, equal_keys
-from nrt_jax.training.state import init_state, state_shardings
 from nrt_jax.training.step import Update
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 

@@ -27,12 +27,12 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.model import ModelConfig
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.decoder import Remat, abstract_decoder
 from nrt_jax.models.flops import Rows, forward_flops, training_flops
-from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings, SamplingScores
 from nrt_jax.training.nrt_loss import nrt_loss

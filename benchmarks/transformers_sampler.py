@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
+from nrt_jax.checkpoints.hf_weights import write_directory
 from nrt_jax.config.architecture import Architecture
-from nrt_jax.models.huggingface import write_directory
 
 
 class TransformersSampler:

@@ -264,8 +264,8 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from nrt_jax.checkpoints.export import import_checkpoint
     from nrt_jax.config.mesh import parse_mesh
-    from nrt_jax.training.convert import import_checkpoint
 
     with _exit_on_sigterm():
         imported = import_checkpoint(args.source, args.out, parse_mesh(args.mesh), args.dtype)
@@ -277,8 +277,8 @@ def _import(args: argparse.Namespace) -> None:
 
 def _data_show(args: argparse.Namespace) -> None:
     config = _load(args)
+    from nrt_jax.checkpoints.run_model import load_tokenizer
     from nrt_jax.data.show import show_rows
-    from nrt_jax.training.model import load_tokenizer
 
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
     reasons = config.method == "nrt"
@@ -298,7 +298,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from nrt_jax.training.convert import export
+    from nrt_jax.checkpoints.export import export
 
     with _exit_on_sigterm():
         export(args.run, args.out, dtype=args.dtype, copy_rows=args.copy_row)

@@ -1,17 +1,1 @@
-"""The decoder of Llama and Mistral, and the files it is read from and written to."""
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from nrt_jax.models.pretrained import load_pretrained
-
-__all__ = ["load_pretrained"]
-
-
-def __getattr__(name: str) -> Any:
-    # Found on first use: Orbax takes a second to import, which verbs without weights need not pay.
-    if name == "load_pretrained":
-        from nrt_jax.models.pretrained import load_pretrained
-
-        return load_pretrained
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+"""The decoder of Llama and Mistral, and how it lies on a mesh."""

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from nrt_jax.checkpoints import run_dir
+from nrt_jax.checkpoints.open import Trained, load_trained
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.bad_rows import BadRow
@@ -16,9 +18,7 @@ from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.sampling import MAX_STOP_IDS
 from nrt_jax.errors import InputError
 from nrt_jax.serving.text import TokenTexts
-from nrt_jax.training import run_dir
 from nrt_jax.training.engines import E, make_engine, trace_stop_ids
-from nrt_jax.training.inference import Trained, load_trained
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from functools import partial
 from typing import TypeVar
 
+from nrt_jax.checkpoints.run_model import Model, token_id
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.evaluation.exact_match import Answerer
 from nrt_jax.objective.rewards import score_rewards
-from nrt_jax.training.model import Model, token_id
 
 E = TypeVar("E", bound=DecoderEngine)
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.errors import RunFailed
 from nrt_jax.models.sharding import on_device
-from nrt_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 

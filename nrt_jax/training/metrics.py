@@ -11,9 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nrt_jax.checkpoints.files import append, open_to_append, write_atomically
 from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.errors import InputError
-from nrt_jax.training.files import append, open_to_append, write_atomically
 from nrt_jax.training.tensorboard import EventFile
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"

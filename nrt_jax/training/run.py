@@ -12,6 +12,17 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from nrt_jax.checkpoints import run_dir
+from nrt_jax.checkpoints.run_model import (
+    Model,
+    engine_model,
+    init_params,
+    load_tokenizer,
+    open_model,
+)
+from nrt_jax.checkpoints.saved_groups import pack_groups, unpack_groups
+from nrt_jax.checkpoints.store import Checkpoints, Restored
+from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
@@ -20,16 +31,11 @@ from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.exact_match import Answerer, evaluate
 from nrt_jax.models.sharding import batch_sharding
 from nrt_jax.stop import StopRequest
-from nrt_jax.training import run_dir
-from nrt_jax.training.checkpoint import Checkpoints, Restored
 from nrt_jax.training.engines import make_answerer, trace_stop_ids
 from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.metrics import MetricsWriter, PhaseTimer
-from nrt_jax.training.model import Model, engine_model, init_params, load_tokenizer, open_model
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
-from nrt_jax.training.saved_groups import pack_groups, unpack_groups
-from nrt_jax.training.state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.types import Group
 
 log = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.models.sharding import on_device
-from nrt_jax.training.state import TrainState
 
 
 class Metrics(NamedTuple):

@@ -11,7 +11,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[re
 from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 from tensorboardX.record_writer import masked_crc32c
 
-from nrt_jax.training.files import append, open_to_append
+from nrt_jax.checkpoints.files import append, open_to_append
 
 
 class EventFile:

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from scipy.special import log_softmax
 
-from nrt_jax.models.huggingface_config import read_architecture
+from nrt_jax.checkpoints.hf_config import read_architecture
 from tests.models.references import IDS, Reference
 from tests.models.tiny import read
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from flax import nnx
 
-from nrt_jax.models import load_pretrained
+from nrt_jax.checkpoints import load_pretrained
+from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.huggingface_config import read_architecture
 from tests.models.incremental import prefill_and_decode
 from tests.models.parity import assert_close_logits, compare_gradients
 from tests.models.references import VOCAB, load_model, save_gradients

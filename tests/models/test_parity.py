@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.checkpoints import load_pretrained
+from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.config.architecture import Llama3Scaling
-from nrt_jax.models import load_pretrained
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.rope import inverse_frequencies
 from tests.models.parity import assert_parity, kl_divergence
 from tests.models.references import VARIANTS, T

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax.checkpoints.hf_weights import read_weights
 from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
 from nrt_jax.models.decoder import Decoder, abstract_decoder
-from nrt_jax.models.huggingface import read_weights
 from nrt_jax.models.sharding import abstract_params, make_mesh
 
 SCALING = Llama3Scaling(factor=8.0, original_max_position_embeddings=16)

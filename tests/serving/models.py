@@ -7,6 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from nrt_jax.checkpoints.open import Trained
+from nrt_jax.checkpoints.run_model import Model
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.tokenizer import Tokenizer
@@ -15,8 +17,6 @@ from nrt_jax.engine.generate import generate
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.serving.served_model import ServedModel, serve_trained
-from nrt_jax.training.inference import Trained
-from nrt_jax.training.model import Model
 from tests.data.made_tokenizers import write_made_tokenizer
 from tests.data.templates import TEMPLATES
 from tests.models.tiny import architecture as small

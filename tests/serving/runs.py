@@ -4,13 +4,13 @@ from pathlib import Path
 
 import yaml
 
+from nrt_jax.checkpoints import run_dir
+from nrt_jax.checkpoints.run_model import init_params, load_tokenizer, open_model
+from nrt_jax.checkpoints.store import Checkpoints
+from nrt_jax.checkpoints.train_state import init_state, state_shardings
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
-from nrt_jax.training import run_dir
-from nrt_jax.training.checkpoint import Checkpoints
-from nrt_jax.training.model import init_params, load_tokenizer, open_model
 from nrt_jax.training.optimizer import make_optimizer
-from nrt_jax.training.state import init_state, state_shardings
 from tests.models.tiny import mesh
 from tests.training.runs import CONFIG, write_model
 

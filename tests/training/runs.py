@@ -17,9 +17,9 @@ import orbax.checkpoint as ocp
 import yaml
 from flax import nnx
 
+from nrt_jax.checkpoints import hf_weights
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
-from nrt_jax.models import huggingface
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.training.metrics import TIMING_PREFIXES
 
@@ -71,7 +71,7 @@ def write_model(directory: Path, **changes) -> Path:
     """A Hugging Face directory of random weights with the quickstart's tokenizer."""
     architecture = Architecture.model_validate(ARCHITECTURE | changes)
     params = nnx.to_pure_dict(nnx.split(Decoder(architecture, nnx.Rngs(0)))[1])
-    huggingface.write_directory(
+    hf_weights.write_directory(
         directory,
         architecture,
         params,

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.open import load_trained
+from nrt_jax.checkpoints.run_dir import load_run
 from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.training.inference import load_trained
-from nrt_jax.training.run_dir import load_run
 from tests.models.tiny import read
 from tests.objective import oracle
 from tests.training.runs import TinyRun

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.checkpoints.store import Checkpoints
+from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.config.checkpoint import CheckpointConfig
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.errors import RunFailed
 from nrt_jax.models.sharding import batch_sharding, make_mesh, param_shardings
-from nrt_jax.training.checkpoint import Checkpoints
 from nrt_jax.training.forward import SamplingScores
 from nrt_jax.training.memory import (
     ACTIVATIONS,
@@ -26,7 +27,6 @@ from nrt_jax.training.memory import (
 from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.training.step import Update
 from tests.training import worlds
 

@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax.checkpoints.train_state import state_shardings
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.decoder import abstract_decoder
@@ -27,7 +28,6 @@ from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
 from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.sft import sft_loss_of_rows
-from nrt_jax.training.state import state_shardings
 from nrt_jax.training.step import LossFn, Total, Update, nothing
 from tests.training import worlds
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.checkpoints.saved_groups import pack_groups, read_arrays, unpack_groups
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.training import nrt
@@ -21,7 +22,6 @@ from nrt_jax.training.forward import (
 from nrt_jax.training.loop import train
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.run import Run
-from nrt_jax.training.saved_groups import pack_groups, read_arrays, unpack_groups
 from tests.training import worlds
 from tests.training.runs import assert_same
 from tests.training.test_resume import finish, stop_at

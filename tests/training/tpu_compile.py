@@ -19,6 +19,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from nrt_jax.checkpoints.train_state import abstract_state, state_shardings
 from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.config.objective import ObjectiveConfig
@@ -32,7 +33,6 @@ from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
 from nrt_jax.training.scoring import make_scorer
-from nrt_jax.training.state import abstract_state, state_shardings
 from nrt_jax.training.step import Total, Update, nothing
 from tests.engine.tpu_compile import SHAPES, bytes_a_chip
 from tests.training import worlds

@@ -1,6 +1,6 @@
 """One of two processes that read a checkpoint together, import it, and export the import.
 
-python -m tests.training.two_processes PORT RANK SOURCE OUT
+python -m tests.checkpoints.two_processes PORT RANK SOURCE OUT
 """
 
 import sys
@@ -13,10 +13,10 @@ def main(port: str, rank: str, source: Path, out: Path) -> None:
     """Four devices of eight; asserts that each weight is held in part only."""
     jax.config.update("jax_num_cpu_devices", 4)
     jax.distributed.initialize(f"localhost:{port}", 2, int(rank))
+    from nrt_jax.checkpoints.export import export
+    from nrt_jax.checkpoints.import_format import import_directory
     from nrt_jax.config.mesh import MeshConfig
-    from nrt_jax.models.native import import_directory
     from nrt_jax.models.sharding import make_mesh
-    from nrt_jax.training.convert import export
 
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     params = import_directory(source, out / "imported", mesh)

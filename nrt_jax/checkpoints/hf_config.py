@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
+from nrt_jax.checkpoints.json_files import read_json
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.errors import InputError
-from nrt_jax.models.json_files import read_json
 
 StoredDtype = Literal["float32", "bfloat16", "float16"]
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"

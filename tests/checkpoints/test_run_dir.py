@@ -7,10 +7,10 @@ import jax
 import pytest
 
 import nrt_jax
+from nrt_jax.checkpoints.run_dir import load_run, locked, prepare
 from nrt_jax.config.load import dump_config, load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError
-from nrt_jax.training.run_dir import load_run, locked, prepare
 
 
 @pytest.fixture

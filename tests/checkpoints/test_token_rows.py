@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.checkpoints.token_rows import copy_token_rows
 from nrt_jax.errors import InputError
-from nrt_jax.models.token_rows import copy_token_rows
 from tests.models.tiny import architecture, decoder
 
 

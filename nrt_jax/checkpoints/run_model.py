@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax.checkpoints import import_format
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.token_rows import copy_token_rows
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import ModelConfig
@@ -18,12 +21,9 @@ from nrt_jax.config.rollout import RolloutConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
-from nrt_jax.models import native
 from nrt_jax.models.attention_backend import choose_backend
 from nrt_jax.models.decoder import Decoder, abstract_decoder
-from nrt_jax.models.huggingface_config import read_architecture
 from nrt_jax.models.sharding import abstract_params, make_mesh
-from nrt_jax.models.token_rows import copy_token_rows
 
 log = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def init_params(config: RunConfig, model: Model, tokenizer: Tokenizer) -> dict[s
         return _draw(config, model)
     source = config.model.new_rows_from
     row = tokenizer.eos_id if source is None else token_id(tokenizer, source, "model.new_rows_from")
-    params = native.read_params(config.model.path, model.target)
+    params = import_format.read_params(config.model.path, model.target)
     for new in tokenizer.new_ids:
         names = tokenizer.token(new), tokenizer.token(row)
         log.info("%s (id %d) starts as a copy of %s", names[0], new, names[1])

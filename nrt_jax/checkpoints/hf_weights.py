@@ -18,17 +18,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from nrt_jax.config.architecture import Architecture
-from nrt_jax.errors import InputError
-from nrt_jax.models.huggingface_config import (
+from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
     StoredDtype,
     config_json,
 )
-from nrt_jax.models.json_files import write_json
-from nrt_jax.models.new_directory import new_directory
-from nrt_jax.models.safetensors_files import (
+from nrt_jax.checkpoints.json_files import write_json
+from nrt_jax.checkpoints.new_directory import new_directory
+from nrt_jax.checkpoints.safetensors_files import (
     DTYPES,
     MAX_SHARD_BYTES,
     NewTensor,
@@ -37,7 +35,9 @@ from nrt_jax.models.safetensors_files import (
     open_tensors,
     write_tensors,
 )
-from nrt_jax.models.weight_table import EMBEDDING, HEAD, Weight, weight_table
+from nrt_jax.checkpoints.weight_table import EMBEDDING, HEAD, Weight, weight_table
+from nrt_jax.config.architecture import Architecture
+from nrt_jax.errors import InputError
 
 # Old Llama exports store these constants of the architecture, which are no weights.
 _CONSTANT = ".rotary_emb.inv_freq"

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 
 import nrt_jax
+from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
 from nrt_jax.config.load import dump_config, load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError
-from nrt_jax.training.files import PART_SUFFIX, write_atomically
 
 CONFIG_FILE, VERSIONS_FILE, LOCK_FILE = "config.yaml", "versions.json", "lock"
 CHECKPOINTS = "checkpoints"

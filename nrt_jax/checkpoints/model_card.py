@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import nrt_jax
+from nrt_jax.checkpoints import import_format
+from nrt_jax.checkpoints.open import Trained
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.models import native
-from nrt_jax.training.inference import Trained
 
 METHODS = {
     "logp": "JLB: sum of log-probabilities",
@@ -77,7 +77,7 @@ def trained_card(trained: Trained) -> str:
 
 def converted_card(path: Path) -> str:
     """Markdown for a checkpoint that was imported and never trained."""
-    name = native.source_name(path)
+    name = import_format.source_name(path)
     return (
         f"---\nbase_model: {json.dumps(name)}\nlibrary_name: transformers\n"
         f"pipeline_tag: text-generation\n---\n\n# {name}\n\nThe weights, tokenizer "
@@ -88,7 +88,7 @@ def converted_card(path: Path) -> str:
 
 def base_name(config: RunConfig) -> str | None:
     """Name of the checkpoint that a run started from, that of its source if it was imported."""
-    return None if config.model.path is None else native.source_name(config.model.path)
+    return None if config.model.path is None else import_format.source_name(config.model.path)
 
 
 def _method(config: RunConfig) -> str:

@@ -16,19 +16,19 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from nrt_jax.errors import InputError
-from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.huggingface import read_weights, stored_dtypes
-from nrt_jax.models.huggingface_config import (
+from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
     StoredDtype,
     read_architecture,
 )
-from nrt_jax.models.json_files import one_line, read_json, write_json
-from nrt_jax.models.new_directory import check_new, new_directory
-from nrt_jax.models.orbax_noise import silence_abandoned_io, without_messages
-from nrt_jax.models.safetensors_files import main_dtype, open_tensors
+from nrt_jax.checkpoints.hf_weights import read_weights, stored_dtypes
+from nrt_jax.checkpoints.json_files import one_line, read_json, write_json
+from nrt_jax.checkpoints.new_directory import check_new, new_directory
+from nrt_jax.checkpoints.orbax_noise import silence_abandoned_io, without_messages
+from nrt_jax.checkpoints.safetensors_files import main_dtype, open_tensors
+from nrt_jax.errors import InputError
+from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params
 
 PARAMS, PROVENANCE_FILE = "params", "import.json"

@@ -14,13 +14,18 @@ from flax import nnx
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.hf_weights import read_weights, stored_dtypes, write_directory
+from nrt_jax.checkpoints.import_format import (
+    VOCAB_MULTIPLE,
+    import_directory,
+    read_params,
+    saved_target,
+)
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder, abstract_decoder
-from nrt_jax.models.huggingface import read_weights, stored_dtypes, write_directory
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.native import VOCAB_MULTIPLE, import_directory, read_params, saved_target
 from nrt_jax.models.sharding import abstract_params
-from tests.models.bits import INDEX, assert_same_bits, write_bits
+from tests.checkpoints.bits import INDEX, assert_same_bits, write_bits
 from tests.models.references import IDS, VARIANTS, load_model
 from tests.models.tiny import mesh, read
 
@@ -230,7 +235,7 @@ def test_params_that_do_not_fit_are_not_written(reference_of, tmp_path):
 
 def test_needs_neither_torch_nor_transformers():
     code = (
-        "import sys, nrt_jax.models.huggingface, nrt_jax.models.pretrained\n"
+        "import sys, nrt_jax.checkpoints.hf_weights, nrt_jax.checkpoints.pretrained\n"
         "print({'torch', 'transformers'} & sys.modules.keys())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

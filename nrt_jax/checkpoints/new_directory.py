@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from nrt_jax.checkpoints.json_files import one_line
 from nrt_jax.errors import InputError
-from nrt_jax.models.json_files import one_line
 
 
 @contextmanager

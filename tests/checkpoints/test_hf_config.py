@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-from nrt_jax.config.architecture import Architecture, Llama3Scaling
-from nrt_jax.errors import InputError
-from nrt_jax.models.huggingface_config import (
+from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
     config_json,
     read_architecture,
     read_generation,
 )
+from nrt_jax.config.architecture import Architecture, Llama3Scaling
+from nrt_jax.errors import InputError
 from tests.models.references import llama3_rope, plain_rope
 
 LLAMA3, PLAIN = llama3_rope(8.0), plain_rope(1e6)

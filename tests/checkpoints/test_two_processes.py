@@ -23,11 +23,11 @@ def free_port() -> int:
 
 
 def run(module: str, *arguments: object, processes: int = 2) -> list[tuple[int, str]]:
-    """The status and what was printed by each process of `module PORT RANK ARGUMENTS`."""
+    """The status and what was printed by each process of `tests.module PORT RANK ARGUMENTS`."""
     port = free_port()
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", f"tests.training.{module}", str(port), str(rank)]
+            [sys.executable, "-m", f"tests.{module}", str(port), str(rank)]
             + [str(argument) for argument in arguments],
             cwd=REPOSITORY,
             env=os.environ | {"JAX_PLATFORMS": "cpu"},
@@ -47,7 +47,7 @@ def run(module: str, *arguments: object, processes: int = 2) -> list[tuple[int, 
 
 def test_what_two_processes_import_and_export_is_the_source(tmp_path):
     source = write_model(tmp_path / "source", num_attention_heads=4, num_key_value_heads=2)
-    for status, printed in run("two_processes", source, tmp_path):
+    for status, printed in run("checkpoints.two_processes", source, tmp_path):
         assert status == 0, printed
     before = load_file(source / "model.safetensors")
     after = load_file(tmp_path / "exported" / "model.safetensors")
@@ -61,7 +61,7 @@ def test_what_two_processes_import_and_export_is_the_source(tmp_path):
 def sampled(out: Path, processes: int) -> list[dict]:
     """The traces and scores of each process, from the same four devices in all."""
     out.mkdir()
-    for status, printed in run("two_samplers", processes, out, processes=processes):
+    for status, printed in run("training.two_samplers", processes, out, processes=processes):
         assert status == 0, printed
     return [json.loads((out / f"{rank}.json").read_text()) for rank in range(processes)]
 

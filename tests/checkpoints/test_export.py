@@ -13,12 +13,12 @@ import transformers
 import yaml
 from safetensors.numpy import load_file
 
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.import_format import read_params
+from nrt_jax.checkpoints.open import load_trained
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import abstract_params
-from nrt_jax.training.inference import load_trained
 from tests.models.tiny import mesh, read
 from tests.training.runs import Process, TinyRun, write_model
 
@@ -141,9 +141,9 @@ def run_with_new_tokens(tmp_path_factory, tiny_config) -> TinyRun:
 
 
 def initial_params(run: TinyRun, *overrides: str) -> dict:
+    from nrt_jax.checkpoints.run_model import init_params, load_tokenizer, open_model
     from nrt_jax.config.load import load_config
     from nrt_jax.config.run import RunConfig
-    from nrt_jax.training.model import init_params, load_tokenizer, open_model
 
     config = load_config(
         RunConfig, [run.config], [*NEW_NAMES, "mesh.fsdp=8", "mesh.data=1", *overrides]

@@ -14,11 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from nrt_jax.checkpoints.hf_config import StoredDtype, read_architecture
+from nrt_jax.checkpoints.import_format import read_params
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder, abstract_decoder
-from nrt_jax.models.huggingface_config import StoredDtype, read_architecture
-from nrt_jax.models.native import read_params
 from nrt_jax.models.sharding import abstract_params, make_mesh
 
 

@@ -12,11 +12,9 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nrt_jax.errors import InputError
-from nrt_jax.models import huggingface, load_pretrained, native
-from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.native import (
+from nrt_jax.checkpoints import import_format, load_pretrained
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.import_format import (
     VOCAB_MULTIPLE,
     import_directory,
     is_imported,
@@ -25,7 +23,9 @@ from nrt_jax.models.native import (
     source_name,
     tokenizer_files,
 )
-from nrt_jax.models.safetensors_files import StoredTensor
+from nrt_jax.checkpoints.safetensors_files import StoredTensor
+from nrt_jax.errors import InputError
+from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params
 from tests.models.references import VARIANTS, VOCAB, make_model
 from tests.models.tiny import mesh, read
@@ -60,7 +60,7 @@ def damaged(imported, tmp_path) -> Path:
 
 
 def test_files_are_copied_as_they_are(source, imported):
-    found = {path.name for path in imported.iterdir()}
+    found = {path.name for path in import_format.iterdir()}
     copied = {*TOKENIZER, "chat_template.jinja", "tokenizer.model", "config.json"}
     assert found == {*copied, "generation_config.json", "params", "import.json"}
     for name in (*copied, "generation_config.json"):
@@ -169,10 +169,10 @@ def test_an_existing_directory_is_refused(source, imported, monkeypatch):
         raise AssertionError("it was read")
 
     monkeypatch.setattr(huggingface, "_load", read_nothing)
-    before = {path.name for path in imported.iterdir()}
+    before = {path.name for path in import_format.iterdir()}
     with pytest.raises(InputError, match=r"imported: exists and is not empty; give a new folder"):
         import_directory(source, imported, mesh())
-    assert {path.name for path in imported.iterdir()} == before
+    assert {path.name for path in import_format.iterdir()} == before
 
 
 def test_a_bad_source_makes_no_directory(copy, tmp_path):
@@ -275,11 +275,11 @@ def test_damage_is_told_before_an_export(damaged, damage):
 
 def test_stored_dtype_is_that_of_the_files(reference_of, source, imported, tmp_path):
     """Whatever config.json says."""
-    assert native.stored_dtype(source) == native.stored_dtype(imported) == "float32"
+    assert import_format.stored_dtype(source) == import_format.stored_dtype(imported) == "float32"
     half = reference_of("llama3.1_bf16").directory
-    assert native.stored_dtype(half) == "bfloat16"
+    assert import_format.stored_dtype(half) == "bfloat16"
     import_directory(source, tmp_path / "half", mesh(), dtype="bfloat16")
-    assert native.stored_dtype(tmp_path / "half") == "bfloat16"
+    assert import_format.stored_dtype(tmp_path / "half") == "bfloat16"
 
 
 def test_weights_beyond_float16_are_refused_on_the_way_in(source, tmp_path):

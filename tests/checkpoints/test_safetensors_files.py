@@ -15,12 +15,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch_file
 
+from nrt_jax.checkpoints import load_pretrained
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.hf_weights import write_directory
+from nrt_jax.checkpoints.safetensors_files import NewTensor, open_tensors, write_tensors
 from nrt_jax.errors import InputError
-from nrt_jax.models import load_pretrained
-from nrt_jax.models.huggingface import write_directory
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.safetensors_files import NewTensor, open_tensors, write_tensors
-from tests.models.bits import INDEX, bits_of
+from tests.checkpoints.bits import INDEX, bits_of
 from tests.models.tiny import mesh, read
 
 SINGLE = "model.safetensors"

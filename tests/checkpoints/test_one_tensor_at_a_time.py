@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nrt_jax.models import huggingface
+from nrt_jax.checkpoints.hf_config import read_architecture
+from nrt_jax.checkpoints.hf_weights import read_weights, write_directory
+from nrt_jax.checkpoints.import_format import import_directory
+from nrt_jax.checkpoints.safetensors_files import NewTensor, StoredTensor, open_tensors
 from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.huggingface import read_weights, write_directory
-from nrt_jax.models.huggingface_config import read_architecture
-from nrt_jax.models.native import import_directory
-from nrt_jax.models.safetensors_files import NewTensor, StoredTensor, open_tensors
 from nrt_jax.models.sharding import abstract_params
 from tests.models.references import VARIANTS, make_model
 from tests.models.tiny import mesh, read

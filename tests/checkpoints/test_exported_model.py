@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from nrt_jax.checkpoints.open import load_trained
 from nrt_jax.cli import main
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.training.inference import load_trained
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

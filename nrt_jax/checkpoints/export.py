@@ -7,6 +7,17 @@ from pathlib import Path
 
 import jax
 
+from nrt_jax.checkpoints import hf_weights, import_format
+from nrt_jax.checkpoints.hf_config import (
+    StoredDtype,
+    read_architecture,
+    read_generation,
+)
+from nrt_jax.checkpoints.model_card import converted_card, trained_card
+from nrt_jax.checkpoints.new_directory import check_new
+from nrt_jax.checkpoints.open import load_trained
+from nrt_jax.checkpoints.run_model import token_id
+from nrt_jax.checkpoints.token_rows import copy_token_rows
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.chat_export import chat_template_text
@@ -19,18 +30,7 @@ from nrt_jax.data.tokenizer_files import (
     read_tokenizer_json,
 )
 from nrt_jax.errors import InputError
-from nrt_jax.models import huggingface, native
-from nrt_jax.models.huggingface_config import (
-    StoredDtype,
-    read_architecture,
-    read_generation,
-)
-from nrt_jax.models.new_directory import check_new
 from nrt_jax.models.sharding import make_mesh, spread_mesh
-from nrt_jax.models.token_rows import copy_token_rows
-from nrt_jax.training.inference import load_trained
-from nrt_jax.training.model import token_id
-from nrt_jax.training.model_card import converted_card, trained_card
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def import_checkpoint(
     Raises InputError for a directory, or a tokenizer in it, that cannot be used.
     """
     _check_tokenizer(source)
-    params = native.import_directory(source, out, make_mesh(mesh), dtype)
+    params = import_format.import_directory(source, out, make_mesh(mesh), dtype)
     leaves = jax.tree.leaves(params)
     return Imported(sum(leaf.size for leaf in leaves), sum(leaf.nbytes for leaf in leaves))
 
@@ -65,7 +65,7 @@ def export(path: Path, out: Path, *, dtype: StoredDtype | None, copy_rows: list[
     TOKEN=FROM, each token a vocabulary entry (escapes such as \\n are read).
     """
     check_new(out)
-    if native.is_imported(path):
+    if import_format.is_imported(path):
         if copy_rows:
             raise InputError(f"--copy-row {copy_rows[0]}: only for runs; {path} is an import")
         _export_imported(path, out, dtype)
@@ -80,7 +80,7 @@ def export(path: Path, out: Path, *, dtype: StoredDtype | None, copy_rows: list[
         tokenizer.copy_to(folder, chat_template=template)
         (folder / CARD).write_text(card, encoding="utf-8")
 
-    huggingface.write_directory(
+    hf_weights.write_directory(
         out,
         trained.model.architecture,
         copy_token_rows(trained.params, rows),
@@ -100,14 +100,16 @@ def _check_tokenizer(source: Path) -> None:
 
 def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
     architecture = read_architecture(path)
-    params = native.read_params(path, native.saved_target(path, spread_mesh(architecture)))
+    params = import_format.read_params(
+        path, import_format.saved_target(path, spread_mesh(architecture))
+    )
 
     def add_files(folder: Path) -> None:
-        for file in native.tokenizer_files(path):
+        for file in import_format.tokenizer_files(path):
             shutil.copyfile(file, folder / file.name)
         (folder / CARD).write_text(converted_card(path), encoding="utf-8")
 
-    huggingface.write_directory(
+    hf_weights.write_directory(
         out,
         architecture,
         params,
@@ -118,7 +120,7 @@ def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
 
 
 def _dtype_of_base(config: RunConfig) -> StoredDtype:
-    return "float32" if config.model.path is None else native.stored_dtype(config.model.path)
+    return "float32" if config.model.path is None else import_format.stored_dtype(config.model.path)
 
 
 def row_pairs(tokenizer: Tokenizer, pairs: list[str]) -> dict[int, int]:

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from nrt_jax.checkpoints.hf_config import StoredDtype
+from nrt_jax.checkpoints.json_files import one_line, read_json, write_json
 from nrt_jax.errors import InputError
-from nrt_jax.models.huggingface_config import StoredDtype
-from nrt_jax.models.json_files import one_line, read_json, write_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}

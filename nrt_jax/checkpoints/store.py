@@ -11,12 +11,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from nrt_jax.checkpoints.fingerprint import by_path, fingerprints
+from nrt_jax.checkpoints.orbax_noise import silence_abandoned_io, without_messages
+from nrt_jax.checkpoints.saved_groups import read_arrays
+from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.config.checkpoint import CheckpointConfig
 from nrt_jax.errors import InputError, RunFailed
-from nrt_jax.models.orbax_noise import silence_abandoned_io, without_messages
-from nrt_jax.training.fingerprint import by_path, fingerprints
-from nrt_jax.training.saved_groups import read_arrays
-from nrt_jax.training.state import TrainState
 
 log = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
+from nrt_jax.checkpoints.fingerprint import fingerprints
+from nrt_jax.checkpoints.store import Checkpoints
+from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.config.checkpoint import CheckpointConfig
 from nrt_jax.errors import InputError, RunFailed
-from nrt_jax.training.checkpoint import Checkpoints
-from nrt_jax.training.fingerprint import fingerprints
-from nrt_jax.training.state import TrainState
 
 LAST = 3
 
