@@ -250,7 +250,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from nrt_jax.training.inference import answer_prompts
+    from nrt_jax.evaluation.answer import answer_prompts
 
     results = answer_prompts(args.run, args.prompt, args.temperature, args.seed, args.score)
     for result in results:

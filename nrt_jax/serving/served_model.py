@@ -15,10 +15,10 @@ from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.make import E, make_engine, trace_stop_ids
 from nrt_jax.engine.sampling import MAX_STOP_IDS
 from nrt_jax.errors import InputError
 from nrt_jax.serving.text import TokenTexts
-from nrt_jax.training.engines import E, make_engine, trace_stop_ids
 
 
 @dataclass(frozen=True)

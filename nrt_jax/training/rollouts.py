@@ -11,14 +11,14 @@ from jaxtyping import Bool, Float
 
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate, generate_and_score
+from nrt_jax.engine.make import trace_engine
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.engine.weight_sync import EngineWeights
-from nrt_jax.evaluation.exact_match import end_name
+from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.advantages import has_spread
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
-from nrt_jax.training.engines import trace_engine
 from nrt_jax.training.nrt_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
 from nrt_jax.training.run import Run

@@ -26,12 +26,12 @@ from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_sta
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.engine.make import trace_stop_ids
 from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError, RunFailed
-from nrt_jax.evaluation.exact_match import Answerer, evaluate
+from nrt_jax.evaluation.held_out import Answerer, evaluate, make_answerer
 from nrt_jax.models.sharding import batch_sharding
 from nrt_jax.stop import StopRequest
-from nrt_jax.training.engines import make_answerer, trace_stop_ids
 from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.metrics import MetricsWriter, PhaseTimer
 from nrt_jax.training.optimizer import make_optimizer

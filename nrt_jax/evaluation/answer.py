@@ -13,9 +13,8 @@ from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.errors import InputError
-from nrt_jax.evaluation.exact_match import end_name
+from nrt_jax.evaluation.held_out import answerer, end_name
 from nrt_jax.objective.rewards import score_rewards
-from nrt_jax.training.engines import answerer
 from nrt_jax.types import Example, SuffixLogprobs
 
 

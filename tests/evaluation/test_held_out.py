@@ -12,7 +12,7 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
-from nrt_jax.evaluation.exact_match import Answerer, end_name, evaluate
+from nrt_jax.evaluation.held_out import Answerer, end_name, evaluate
 from nrt_jax.types import Example, TokenizedExample, Trace
 from tests.engine.toy import greedy, one_device
 from tests.models.tiny import architecture, decoder
@@ -212,7 +212,7 @@ def test_answers_are_greedy_whatever_the_temperature_of_the_trace(reasoning, tok
         assert (answer.tokens.tolist(), answer.end_token) == expected
 
 
-def judge_am(scores):
+def rewards_am(scores):
     """Means of the probabilities, in plain NumPy."""
     rewards = np.asarray([np.exp(score.samples_KA).mean(axis=1) for score in scores])
     return rewards, np.asarray([np.exp(score.empty_A).mean() for score in scores])
@@ -221,7 +221,7 @@ def judge_am(scores):
 def test_references_are_scored_after_the_trace(reasoning, rig, examples, a):
     """x t_start 1 t_end =3 eos: right answers are all but sure, others all but impossible."""
     model = rig({START: "1", "1": END, END: "=", "=": "3", "3": EOS})
-    judged = dataclasses.replace(reasoning, judge=judge_am)
+    judged = dataclasses.replace(reasoning, score_rewards=rewards_am)
     rows = examples(("1+2", "=3"), ("1+1", "=2"))
     metrics, records = score(judged, model, rows)
     plain, plain_records = score(reasoning, model, rows)

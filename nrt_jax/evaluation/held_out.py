@@ -5,20 +5,26 @@ Letters: P prompts, K traces a prompt.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
+from nrt_jax.checkpoints.run_model import Model
+from nrt_jax.config.run import RunConfig
+from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate, generate_and_score
+from nrt_jax.engine.make import make_engine, trace_engine
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request
+from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.types import SuffixLogprobs, TokenizedExample, Trace
 
-Judge = Callable[
+ScoreRewards = Callable[
     [Sequence[SuffixLogprobs]], tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]
 ]
 """Rewards after each trace and after the empty one, from the log-probs of the answers."""
@@ -37,7 +43,7 @@ class Answerer:
     """Of the trace; the answer is always the most probable one."""
     decode_steps: int = 16
     """Tokens that are decoded a dispatch."""
-    judge: Judge | None = None
+    score_rewards: ScoreRewards | None = None
     """Rewards of the reference answer after each trace, where evaluation is to measure them."""
 
     def answer(
@@ -109,6 +115,45 @@ class Answerer:
         return [trace for (trace,) in groups]
 
 
+def make_answerer(
+    config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
+) -> Answerer | None:
+    """What evaluation and `nrt-jax generate` answer with; None when nothing is to be evaluated."""
+    if not config.evaluation.examples or not dataset.eval:
+        return None
+    return answerer(config, model, tokenizer)
+
+
+def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
+    """NRT reasons before it answers, SFT answers at once."""
+    reasons = config.method == "nrt"
+    longest = config.data.max_prompt_tokens
+    if reasons:
+        longest += config.rollout.max_trace_tokens + 2
+    answer_tokens = config.evaluation.max_answer_tokens
+    answers = make_engine(
+        config,
+        model,
+        tokenizer,
+        slots=config.rollout.slots,
+        longest_prompt=longest,
+        new_tokens=answer_tokens,
+        stop_ids=tokenizer.special_ids,
+        copies=1,
+    )
+    scores = reasons and config.evaluation.score_references
+    return Answerer(
+        tokenizer,
+        trace_engine(config, model, tokenizer) if reasons else None,
+        answers,
+        config.rollout.max_trace_tokens,
+        answer_tokens,
+        config.evaluation.trace_temperature,
+        decode_steps=config.rollout.decode_steps,
+        score_rewards=partial(score_rewards, objective=config.objective) if scores else None,
+    )
+
+
 def evaluate(
     answerer: Answerer,
     params: Any,
@@ -120,17 +165,17 @@ def evaluate(
     """Metrics over all examples, and the first `samples` of them as readable records.
 
     An answer is right when its text equals the reference after both are stripped of white space
-    and the model ended it with eos. With a judge: the mean reward of the reference answer after the
-    trace and after none, and its log-probability after the trace, in nats a token.
+    and the model ended it with eos. With `score_rewards`: the mean reward of the reference answer
+    after the trace and after the empty one, and its logprob after the trace, in nats per token.
     """
     prompts = [example.prompt_tokens for example in examples]
     scored = {}
-    if answerer.judge is None:
+    if answerer.score_rewards is None:
         answered = answerer.answer(params, prompts, key)
     else:
         references = [example.answer_tokens for example in examples]
         answered, scores = answerer.answer_and_score(params, prompts, references, key)
-        scored = _reference_metrics(scores, answerer.judge)
+        scored = _reference_metrics(scores, answerer.score_rewards)
     records = [
         _record(answerer.tokenizer, example, trace, answer)
         for example, (trace, answer) in zip(examples, answered, strict=True)
@@ -144,8 +189,10 @@ def evaluate(
     return metrics | scored, records[:samples]
 
 
-def _reference_metrics(scores: Sequence[SuffixLogprobs], judge: Judge) -> dict[str, float]:
-    reward_PK, baseline_P = judge(scores)
+def _reference_metrics(
+    scores: Sequence[SuffixLogprobs], score_rewards: ScoreRewards
+) -> dict[str, float]:
+    reward_PK, baseline_P = score_rewards(scores)
     log_c_P = [score.samples_KA.mean() for score in scores]
     return {
         "eval/reward": float(np.mean(reward_PK)),

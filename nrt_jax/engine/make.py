@@ -1,15 +1,11 @@
 """The engines of a run: one that samples traces, one that writes answers."""
 
-from functools import partial
 from typing import TypeVar
 
 from nrt_jax.checkpoints.run_model import Model, token_id
 from nrt_jax.config.run import RunConfig
-from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
-from nrt_jax.evaluation.exact_match import Answerer
-from nrt_jax.objective.rewards import score_rewards
 
 E = TypeVar("E", bound=DecoderEngine)
 
@@ -32,45 +28,6 @@ def trace_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
     """What ends a trace; InputError for a stop token that the tokenizer does not have."""
     names = config.rollout.stop_tokens
     return tokenizer.special_ids | {token_id(tokenizer, n, "rollout.stop_tokens") for n in names}
-
-
-def make_answerer(
-    config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
-) -> Answerer | None:
-    """What evaluation and `nrt-jax generate` answer with; None when nothing is to be evaluated."""
-    if not config.evaluation.examples or not dataset.eval:
-        return None
-    return answerer(config, model, tokenizer)
-
-
-def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
-    """NRT reasons before it answers, SFT answers at once."""
-    reasons = config.method == "nrt"
-    longest = config.data.max_prompt_tokens
-    if reasons:
-        longest += config.rollout.max_trace_tokens + 2
-    answer_tokens = config.evaluation.max_answer_tokens
-    answers = make_engine(
-        config,
-        model,
-        tokenizer,
-        slots=config.rollout.slots,
-        longest_prompt=longest,
-        new_tokens=answer_tokens,
-        stop_ids=tokenizer.special_ids,
-        copies=1,
-    )
-    scores = reasons and config.evaluation.score_references
-    return Answerer(
-        tokenizer,
-        trace_engine(config, model, tokenizer) if reasons else None,
-        answers,
-        config.rollout.max_trace_tokens,
-        answer_tokens,
-        config.evaluation.trace_temperature,
-        decode_steps=config.rollout.decode_steps,
-        judge=partial(score_rewards, objective=config.objective) if scores else None,
-    )
 
 
 def make_engine(
