@@ -46,9 +46,9 @@ from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings, SamplingScores
-from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer, equal_keys
-from nrt_jax.training.step import Update
+from nrt_jax.training.update import Update
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
 TRACES, NEW_TOKENS, EOS = 8, 128, 2

@@ -29,7 +29,7 @@ from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.attention import segment_positions
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.flops import Rows, forward_flops, training_flops
-from nrt_jax.models.log_probs import token_scores
+from nrt_jax.models.logprobs import token_scores
 from nrt_jax.objective.masked import masked_sum
 from nrt_jax.training.batch import (
     TrainBatch,

@@ -35,7 +35,7 @@ from nrt_jax.models.decoder import Remat, abstract_decoder
 from nrt_jax.models.flops import Rows, forward_flops, training_flops
 from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings, SamplingScores
-from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer, Plan, Shape
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 

@@ -19,7 +19,7 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.models import rope
 from nrt_jax.models.attention import KVPrefix, segment_positions
 from nrt_jax.models.attention_backend import Backend, row_attention
-from nrt_jax.models.log_probs import TokenScores, token_scores
+from nrt_jax.models.logprobs import TokenScores, token_scores
 from nrt_jax.models.project import PRODUCT, project
 from nrt_jax.models.sharding import check_rows, constrain, token_shards
 

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from nrt_jax.serving.api_errors import ApiError
+from nrt_jax.serving.errors import ApiError
 
 RETRY_AFTER_S = 1
 

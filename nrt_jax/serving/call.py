@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nrt_jax.engine.scheduler import Request
-from nrt_jax.serving.api_errors import ApiError
 from nrt_jax.serving.engine_loop import EngineLoop, Generation, PromptScores
+from nrt_jax.serving.errors import ApiError
 from nrt_jax.serving.metrics import Metrics
 from nrt_jax.serving.text import Piece, TextWriter
 

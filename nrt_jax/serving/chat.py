@@ -14,10 +14,10 @@ import numpy as np
 
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.errors import InputError
-from nrt_jax.serving.api_errors import bad_request
 from nrt_jax.serving.call import Call, join, merge
 from nrt_jax.serving.engine_loop import Generation
-from nrt_jax.serving.log_probs import chat_logprobs
+from nrt_jax.serving.errors import bad_request
+from nrt_jax.serving.logprobs import chat_logprobs
 from nrt_jax.serving.sampling import check_stop_ids, sampling_of, usage
 from nrt_jax.serving.schemas import ChatMessage, ChatRequest
 from nrt_jax.serving.served_model import ServedModel

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from nrt_jax.engine.scheduler import Request
-from nrt_jax.serving.api_errors import bad_request
 from nrt_jax.serving.call import Call, join, merge
-from nrt_jax.serving.log_probs import legacy_logprobs, prompt_scores
+from nrt_jax.serving.errors import bad_request
+from nrt_jax.serving.logprobs import legacy_logprobs, prompt_scores
 from nrt_jax.serving.prompts import Prompt, read_prompts
 from nrt_jax.serving.sampling import check_stop_ids, sampling_of, usage
 from nrt_jax.serving.schemas import CompletionRequest

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nrt_jax.serving.api_errors import ApiError
+from nrt_jax.serving.errors import ApiError
 from nrt_jax.serving.metrics import Metrics
 
 T = TypeVar("T")

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nrt_jax.errors import InputError
-from nrt_jax.serving.api_errors import bad_request
+from nrt_jax.serving.errors import bad_request
 from nrt_jax.serving.served_model import ServedModel
 
 

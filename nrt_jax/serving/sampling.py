@@ -1,7 +1,7 @@
 """What both kinds of completion say to the engine, and of what it did."""
 
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.serving.api_errors import bad_request
+from nrt_jax.serving.errors import bad_request
 from nrt_jax.serving.schemas import SamplingFields
 from nrt_jax.serving.served_model import ServedModel
 

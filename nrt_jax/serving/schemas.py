@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from nrt_jax.engine.sampling import MAX_STOP_IDS
-from nrt_jax.serving.api_errors import ApiError, bad_request
+from nrt_jax.serving.errors import ApiError, bad_request
 
 MAX_STOPS = 4
 

@@ -17,15 +17,15 @@ from nrt_jax.config.serving import ServingConfig
 from nrt_jax.engine.scheduler import Scheduler
 from nrt_jax.errors import InputError
 from nrt_jax.serving.admission import Admission
+from nrt_jax.serving.app import OpenAIServer
 from nrt_jax.serving.engine_loop import EngineLoop
 from nrt_jax.serving.metrics import Metrics
-from nrt_jax.serving.openai_api import OpenAIServer
 from nrt_jax.serving.served_model import ServedModel, open_checkpoint
 from nrt_jax.stop import StopRequest
 
 if TYPE_CHECKING:
     # It brings grpc and JetStream's orchestrator, which grpc_port=null leaves alone.
-    from nrt_jax.serving.jetstream_server import GrpcServer
+    from nrt_jax.serving.jetstream import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def free_port(config: ServingConfig) -> int:
 
 def start_grpc(served: ServedModel, config: ServingConfig, port: int) -> "GrpcServer":
     """The gRPC side of a model, listening."""
-    from nrt_jax.serving.jetstream_server import GrpcServer
+    from nrt_jax.serving.jetstream import GrpcServer
 
     server = GrpcServer(served, config.host, port, slots=config.grpc_slots, most=config.grpc_queue)
     server.start()

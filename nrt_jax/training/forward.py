@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.log_probs import TokenScores
+from nrt_jax.models.logprobs import TokenScores
 from nrt_jax.objective.masked import masked_fill
 from nrt_jax.training.batch import (
     BranchRows,

@@ -3,7 +3,7 @@
 from nrt_jax.config.run import RunConfig
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.nrt import train_nrt
-from nrt_jax.training.run import open_run
+from nrt_jax.training.setup import open_run
 from nrt_jax.training.sft import train_sft
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.training.forward import NrtSettings
-from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Packer, packing_metrics
 from nrt_jax.training.rollouts import (
     MiniBatch,
@@ -15,9 +15,9 @@ from nrt_jax.training.rollouts import (
     rollout_metrics,
     sample_groups,
 )
-from nrt_jax.training.run import Ahead, Run, mean_over_updates
 from nrt_jax.training.scoring import Scorer, make_scorer
-from nrt_jax.training.step import Update
+from nrt_jax.training.setup import Ahead, Run, mean_over_updates
+from nrt_jax.training.update import Update
 
 
 def train_nrt(run: Run) -> None:

@@ -19,9 +19,9 @@ from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.advantages import has_spread
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
-from nrt_jax.training.nrt_metrics import reward_means
+from nrt_jax.training.loss_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
-from nrt_jax.training.run import Run
+from nrt_jax.training.setup import Run
 from nrt_jax.types import Group, TokenizedExample
 
 

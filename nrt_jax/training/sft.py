@@ -16,8 +16,8 @@ from nrt_jax.objective.losses import sft_loss
 from nrt_jax.objective.masked import masked_count, masked_sum
 from nrt_jax.training.batch import SftBatch, flat_rows, sft_batch, sft_lengths
 from nrt_jax.training.packing import packing_metrics
-from nrt_jax.training.run import Run, mean_over_updates
-from nrt_jax.training.step import Metrics, Update
+from nrt_jax.training.setup import Run, mean_over_updates
+from nrt_jax.training.update import Metrics, Update
 
 
 def train_sft(run: Run) -> None:

@@ -14,7 +14,7 @@ from nrt_jax.checkpoints import load_pretrained
 from nrt_jax.checkpoints.import_format import import_directory
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.log_probs import TokenScores, token_scores
+from nrt_jax.models.logprobs import TokenScores, token_scores
 from tests.models.parity import assert_close_logits, assert_parity
 from tests.models.references import IDS, VOCAB, Reference
 from tests.models.tiny import close, mesh, tokens

@@ -15,7 +15,7 @@ from flax import nnx
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Remat, abstract_decoder
 from nrt_jax.models.flops import Flops, Rows, forward_flops, training_flops
-from nrt_jax.models.log_probs import token_scores
+from nrt_jax.models.logprobs import token_scores
 from tests.models.tiny import architecture
 
 B, T, S = 2, 512, 160

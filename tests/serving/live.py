@@ -12,7 +12,7 @@ from typing import Any
 
 import uvicorn
 
-from nrt_jax.serving.openai_api import OpenAIServer
+from nrt_jax.serving.app import OpenAIServer
 
 PATIENCE_S = 60.0
 

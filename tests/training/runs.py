@@ -21,7 +21,7 @@ from nrt_jax.checkpoints import hf_weights
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.training.metrics import TIMING_PREFIXES
+from nrt_jax.training.logger import TIMING_PREFIXES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300.0

@@ -9,12 +9,12 @@ from nrt_jax.objective.advantages import has_spread
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import group_lengths
 from nrt_jax.training.forward import SamplingScores
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.nrt import _mean_metrics
-from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.rollouts import mini_batch
 from nrt_jax.training.scoring import make_scorer
-from nrt_jax.training.step import summarise
+from nrt_jax.training.update import summarise
 from nrt_jax.types import SuffixLogprobs
 from tests.training import worlds
 

@@ -15,6 +15,7 @@ from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.errors import RunFailed
 from nrt_jax.models.sharding import batch_sharding, make_mesh, param_shardings
 from nrt_jax.training.forward import SamplingScores
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.memory import (
     ACTIVATIONS,
     GRADIENT,
@@ -24,10 +25,9 @@ from nrt_jax.training.memory import (
     bytes_a_device,
     gibibytes,
 )
-from nrt_jax.training.nrt_loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.step import Update
+from nrt_jax.training.update import Update
 from tests.training import worlds
 
 DEFINITION, PARAMS = worlds.tiny_decoder()

@@ -23,12 +23,12 @@ from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh
 from nrt_jax.training.batch import nrt_batch, sft_batch
-from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
 from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.sft import sft_loss_of_rows
-from nrt_jax.training.step import LossFn, Total, Update, nothing
+from nrt_jax.training.update import LossFn, Total, Update, nothing
 from tests.training import worlds
 
 CHUNK = 32

@@ -13,7 +13,7 @@ from nrt_jax.config.run import RunConfig
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.stop import StopRequest
 from nrt_jax.training import rollouts
-from nrt_jax.training.run import Run, open_run
+from nrt_jax.training.setup import Run, open_run
 
 SIZES = (
     "train.batch_prompts=8",

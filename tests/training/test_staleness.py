@@ -21,7 +21,7 @@ from nrt_jax.training.forward import (
 )
 from nrt_jax.training.loop import train
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.run import Run
+from nrt_jax.training.setup import Run
 from tests.training import worlds
 from tests.training.runs import assert_same
 from tests.training.test_resume import finish, stop_at

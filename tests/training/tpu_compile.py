@@ -29,11 +29,11 @@ from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh, replicated
 from nrt_jax.training.batch import TrainBatch, nrt_batch
 from nrt_jax.training.forward import NrtSettings
-from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
 from nrt_jax.training.scoring import make_scorer
-from nrt_jax.training.step import Total, Update, nothing
+from nrt_jax.training.update import Total, Update, nothing
 from tests.engine.tpu_compile import SHAPES, bytes_a_chip
 from tests.training import worlds
 

@@ -12,7 +12,7 @@ from nrt_jax.models.decoder import Decoder
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.step import Metrics, add_micro_batch, nothing
+from nrt_jax.training.update import Metrics, add_micro_batch, nothing
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
 VOCAB, EOS, THINK_START, THINK_END = 16, 1, 2, 3

@@ -32,8 +32,8 @@ from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.held_out import Answerer, evaluate, make_answerer
 from nrt_jax.models.sharding import batch_sharding
 from nrt_jax.stop import StopRequest
+from nrt_jax.training.logger import MetricsWriter, PhaseTimer
 from nrt_jax.training.memory import DeviceMemory
-from nrt_jax.training.metrics import MetricsWriter, PhaseTimer
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
 from nrt_jax.types import Group

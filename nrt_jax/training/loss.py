@@ -25,8 +25,8 @@ from nrt_jax.training.forward import (
     score_branches,
     score_start,
 )
-from nrt_jax.training.nrt_metrics import measure
-from nrt_jax.training.step import Metrics
+from nrt_jax.training.loss_metrics import measure
+from nrt_jax.training.update import Metrics
 
 
 def nrt_loss(

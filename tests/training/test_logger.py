@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event
 from nrt_jax.checkpoints.files import append, open_to_append, write_atomically
 from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.errors import InputError
-from nrt_jax.training.metrics import MetricsWriter, PhaseTimer, keep_up_to
+from nrt_jax.training.logger import MetricsWriter, PhaseTimer, keep_up_to
 
 TOTAL = 9
 

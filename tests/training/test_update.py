@@ -13,10 +13,10 @@ from nrt_jax.config.mesh import MeshConfig, parse_mesh
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.sharding import batch_sharding, make_mesh, param_shardings
 from nrt_jax.training.forward import SamplingScores
-from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer, make_schedule
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.step import Metrics, Update
+from nrt_jax.training.update import Metrics, Update
 from tests.training import worlds
 
 DEFINITION, PARAMS = worlds.tiny_decoder()

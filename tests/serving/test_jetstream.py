@@ -9,7 +9,7 @@ import grpc
 import pytest
 
 from nrt_jax.config.serving import ServingConfig
-from nrt_jax.serving.jetstream_server import GrpcServer, JetStreamTokenizer, messages, services
+from nrt_jax.serving.jetstream import GrpcServer, JetStreamTokenizer, messages, services
 from nrt_jax.serving.server import free_port, start_grpc
 from tests.serving.live import wait_until
 from tests.serving.models import NEW, PROMPT

@@ -17,7 +17,7 @@ from nrt_jax.objective.rewards import Rewards
 from nrt_jax.objective.schemes import WS_SCHEMES, ws_weights
 from nrt_jax.training.batch import Groups, answer_mask
 from nrt_jax.training.forward import Branches
-from nrt_jax.training.step import Metrics
+from nrt_jax.training.update import Metrics
 
 Pair = tuple[Array, Array]
 """(sum, count): the mean over micro-batches is exact."""

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from nrt_jax.models.log_probs import TokenScores, token_scores
+from nrt_jax.models.logprobs import TokenScores, token_scores
 from tests.models.tiny import close, mesh, tokens
 
 B, T, D, V = 2, 48, 8, 101

@@ -12,10 +12,10 @@ from flax import nnx
 
 from nrt_jax.training.batch import TrainBatch
 from nrt_jax.training.forward import SamplingScores
-from nrt_jax.training.nrt_loss import nrt_loss
+from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.scoring import make_scorer
-from nrt_jax.training.step import Metrics
+from nrt_jax.training.update import Metrics
 from tests.objective import oracle
 from tests.training import worlds
 from tests.training.worlds import EOS, THINK_END, THINK_START, VOCAB

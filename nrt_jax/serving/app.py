@@ -17,11 +17,11 @@ from starlette.responses import Response
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.errors import InputError
 from nrt_jax.serving.admission import Admission
-from nrt_jax.serving.api_errors import ApiError, JsonResponse, dump, error_response
 from nrt_jax.serving.call import Call
 from nrt_jax.serving.chat import Chat
 from nrt_jax.serving.completions import Completion
 from nrt_jax.serving.engine_loop import EngineFailed, EngineLoop
+from nrt_jax.serving.errors import ApiError, JsonResponse, dump, error_response
 from nrt_jax.serving.http_exchange import (
     CLIENT_GONE,
     ClientGone,
