@@ -5,7 +5,7 @@
 
 Traces are sampled at temperature 1 with a float32 cache. Their tokens are then decoded again, one
 at a time, with each dtype of the cache, and the distributions before every token are compared with
-those of the float32 cache: |log-prob of the trace's token - that with float32| in nats, and the
+those of the float32 cache: |logprob of the trace's token - that with float32| in nats, and the
 share of places where the most probable token is the same. Without --model the weights are random,
 spread wide enough that the tokens have some 3 nats of entropy.
 """
@@ -44,7 +44,7 @@ class Loss(NamedTuple):
     bytes_a_token: int
     """Keys and values of all layers, with the factors of int8."""
     mean_difference: float
-    """|log-prob difference| of the traces' tokens, nats."""
+    """|logprob difference| of the traces' tokens, nats."""
     largest_difference: float
     greedy_agreement: float
     """Share of places where the most probable token is that with float32."""
@@ -85,7 +85,7 @@ def main() -> None:
     tokens_BT = np.stack([trace.tokens for group in traces for trace in group])
     for dtype, loss in measure(engines, params, tokens_PS, tokens_BT).items():
         print(
-            f"{dtype:9s} {loss.bytes_a_token:6d} bytes a token  |log-prob difference| mean "
+            f"{dtype:9s} {loss.bytes_a_token:6d} bytes a token  |logprob difference| mean "
             f"{loss.mean_difference:.2e} max {loss.largest_difference:.2e} nats  greedy tokens "
             f"that agree {100 * loss.greedy_agreement:6.2f} %  entropy {loss.entropy:.2f} nats"
         )
@@ -124,7 +124,7 @@ def measure(
         entropies.append(exact.entropy_B)
         for name in engines:
             here = _distribution(states[name].logits_BV, token_B)
-            differences[name].append(np.abs(here.log_prob_B - exact.log_prob_B))
+            differences[name].append(np.abs(here.logprob_B - exact.logprob_B))
             agreements[name].append(np.asarray(here.best_B == exact.best_B))
         for name, engine in engines.items():
             states[name] = _decode(engine, params, states[name], token_B)
@@ -141,7 +141,7 @@ def measure(
 
 
 class _Distribution(NamedTuple):
-    log_prob_B: Array
+    logprob_B: Array
     best_B: Array
     entropy_B: Array
 

@@ -52,7 +52,7 @@ from nrt_jax.training.update import Update
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
 TRACES, NEW_TOKENS, EOS = 8, 128, 2
-CHUNK_TOKENS = ModelConfig.model_fields["log_prob_chunk_tokens"].default
+CHUNK_TOKENS = ModelConfig.model_fields["logprob_chunk_tokens"].default
 # Entries of the assets' vocabulary that no prompt has, in the place of think tokens.
 THINK_START, THINK_END = 0, 3
 

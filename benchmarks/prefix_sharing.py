@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/prefix_sharing.py
     .venv/bin/python benchmarks/prefix_sharing.py --rows 1024x8x256x64 64x8x256x64
 
-Both layouts give the sum of the log-probs of all branches and of the baseline's answer, the latter
+Both layouts give the sum of the logprobs of all branches and of the baseline's answer, the latter
 without a gradient, and the gradient of that sum; the two sums and gradients must agree. "Shared" is
 the layout of training: `run_prompts`, then rows that continue the prompt, rounded up as batches
 are. "Plain" is one row a sequence, prompt and branch, without any padding. A row of the table is
@@ -29,7 +29,7 @@ from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.attention import segment_positions
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.flops import Rows, forward_flops, training_flops
-from nrt_jax.models.logprobs import token_scores
+from nrt_jax.models.logprobs import token_logprobs
 from nrt_jax.objective.masked import masked_sum
 from nrt_jax.training.batch import (
     TrainBatch,
@@ -113,11 +113,11 @@ def measure(architecture: Architecture, sizes: Sizes, repeats: int) -> tuple[Cos
     group, plan = one_group(sizes, architecture.vocab_size)
     batch = nrt_batch([group], plan, think_start=THINK_START, think_end=THINK_END)
     settings = NrtSettings(definition, ObjectiveConfig(), THINK_START, THINK_END, 1.0, CHUNK_TOKENS)
-    shared = partial(shared_log_prob, settings=settings)
-    plain = partial(plain_log_prob, definition=definition, prompt=sizes.prompt)
+    shared = partial(shared_logprob, settings=settings)
+    plain = partial(plain_logprob, definition=definition, prompt=sizes.prompt)
     calls = [
-        partial(jax.jit(jax.value_and_grad(log_prob)), params, jax.device_put(data))
-        for log_prob, data in ((shared, batch), (plain, plain_layout(group)))
+        partial(jax.jit(jax.value_and_grad(logprob)), params, jax.device_put(data))
+        for logprob, data in ((shared, batch), (plain, plain_layout(group)))
     ]
     error = float(largest_difference(*(call() for call in calls)))
     assert error <= AGREEMENT, f"the layouts differ by {error}"
@@ -143,15 +143,15 @@ def one_group(sizes: Sizes, vocab_size: int) -> tuple[Group, Plan]:
     return group, plan
 
 
-def shared_log_prob(params: Any, batch: TrainBatch, settings: NrtSettings) -> Float[Array, ""]:
+def shared_logprob(params: Any, batch: TrainBatch, settings: NrtSettings) -> Float[Array, ""]:
     """The sum by the functions of the loss."""
     decoder = nnx.merge(settings.definition, params)
     groups = flat_groups(batch.groups)
     prompts = run_prompts(decoder, batch)
     scores = score_branches(decoder, settings, prompts, batch)
-    valid_BT = target_masks(groups).valid_PKT.reshape(scores.log_prob_BT.shape)
+    valid_BT = target_masks(groups).valid_PKT.reshape(scores.logprob_BT.shape)
     log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
-    of_branches = masked_sum(scores.log_prob_BT, valid_BT)
+    of_branches = masked_sum(scores.logprob_BT, valid_BT)
     return of_branches + masked_sum(log_c_base_PA, answer_mask(groups))
 
 
@@ -168,29 +168,29 @@ def plain_layout(group: Group) -> Plain:
     )
 
 
-def plain_log_prob(
+def plain_logprob(
     params: Any, sequences: Plain, definition: nnx.GraphDef, prompt: int
 ) -> Float[Array, ""]:
-    """The same sum by passes over whole sequences, log-probs of the branches' targets alone."""
+    """The same sum by passes over whole sequences, logprobs of the branches' targets alone."""
     decoder = nnx.merge(definition, params)
     constant = nnx.merge(definition, jax.lax.stop_gradient(params))
-    of_traces = _log_prob_from(decoder, sequences.traces_BT, prompt + 1)
-    return of_traces + _log_prob_from(constant, sequences.baseline_1T, prompt + 2)
+    of_traces = _logprob_from(decoder, sequences.traces_BT, prompt + 1)
+    return of_traces + _logprob_from(constant, sequences.baseline_1T, prompt + 2)
 
 
-def _log_prob_from(decoder: Decoder, tokens_BT: Int[Array, "B T"], first: int) -> Float[Array, ""]:
-    """Sum of the log-probs of the tokens from place `first` on."""
+def _logprob_from(decoder: Decoder, tokens_BT: Int[Array, "B T"], first: int) -> Float[Array, ""]:
+    """Sum of the logprobs of the tokens from place `first` on."""
     inputs_BT = tokens_BT[:, :-1]
     segments_BT = jnp.ones_like(inputs_BT)
     hidden_BTD, _ = decoder.hidden(inputs_BT, segment_positions(segments_BT), segments_BT)
-    scores = token_scores(
+    scores = token_logprobs(
         hidden_BTD[:, first - 1 :],
         decoder.head_DV(),
         tokens_BT[:, first:],
         vocab_size=decoder.architecture.vocab_size,
         chunk_tokens=CHUNK_TOKENS,
     )
-    return scores.log_prob_BT.sum()
+    return scores.logprob_BT.sum()
 
 
 def shared_flops(architecture: Architecture, plan: Plan) -> float:

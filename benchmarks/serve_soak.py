@@ -136,7 +136,7 @@ class Pool:
     random: random.Random
 
     def __post_init__(self) -> None:
-        self._engine = self.served.engine(self.config.slots, self.config.top_log_probs)
+        self._engine = self.served.engine(self.config.slots, self.config.top_logprobs)
         special = self.served.tokenizer.special_ids
         size = self.served.tokenizer.vocab_size
         self._ordinary = [token for token in range(size) if token not in special]

@@ -4,7 +4,7 @@
     .venv/bin/python benchmarks/step_work.py --check
 
 Both train on one group of traces of one length. The unit is a token that runs forward once; a
-backward pass is two of them. The release scores the log-probs of the whole batch before the update,
+backward pass is two of them. The release scores the logprobs of the whole batch before the update,
 runs the baseline and the prompt once a trace, and trains with gradient checkpointing, so an update
 is 4 forward passes. Ours runs a prompt once a group, its branches `t_start z t_end y*`, and one
 baseline without a gradient; nothing is scored before, unless a step has several mini-batches: then
@@ -14,7 +14,7 @@ Operations are those of models/flops.py, with attention and head: "dense" with e
 hidden ones included, on both sides; "causal" with the keys that are seen, as fused kernels come
 near to. The release's padding, and its logits of prompts, are not counted; ours are once without
 padding and once in the rows that the batch has. `--check` compares the formula with XLA's own count
-of the loss and its gradient, in one layer of the architecture and one chunk of log-probs, since XLA
+of the loss and its gradient, in one layer of the architecture and one chunk of logprobs, since XLA
 counts the body of a scan once.
 """
 

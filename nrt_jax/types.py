@@ -36,11 +36,11 @@ class Trace:
 
     tokens: np.ndarray
     """Sampled ids, int32, without the special token that ended them."""
-    log_probs: np.ndarray
+    logprobs: np.ndarray
     """log pi(token | before), float32 nats, of the distribution that was sampled from."""
     end_token: int | None
     """The special token that ended the trace; None when the limit did."""
-    end_log_prob: float
+    end_logprob: float
     """log pi of end_token in nats; 0.0 when end_token is None."""
 
 

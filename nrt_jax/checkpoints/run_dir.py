@@ -30,7 +30,7 @@ FREE_TO_CHANGE = (
     "mesh.",
     "model.attention",
     "model.remat",
-    "model.log_prob_chunk_tokens",
+    "model.logprob_chunk_tokens",
     "optimizer.offload",
     "train.micro_batch_prompts",
     "train.packing",

@@ -18,11 +18,11 @@ def pack_groups(groups: Sequence[Group]) -> str:
         "traces": np.asarray([len(group.traces) for group in groups]),
         "lengths": np.asarray([len(trace.tokens) for trace in traces]),
         "tokens": np.concatenate([trace.tokens for trace in traces]),
-        "log_probs": np.concatenate([trace.log_probs for trace in traces]),
+        "logprobs": np.concatenate([trace.logprobs for trace in traces]),
         "end_tokens": np.asarray(
             [NO_TOKEN if trace.end_token is None else trace.end_token for trace in traces]
         ),
-        "end_log_probs": np.asarray([trace.end_log_prob for trace in traces], np.float64),
+        "end_logprobs": np.asarray([trace.end_logprob for trace in traces], np.float64),
         "versions": np.asarray([group.version for group in groups]),
         "baselines": np.asarray([group.baseline for group in groups], np.float64),
     }
@@ -39,14 +39,14 @@ def unpack_groups(text: str, examples: Sequence[TokenizedExample]) -> list[Group
     starts = np.cumsum(saved["lengths"])[:-1]
     rows = zip(
         np.split(saved["tokens"], starts),
-        np.split(saved["log_probs"], starts),
+        np.split(saved["logprobs"], starts),
         saved["end_tokens"].tolist(),
-        saved["end_log_probs"].tolist(),
+        saved["end_logprobs"].tolist(),
         strict=True,
     )
     traces = iter(
-        Trace(tokens, log_probs, None if end == NO_TOKEN else end, end_log_prob)
-        for tokens, log_probs, end, end_log_prob in rows
+        Trace(tokens, logprobs, None if end == NO_TOKEN else end, end_logprob)
+        for tokens, logprobs, end, end_logprob in rows
     )
     return [
         Group(

@@ -27,7 +27,7 @@ class ModelConfig(Section):
     """What computes the attention in training: xla, with every score in memory; splash, the Pallas
     kernels of TPUs; cudnn, those of NVIDIA GPUs, in bfloat16; auto, the platform's kernels where
     they take the model, and xla elsewhere."""
-    log_prob_chunk_tokens: int = Field(default=512, ge=1)
+    logprob_chunk_tokens: int = Field(default=512, ge=1)
     """Positions whose vocabulary-sized logits exist at the same time on a device."""
 
     vocab_multiple: int = Field(default=128, ge=1)

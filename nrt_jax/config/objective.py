@@ -49,18 +49,18 @@ class ObjectiveConfig(Section):
     token_ratio_cap: float = Field(default=2.0, ge=1)
     """r_k on the token term is truncated at this value."""
     importance_cap: float | None = Field(default=None, gt=0)
-    """Truncation of the weight between recomputed and sampler log-probs; null for no weight."""
+    """Truncation of the weight between recomputed and sampler logprobs; null for no weight."""
     reward_policy: Literal["current", "sampling"] = "current"
     """Whose probabilities give R: the current weights, or those that sampled the traces."""
-    old_log_probs: Literal["sampler", "recompute"] = "sampler"
-    """Source of the old log-probs of the ratio: the engine, or one more pass of the trainer."""
+    old_logprobs: Literal["sampler", "recompute"] = "sampler"
+    """Source of the old logprobs of the ratio: the engine, or one more pass of the trainer."""
 
     @model_validator(mode="after")
-    def _importance_needs_two_log_probs(self) -> "ObjectiveConfig":
-        """The weight compares the trainer's old log-probs with the sampler's: it needs both."""
-        if self.importance_cap is not None and self.old_log_probs != "recompute":
+    def _importance_needs_two_logprobs(self) -> "ObjectiveConfig":
+        """The weight compares the trainer's old logprobs with the sampler's: it needs both."""
+        if self.importance_cap is not None and self.old_logprobs != "recompute":
             raise ValueError(
-                f"importance_cap={self.importance_cap:g} needs old_log_probs=recompute; "
+                f"importance_cap={self.importance_cap:g} needs old_logprobs=recompute; "
                 "set that, or importance_cap=null"
             )
         return self

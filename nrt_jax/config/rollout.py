@@ -20,7 +20,7 @@ class RolloutConfig(Section):
     max_response_tokens: int = Field(default=4096, ge=4)
     """t_start, trace, t_end and answer together; a long answer shortens its traces' limit."""
     temperature: float = Field(default=1.0, gt=0)
-    """Logits are divided by this before sampling, and in the trainer's log-probs of z."""
+    """Logits are divided by this before sampling, and in the trainer's logprobs of z."""
     top_k: int = Field(default=0, ge=0)
     """Sample from this many of the most probable tokens; 0 for all."""
     top_p: float = Field(default=1.0, gt=0, le=1)

@@ -96,15 +96,15 @@ class RunConfig(Section):
                 "raise the first, or lower the second, until they differ by 3"
             )
         truncation = self._truncation
-        if truncation is not None and self.objective.old_log_probs == "sampler":
+        if truncation is not None and self.objective.old_logprobs == "sampler":
             raise ValueError(
-                f"{truncation} with objective.old_log_probs sampler: the trainer's log-probs are "
-                "those of the plain softmax; set objective.old_log_probs=recompute"
+                f"{truncation} with objective.old_logprobs sampler: the trainer's logprobs are "
+                "those of the plain softmax; set objective.old_logprobs=recompute"
             )
         if self.rollout.staleness and self.objective.importance_cap is None:
             raise ValueError(
                 f"rollout.staleness {self.rollout.staleness} without an importance ratio: the "
-                "traces are of older weights; set objective.old_log_probs=recompute and "
+                "traces are of older weights; set objective.old_logprobs=recompute and "
                 "objective.importance_cap=2"
             )
         if self.rollout.drop_groups_without_spread and self.rollout.traces_per_prompt == 1:

@@ -29,8 +29,8 @@ class ServingConfig(Section):
     """Most tokens written after a prompt, for a chat t_start, trace, t_end and answer together;
     null for the run's rollout.max_response_tokens, or data.max_answer_tokens where it does not
     reason."""
-    top_log_probs: int = Field(default=5, ge=0, le=20)
-    """Most alternatives a token that a request may ask the log-probs of."""
+    top_logprobs: int = Field(default=5, ge=0, le=20)
+    """Most alternatives a token that a request may ask the logprobs of."""
     max_sequences: int = Field(default=128, ge=1)
     """Most sequences of one request: its prompts times n."""
     max_concurrent_requests: int = Field(default=64, ge=1)

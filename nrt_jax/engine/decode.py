@@ -29,7 +29,7 @@ class Decoding(NamedTuple):
     copies: int
     is_stop_V: Bool[np.ndarray, "V"]
     """The tokens that end any sequence."""
-    top_log_probs: int
+    top_logprobs: int
     """R: most probable tokens that are reported for each token drawn."""
     dtype: DTypeLike
     unstacks_once: bool
@@ -94,7 +94,7 @@ def decode_steps(
         weights = decoder.split_layers() if layers is None else layers
         return _run(decoder, weights, state, token_B, sampled.done_B, decoding), sampled
 
-    nothing = _nothing_sampled(steps, len(started_B), decoding.top_log_probs)
+    nothing = _nothing_sampled(steps, len(started_B), decoding.top_logprobs)
     return jax.lax.while_loop(goes_on, step, (state, nothing))
 
 
@@ -115,19 +115,19 @@ def _draw(
 ) -> tuple[Int[Array, "B"], Sampled]:
     """A token for every slot, and whether it ends the sequence."""
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
-    token_B, log_prob_B = sample(state.logits_BV, state.seen_BV, keys_B, state.sampling)
+    token_B, logprob_B = sample(state.logits_BV, state.seen_BV, keys_B, state.sampling)
     stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] | (state.generated_B + 1 >= state.limit_B)
     stopped_B |= jnp.any(state.sampling.stop_BX == token_B[:, None], axis=1)
     i = sampled.steps
-    if decoding.top_log_probs:
-        top_id_BR, top_log_prob_BR = most_probable(state.logits_BV, decoding.top_log_probs)
+    if decoding.top_logprobs:
+        top_id_BR, top_logprob_BR = most_probable(state.logits_BV, decoding.top_logprobs)
         sampled = sampled._replace(
             top_id_CBR=sampled.top_id_CBR.at[i].set(top_id_BR),
-            top_log_prob_CBR=sampled.top_log_prob_CBR.at[i].set(top_log_prob_BR),
+            top_logprob_CBR=sampled.top_logprob_CBR.at[i].set(top_logprob_BR),
         )
     return token_B, sampled._replace(
         token_CB=sampled.token_CB.at[i].set(token_B),
-        log_prob_CB=sampled.log_prob_CB.at[i].set(log_prob_B),
+        logprob_CB=sampled.logprob_CB.at[i].set(logprob_B),
         count_B=sampled.count_B + state.active_B,
         done_B=sampled.done_B | (state.active_B & stopped_B),
         steps=i + 1,

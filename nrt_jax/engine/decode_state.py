@@ -63,9 +63,9 @@ class Sampled(NamedTuple):
     """What some decode steps wrote: slot b's tokens are the first `count_B[b]` of its column."""
 
     token_CB: Int[Array, "C B"]
-    log_prob_CB: Float[Array, "C B"]
+    logprob_CB: Float[Array, "C B"]
     top_id_CBR: Int[Array, "C B R"]
-    top_log_prob_CBR: Float[Array, "C B R"]
+    top_logprob_CBR: Float[Array, "C B R"]
     count_B: Int[Array, "B"]
     done_B: Bool[Array, "B"]
     """The last token ended the sequence, by itself or by the limit."""

@@ -44,7 +44,7 @@ from nrt_jax.models.sharding import replicated
 
 @struct.dataclass
 class SampledTokens(jetstream.ResultTokens):
-    """ResultTokens with two more columns: the log-prob's bits, and whether the slot is done."""
+    """ResultTokens with two more columns: the logprob's bits, and whether the slot is done."""
 
     def convert_to_numpy(self) -> "SampledTokens":
         """The same columns on the host."""
@@ -63,7 +63,7 @@ class SampledTokens(jetstream.ResultTokens):
         return np.asarray(self.data)[:, 2]
 
     @property
-    def log_prob_B(self) -> Float[np.ndarray, "B"]:
+    def logprob_B(self) -> Float[np.ndarray, "B"]:
         return np.asarray(self.data)[:, 3].copy().view(np.float32)
 
     @property
@@ -97,7 +97,7 @@ class DecoderEngine(jetstream.Engine):
         attention: AttentionKernel = "auto",
         copies: int = 1,
         prefill_chunk: int | None = None,
-        top_log_probs: int = 0,
+        top_logprobs: int = 0,
         tokenizer_path: str = "",
     ):
         self._definition, self._architecture, self._mesh = definition, architecture, mesh
@@ -109,7 +109,7 @@ class DecoderEngine(jetstream.Engine):
             shards,
             min(copies, self._slots // shards),
             np.isin(np.arange(architecture.vocab_size), sorted(stop_ids)),
-            top_log_probs,
+            top_logprobs,
             dtype,
             unstacks_once=platform == "cpu",
         )
@@ -321,7 +321,7 @@ class DecoderEngine(jetstream.Engine):
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """log pi(token i + 1 | tokens <= i), and the `top` most probable tokens in its place.
 
-        For n tokens: log-probs [n - 1] in nats, ids [n - 1, top], their log-probs [n - 1, top].
+        For n tokens: logprobs [n - 1] in nats, ids [n - 1, top], their logprobs [n - 1, top].
         """
         tokens_S = padded(tokens)
         program = self._program(
@@ -465,9 +465,9 @@ class DecoderEngine(jetstream.Engine):
         return self._max_new_tokens
 
     @property
-    def top_log_probs(self) -> int:
+    def top_logprobs(self) -> int:
         """Most probable tokens that are reported for each token drawn."""
-        return self._decoding.top_log_probs
+        return self._decoding.top_logprobs
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -495,6 +495,6 @@ def _delete(arrays: Any, *, but: Any) -> None:
 
 def _columns(generated_B: Int[Array, "B"], sampled: Sampled) -> Int[Array, "B C"]:
     """One step as the columns of JetStream's results, and two more."""
-    bits_B = jax.lax.bitcast_convert_type(sampled.log_prob_CB[0], jnp.int32)
+    bits_B = jax.lax.bitcast_convert_type(sampled.logprob_CB[0], jnp.int32)
     named = (sampled.token_CB[0], sampled.count_B, generated_B, bits_B, sampled.done_B)
     return jnp.stack([column.astype(jnp.int32) for column in named], axis=1)

@@ -39,7 +39,7 @@ def generate_and_score(
     *,
     steps: int = 16,
 ) -> tuple[list[tuple[Trace, ...]], list[SuffixLogprobs]]:
-    """Traces, and the log-probs of each request's suffix after them, from their keys and values."""
+    """Traces, and the logprobs of each request's suffix after them, from their keys and values."""
     assert all(request.suffix_tokens is not None and request.copies for request in requests)
     traces, (scheduler, tickets) = _run(engine, params, requests, key, steps)
     return traces, [scheduler.scores(ticket) for ticket in tickets]
@@ -70,12 +70,12 @@ def _run(
 def _trace(events: Sequence[Event]) -> Trace:
     """Put a sequence together, the special token that ended it apart."""
     token_T = np.concatenate([event.tokens for event in events])
-    log_prob_T = np.concatenate([event.log_probs for event in events])
+    logprob_T = np.concatenate([event.logprobs for event in events])
     stopped = events[-1].finished == "stop"
     kept = len(token_T) - stopped
     return Trace(
         tokens=token_T[:kept],
-        log_probs=log_prob_T[:kept],
+        logprobs=logprob_T[:kept],
         end_token=int(token_T[-1]) if stopped else None,
-        end_log_prob=float(log_prob_T[-1]) if stopped else 0.0,
+        end_logprob=float(logprob_T[-1]) if stopped else 0.0,
     )

@@ -40,7 +40,7 @@ def make_engine(
     new_tokens: int,
     stop_ids: frozenset[int],
     copies: int,
-    top_log_probs: int = 0,
+    top_logprobs: int = 0,
     kind: type[E] = DecoderEngine,
 ) -> E:
     """An engine for a run's weights, which decodes as the run's config says; sizes in tokens.
@@ -61,6 +61,6 @@ def make_engine(
         attention=rollout.attention,
         copies=copies,
         prefill_chunk=rollout.prefill_chunk,
-        top_log_probs=top_log_probs,
+        top_logprobs=top_logprobs,
         tokenizer_path=str(tokenizer.directory),
     )

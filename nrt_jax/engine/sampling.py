@@ -1,4 +1,4 @@
-"""Logits to tokens: penalty, temperature, truncation, and the log-prob of what was drawn.
+"""Logits to tokens: penalty, temperature, truncation, and the logprob of what was drawn.
 
 Letters: B sequences, V vocabulary, J blocks of C entries that the vocabulary is cut into, X stop
 tokens, R most probable tokens that are reported.
@@ -48,11 +48,11 @@ def sample(
     keys_B: Key[Array, "B"],
     sampling: SlotSampling,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """One token a row, and its log-prob in nats under the distribution it was drawn from.
+    """One token a row, and its logprob in nats under the distribution it was drawn from.
 
     The order is: repetition penalty, temperature, top-k, top-p, min-p, renormalise. Each row has
     its own key and settings, so a row never depends on its neighbours. Temperature 0 is the most
-    probable token; its log-prob is that of the penalised logits at temperature 1, not truncated.
+    probable token; its logprob is that of the penalised logits at temperature 1, not truncated.
     """
     greedy_B = sampling.temperature_B == 0
     scores_BV = _temper(_penalise(logits_BV.astype(jnp.float32), seen_BV, sampling), sampling)
@@ -82,7 +82,7 @@ def sample(
 def most_probable(
     logits_BV: Float[Array, "B V"], count: int
 ) -> tuple[Int[Array, "B R"], Float[Array, "B R"]]:
-    """The `count` most probable tokens of each row and their log-probs, at temperature 1."""
+    """The `count` most probable tokens of each row and their logprobs, at temperature 1."""
     top_BR, id_BR = jax.lax.top_k(logits_BV.astype(jnp.float32), count)
     log_sum_B1 = jax.nn.logsumexp(logits_BV.astype(jnp.float32), axis=-1, keepdims=True)
     return id_BR.astype(jnp.int32), top_BR - log_sum_B1

@@ -30,6 +30,7 @@ from nrt_jax.engine.prefill import Prefix
 from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling
 from nrt_jax.engine.slot_table import Place, SequenceId, SlotTable
 from nrt_jax.errors import InputError
+from nrt_jax.types import SuffixLogprobs
 
 SMALLEST_ROOM = 32
 """Own tokens that a slot's cache has room for at first."""
@@ -60,9 +61,9 @@ class Event(NamedTuple):
     copy: int
     tokens: Int[np.ndarray, "C"]
     """A token that stopped it included."""
-    log_probs: Float[np.ndarray, "C"]
+    logprobs: Float[np.ndarray, "C"]
     top_ids: Int[np.ndarray, "C R"]
-    top_log_probs: Float[np.ndarray, "C R"]
+    top_logprobs: Float[np.ndarray, "C R"]
     finished: Literal["stop", "length"] | None
 
 
@@ -378,9 +379,9 @@ class Scheduler:
         return Event(
             *sequence,
             tokens,
-            np.asarray(sampled.log_prob_CB[:n, slot]),
+            np.asarray(sampled.logprob_CB[:n, slot]),
             np.asarray(sampled.top_id_CBR[:n, slot]),
-            np.asarray(sampled.top_log_prob_CBR[:n, slot]),
+            np.asarray(sampled.top_logprob_CBR[:n, slot]),
             finished,
         )
 
@@ -401,7 +402,7 @@ class Scheduler:
     def _score(
         self, slots: list[int], lengths: list[int], suffix: np.ndarray
     ) -> Float[np.ndarray, "R A"]:
-        """Log-probs of suffix[1:], as many rows at a time as the engine has copies."""
+        """Logprobs of suffix[1:], as many rows at a time as the engine has copies."""
         rows, width = self._engine.copies, bucket(len(suffix))
         suffix_RA = np.tile(np.pad(suffix.astype(np.int32), (0, width - len(suffix))), (rows, 1))
         scores = []

@@ -1,4 +1,4 @@
-"""Log-probs of tokens that nobody sampled: answers after traces, and prompts themselves.
+"""Logprobs of tokens that nobody sampled: answers after traces, and prompts themselves.
 
 Pure functions, which the engine compiles. Letters: those of decode_state.py; R rows that are
 scored, S tokens before each, A tokens of a row, W = A - 1 of them with a token before.
@@ -40,7 +40,7 @@ def score_suffixes(
     hidden_RWD, _ = decoder.hidden(
         tokens_RA[:, :-1], positions_RW, jnp.ones_like(positions_RW), prefix
     )
-    return decoder.scores(hidden_RWD, tokens_RA[:, 1:], CHUNK_TOKENS).log_prob_BT
+    return decoder.scores(hidden_RWD, tokens_RA[:, 1:], CHUNK_TOKENS).logprob_BT
 
 
 def score_prompt(

@@ -27,7 +27,7 @@ from nrt_jax.types import SuffixLogprobs, TokenizedExample, Trace
 ScoreRewards = Callable[
     [Sequence[SuffixLogprobs]], tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]
 ]
-"""Rewards after each trace and after the empty one, from the log-probs of the answers."""
+"""Rewards after each trace and after the empty one, from the logprobs of the answers."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Answerer:
         references: Sequence[np.ndarray],
         key: jax.Array,
     ) -> tuple[list[tuple[Trace | None, Trace]], list[SuffixLogprobs]]:
-        """The same, and log-probs of each reference answer (eos included) after its trace."""
+        """The same, and logprobs of each reference answer (eos included) after its trace."""
         assert self.trace_engine is not None, "without a trace there is nothing to score after"
         trace_key, answer_key = jax.random.split(key)
         requests = self._trace_requests(prompts, references)
@@ -197,7 +197,7 @@ def _reference_metrics(
     return {
         "eval/reward": float(np.mean(reward_PK)),
         "eval/baseline": float(np.mean(baseline_P)),
-        "eval/reference_log_prob": float(np.mean(log_c_P)),
+        "eval/reference_logprob": float(np.mean(log_c_P)),
     }
 
 

@@ -19,7 +19,7 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.models import rope
 from nrt_jax.models.attention import KVPrefix, segment_positions
 from nrt_jax.models.attention_backend import Backend, row_attention
-from nrt_jax.models.logprobs import TokenScores, token_scores
+from nrt_jax.models.logprobs import TokenLogprobs, token_logprobs
 from nrt_jax.models.project import PRODUCT, project
 from nrt_jax.models.sharding import check_rows, constrain, token_shards
 
@@ -285,10 +285,10 @@ class Decoder(nnx.Module):
         targets_BT: Int[Array, "B T"],
         chunk_tokens: int,
         inverse_temperature_BT: Float[Array, "B T"] | None = None,
-    ) -> TokenScores:
-        """Log-probs of `targets_BT` and entropies, with the logits of `chunk_tokens` positions at a
+    ) -> TokenLogprobs:
+        """Logprobs of `targets_BT` and entropies, with the logits of `chunk_tokens` positions at a
         time on each device."""
-        return token_scores(
+        return token_logprobs(
             hidden_BTD,
             self.head_DV(),
             targets_BT,

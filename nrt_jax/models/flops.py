@@ -22,7 +22,7 @@ class Rows(NamedTuple):
     keys: int | float
     """Keys that a position is scored against, hidden ones included where they are computed."""
     scored: int = 0
-    """Positions whose log-probs the head gives."""
+    """Positions whose logprobs the head gives."""
 
 
 class Flops(NamedTuple):
@@ -83,7 +83,7 @@ def training_flops(
 ) -> Flops:
     """A forward and a backward pass: every product, its two gradients, and what is recomputed.
 
-    `chunked_head` is the head of `token_scores`, whose product is computed again going backward
+    `chunked_head` is the head of `token_logprobs`, whose product is computed again going backward
     under every `remat`.
     """
     forward = forward_flops(architecture, rows, vocab_multiple)

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-class TokenScores(NamedTuple):
+class TokenLogprobs(NamedTuple):
     """Per position, in nats: log pi(target), and the entropy of the whole distribution."""
 
-    log_prob_BT: Float[Array, "B T"]
+    logprob_BT: Float[Array, "B T"]
     entropy_BT: Float[Array, "B T"]
 
 
-def token_scores(
+def token_logprobs(
     hidden_BTD: Float[Array, "B T D"],
     head_DV: Float[Array, "D V"],
     targets_BT: Int[Array, "B T"],
@@ -26,7 +26,7 @@ def token_scores(
     vocab_size: int,
     chunk_tokens: int,
     inverse_temperature_BT: Float[Array, "B T"] | None = None,
-) -> TokenScores:
+) -> TokenLogprobs:
     """Score `targets_BT` under softmax(hidden @ head / temperature), softmax in float32.
 
     The time dim is cut into chunks of at most about `chunk_tokens` / B positions; the backward pass
@@ -44,13 +44,13 @@ def token_scores(
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _scores(
     vocab_size: int, chunks: int, hidden_BTD: Array, head_DV: Array, targets_BT: Array, inverse_BT
-) -> TokenScores:
+) -> TokenLogprobs:
     return _forward(vocab_size, chunks, hidden_BTD, head_DV, targets_BT, inverse_BT)[0]
 
 
 def _forward(
     vocab_size: int, chunks: int, hidden_BTD: Array, head_DV: Array, targets_BT: Array, inverse_BT
-) -> tuple[TokenScores, Any]:
+) -> tuple[TokenLogprobs, Any]:
     """The scores; and what the backward pass needs, of which nothing has a V per token."""
     T = targets_BT.shape[1]
     head = head_DV.astype(hidden_BTD.dtype)
@@ -65,28 +65,28 @@ def _forward(
         log_pi_BCV = logits_BCV - log_sum_BC1
         entropy_BC = -jnp.sum(jnp.exp(log_pi_BCV) * log_pi_BCV, axis=-1)
         target_BC1 = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)
-        log_prob_BC = (target_BC1 - log_sum_BC1)[..., 0]
-        return None, (log_prob_BC, entropy_BC, log_sum_BC1[..., 0])
+        logprob_BC = (target_BC1 - log_sum_BC1)[..., 0]
+        return None, (logprob_BC, entropy_BC, log_sum_BC1[..., 0])
 
     cut = _into_chunks((hidden_BTD, targets_BT, inverse_BT), chunks)
     _, scored = jax.lax.scan(score_chunk, None, cut)
-    log_prob_BT, entropy_BT, log_sum_BT = _from_chunks(scored, T)
+    logprob_BT, entropy_BT, log_sum_BT = _from_chunks(scored, T)
     kept = (hidden_BTD, head_DV, targets_BT, inverse_BT, log_sum_BT, entropy_BT)
-    return TokenScores(log_prob_BT, entropy_BT), kept
+    return TokenLogprobs(logprob_BT, entropy_BT), kept
 
 
-def _backward(vocab_size: int, chunks: int, kept: Any, gradient: TokenScores) -> tuple:
+def _backward(vocab_size: int, chunks: int, kept: Any, gradient: TokenLogprobs) -> tuple:
     """Gradients of states and head.
 
     Of the scaled logits l, with e = 1 at the target and the entropy H = -sum pi log pi:
-    d log_prob / d l = e - pi, d H / d l = -pi (log pi + H).
+    d logprob / d l = e - pi, d H / d l = -pi (log pi + H).
     """
     hidden_BTD, head_DV, _, _, _, entropy_BT = kept
     head = head_DV.astype(hidden_BTD.dtype)
-    level_BT = gradient.log_prob_BT + gradient.entropy_BT * entropy_BT
+    level_BT = gradient.logprob_BT + gradient.entropy_BT * entropy_BT
 
     def chunk_gradient(head_gradient_DV, chunk):
-        hidden_BCD, targets_BC, inverse_BC, log_sum_BC, of_log_prob_BC, of_entropy_BC, level_BC = (
+        hidden_BCD, targets_BC, inverse_BC, log_sum_BC, of_logprob_BC, of_entropy_BC, level_BC = (
             chunk
         )
         logits_BCV = _logits(hidden_BCD, head, inverse_BC, vocab_size)
@@ -94,7 +94,7 @@ def _backward(vocab_size: int, chunks: int, kept: Any, gradient: TokenScores) ->
         slope_BCV = level_BC[..., None] + of_entropy_BC[..., None] * log_pi_BCV
         columns_11V = jnp.arange(head.shape[1])[None, None]
         at_target_BCV = jnp.where(
-            columns_11V == targets_BC[..., None], of_log_prob_BC[..., None], 0.0
+            columns_11V == targets_BC[..., None], of_logprob_BC[..., None], 0.0
         )
         d_BCV = (at_target_BCV - jnp.exp(log_pi_BCV) * slope_BCV) * inverse_BC[..., None]
         if vocab_size != head.shape[1]:

@@ -2,10 +2,10 @@
 
 The caller adds them up with `masked_sum` and divides by counts of the whole batch, so that neither
 micro-batches nor devices change the loss. Rewards, advantages, token signals, old and reference
-log-probs are constants to the gradient: each function stops it itself. Where masked positions may
-hold NaN or infinity, pass log-probs through `masked_fill` first.
+logprobs are constants to the gradient: each function stops it itself. Where masked positions may
+hold NaN or infinity, pass logprobs through `masked_fill` first.
 
-Letters: B sequences, T tokens. Log-probs are in nats, in float32.
+Letters: B sequences, T tokens. Logprobs are in nats, in float32.
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ class PolicyTerms(NamedTuple):
 
 
 def ppo_clip(
-    log_prob_BT: Float[Array, "B T"],
-    old_log_prob_BT: Float[Array, "B T"],
+    logprob_BT: Float[Array, "B T"],
+    old_logprob_BT: Float[Array, "B T"],
     advantage_B: Float[Array, " B"],
     *,
     clip_low: float,
@@ -42,7 +42,7 @@ def ppo_clip(
 
     The minimum is r A except beyond the bound that A favours, where it is constant.
     """
-    ratio_BT = _ratio(log_prob_BT, jax.lax.stop_gradient(old_log_prob_BT))
+    ratio_BT = _ratio(logprob_BT, jax.lax.stop_gradient(old_logprob_BT))
     advantage_B1 = jax.lax.stop_gradient(advantage_B)[:, None]
     clipped_BT = _is_clipped(ratio_BT, advantage_B1, clip_low, clip_high)
     bounded_BT = jax.lax.stop_gradient(jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high))
@@ -51,8 +51,8 @@ def ppo_clip(
 
 
 def cispo(
-    log_prob_BT: Float[Array, "B T"],
-    old_log_prob_BT: Float[Array, "B T"],
+    logprob_BT: Float[Array, "B T"],
+    old_logprob_BT: Float[Array, "B T"],
     advantage_B: Float[Array, " B"],
     *,
     clip_low: float,
@@ -62,11 +62,11 @@ def cispo(
 
     Tokens whose ratio has left the range on the side that A favours have loss 0.
     """
-    ratio_BT = jax.lax.stop_gradient(_ratio(log_prob_BT, old_log_prob_BT))
+    ratio_BT = jax.lax.stop_gradient(_ratio(logprob_BT, old_logprob_BT))
     advantage_B1 = jax.lax.stop_gradient(advantage_B)[:, None]
     clipped_BT = _is_clipped(ratio_BT, advantage_B1, clip_low, clip_high)
     weight_BT = jnp.clip(ratio_BT, 1 - clip_low, 1 + clip_high)
-    loss_BT = jnp.where(clipped_BT, 0, -advantage_B1 * weight_BT * log_prob_BT)
+    loss_BT = jnp.where(clipped_BT, 0, -advantage_B1 * weight_BT * logprob_BT)
     return PolicyTerms(loss_BT, ratio_BT, clipped_BT)
 
 
@@ -78,8 +78,8 @@ def token_loss(
 
 
 def format_loss(
-    start_log_prob_B: Float[Array, " B"],
-    end_log_prob_B: Float[Array, " B"],
+    start_logprob_B: Float[Array, " B"],
+    end_logprob_B: Float[Array, " B"],
     end_emitted_B: Bool[Array, " B"],
     *,
     where: str,
@@ -90,34 +90,34 @@ def format_loss(
     model did not emit it itself. Raises ValueError for any other name.
     """
     if where == "all":
-        return -start_log_prob_B - end_log_prob_B
+        return -start_logprob_B - end_logprob_B
     if where == "not_emitted":
-        return jnp.where(end_emitted_B, 0, -end_log_prob_B)
+        return jnp.where(end_emitted_B, 0, -end_logprob_B)
     raise ValueError(f"format_where={where!r} is unknown; choose one of all, not_emitted")
 
 
 def kl_k3(
-    log_prob_BT: Float[Array, "B T"], ref_log_prob_BT: Float[Array, "B T"]
+    logprob_BT: Float[Array, "B T"], ref_logprob_BT: Float[Array, "B T"]
 ) -> Float[Array, "B T"]:
     """Schulman's k3 estimate of KL(pi || ref) at tokens drawn from pi: d - 1 - log d, d = ref / pi.
 
     Never negative, and unbiased in value; GRPO differentiates it as it stands, and so does this.
     """
-    log_d_BT = _log_ratio(jax.lax.stop_gradient(ref_log_prob_BT), log_prob_BT)
+    log_d_BT = _log_ratio(jax.lax.stop_gradient(ref_logprob_BT), logprob_BT)
     return jnp.expm1(log_d_BT) - log_d_BT
 
 
 def truncated_importance(
-    old_log_prob_BT: Float[Array, "B T"], sampler_log_prob_BT: Float[Array, "B T"], cap: float
+    old_logprob_BT: Float[Array, "B T"], sampler_logprob_BT: Float[Array, "B T"], cap: float
 ) -> Float[Array, "B T"]:
     """min(pi_old / pi_sampler, cap) of each token, a constant: corrects the sampler's rounding."""
-    ratio_BT = _ratio(old_log_prob_BT, sampler_log_prob_BT)
+    ratio_BT = _ratio(old_logprob_BT, sampler_logprob_BT)
     return jax.lax.stop_gradient(jnp.minimum(ratio_BT, cap))
 
 
 def trace_ratio(
-    log_prob_BT: Float[Array, "B T"],
-    old_log_prob_BT: Float[Array, "B T"],
+    logprob_BT: Float[Array, "B T"],
+    old_logprob_BT: Float[Array, "B T"],
     mask_BT: Shaped[ArrayLike, "B T"],
     cap: float,
 ) -> Float[Array, " B"]:
@@ -125,24 +125,24 @@ def trace_ratio(
 
     The mask keeps the tokens of the trace; an empty trace has ratio 1.
     """
-    log_ratio_B = masked_sum(log_prob_BT - old_log_prob_BT, mask_BT, axis=1)
+    log_ratio_B = masked_sum(logprob_BT - old_logprob_BT, mask_BT, axis=1)
     ratio_B = jnp.exp(jnp.minimum(log_ratio_B, MAX_LOG_RATIO))
     return jax.lax.stop_gradient(jnp.minimum(ratio_B, cap))
 
 
-def sft_loss(log_prob_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
+def sft_loss(logprob_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """-log pi(y*_i | x, y*_<i) of each answer token (section 3, supervised fine-tuning)."""
-    return -log_prob_BT
+    return -logprob_BT
 
 
-def _log_ratio(log_prob_BT: Array, old_log_prob_BT: Array) -> Array:
+def _log_ratio(logprob_BT: Array, old_logprob_BT: Array) -> Array:
     """log(pi / pi_old), bounded above so that its exponential and gradient stay finite."""
-    return jnp.minimum(log_prob_BT - old_log_prob_BT, MAX_LOG_RATIO)
+    return jnp.minimum(logprob_BT - old_logprob_BT, MAX_LOG_RATIO)
 
 
-def _ratio(log_prob_BT: Array, old_log_prob_BT: Array) -> Array:
+def _ratio(logprob_BT: Array, old_logprob_BT: Array) -> Array:
     """pi / pi_old of each token, at most exp(20)."""
-    return jnp.exp(_log_ratio(log_prob_BT, old_log_prob_BT))
+    return jnp.exp(_log_ratio(logprob_BT, old_logprob_BT))
 
 
 def _is_clipped(

@@ -5,7 +5,7 @@ hold, NaN and infinity included, reaches neither a result nor a gradient of thes
 nonlinear function in between needs `masked_fill` on its inputs as well, since its own derivative at
 garbage is NaN however the sum treats the position:
 
-    log_ratio = masked_fill(log_prob, mask) - masked_fill(old_log_prob, mask)
+    log_ratio = masked_fill(logprob, mask) - masked_fill(old_logprob, mask)
     masked_sum(jnp.exp(log_ratio), mask)
 """
 

@@ -58,7 +58,7 @@ class GroupRewards(NamedTuple):
 
 
 def score_rewards(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -> GroupRewards:
-    """The rewards of groups from log-probs of y* that an engine read off its cache."""
+    """The rewards of groups from logprobs of y* that an engine read off its cache."""
     lengths_P = np.asarray([len(score.empty_A) for score in scores])
     P, K, A = len(scores), len(scores[0].samples_KA), padded_length(int(lengths_P.max()))
     log_c_PKA = np.zeros((P, K, A), np.float32)

@@ -121,7 +121,7 @@ class OpenAIServer:
             self.served,
             body,
             sequences=self.config.max_sequences,
-            top=self.config.top_log_probs,
+            top=self.config.top_logprobs,
         )
 
     def _check_name(self, name: str) -> None:

@@ -37,7 +37,7 @@ class Call:
         return generation
 
     async def score(self, tokens: np.ndarray) -> PromptScores:
-        """Log-probs of a prompt's tokens."""
+        """Logprobs of a prompt's tokens."""
         return await self._engine.score(tokens, self.id)
 
     async def pieces(

@@ -80,7 +80,7 @@ class Chat:
         }
 
     async def stream(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
-        """The same in chunks, whose texts and log-probs join to those of the whole."""
+        """The same in chunks, whose texts and logprobs join to those of the whole."""
         created, parts = int(time.time()), []
         kind = "chat.completion.chunk"
         begun: set[int] = set()

@@ -60,7 +60,7 @@ class Completion:
         return self._chunk(call, int(time.time()), choices) | {"usage": usage}
 
     async def stream(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
-        """The same in chunks, whose texts and log-probs join to those of the whole."""
+        """The same in chunks, whose texts and logprobs join to those of the whole."""
         created, sampled = int(time.time()), 0
         async with aclosing(self._pieces(call)) as written:
             async for index, piece in written:
@@ -92,7 +92,7 @@ class Completion:
                 yield item
 
     async def _echo(self, call: Call, prompt: Prompt, limit: int) -> Piece | None:
-        """The prompt as the first piece of its answers, scored where log-probs are asked for."""
+        """The prompt as the first piece of its answers, scored where logprobs are asked for."""
         if not self.body.echo:
             return None
         ids = prompt.tokens.tolist()

@@ -42,11 +42,11 @@ class Scheduling(Protocol):
 class PromptScores(NamedTuple):
     """log pi(token i + 1 | tokens <= i) of a prompt of n tokens, in nats."""
 
-    log_probs: np.ndarray
+    logprobs: np.ndarray
     """float32 [n - 1]."""
     top_ids: np.ndarray
     """int32 [n - 1, top]: the most probable tokens of each place."""
-    top_log_probs: np.ndarray
+    top_logprobs: np.ndarray
     """float32 [n - 1, top]."""
 
 
@@ -181,7 +181,7 @@ class EngineLoop:
         self._inbox.put(_Cancel(generation, copy))
 
     async def score(self, tokens: np.ndarray, request_id: str) -> PromptScores:
-        """Log-probs of a prompt's tokens, each given those before it."""
+        """Logprobs of a prompt's tokens, each given those before it."""
         future: asyncio.Future[PromptScores] = asyncio.get_running_loop().create_future()
         self._inbox.put(_Score(future, request_id, tokens))
         return await future

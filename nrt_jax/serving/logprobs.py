@@ -1,4 +1,4 @@
-"""Log-probs of tokens as the two kinds of completion list them."""
+"""Logprobs of tokens as the two kinds of completion list them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,43 +13,43 @@ def legacy_logprobs(
     """Four lists, an entry a token; `top_logprobs` also has the token itself."""
     tops: list[dict[str, float] | None] = []
     for score in scores:
-        if score.log_prob is None:
+        if score.logprob is None:
             tops.append(None)
             continue
-        entry = {texts[score.token]: _shown(score.log_prob)}
-        for token, log_prob in score.top[:top]:
-            entry.setdefault(texts[token], log_prob)
+        entry = {texts[score.token]: _shown(score.logprob)}
+        for token, logprob in score.top[:top]:
+            entry.setdefault(texts[token], logprob)
         tops.append(entry)
     return {
         "tokens": [texts[score.token] for score in scores],
         "token_logprobs": [
-            None if score.log_prob is None else _shown(score.log_prob) for score in scores
+            None if score.logprob is None else _shown(score.logprob) for score in scores
         ],
         "top_logprobs": tops,
         "text_offset": [score.offset for score in scores],
     }
 
 
-def _shown(log_prob: float) -> float:
+def _shown(logprob: float) -> float:
     """-9999 stands for what JSON cannot say: a token that could not have been drawn."""
-    return max(log_prob, -9999.0)
+    return max(logprob, -9999.0)
 
 
 def chat_logprobs(texts: TokenTexts, scores: Sequence[TokenScore], top: int) -> dict[str, Any]:
     """`{"content": [{token, logprob, bytes, top_logprobs}, ...]}`."""
     return {
         "content": [
-            _chat_entry(texts, score.token, score.log_prob or 0.0)
+            _chat_entry(texts, score.token, score.logprob or 0.0)
             | {"top_logprobs": [_chat_entry(texts, *pair) for pair in score.top[:top]]}
             for score in scores
         ]
     }
 
 
-def _chat_entry(texts: TokenTexts, token: int, log_prob: float) -> dict[str, Any]:
+def _chat_entry(texts: TokenTexts, token: int, logprob: float) -> dict[str, Any]:
     return {
         "token": texts[token],
-        "logprob": _shown(log_prob),
+        "logprob": _shown(logprob),
         "bytes": texts.in_bytes(token),
     }
 
@@ -63,14 +63,14 @@ def prompt_scores(
         return (first,)
     rows = zip(
         ids[1:],
-        scored.log_probs.tolist(),
+        scored.logprobs.tolist(),
         scored.top_ids.tolist(),
-        scored.top_log_probs.tolist(),
+        scored.top_logprobs.tolist(),
         offsets[1:],
         strict=True,
     )
     rest = (
-        TokenScore(token, log_prob, tuple(zip(top, top_log_probs, strict=True)), offset)
-        for token, log_prob, top, top_log_probs, offset in rows
+        TokenScore(token, logprob, tuple(zip(top, top_logprobs, strict=True)), offset)
+        for token, logprob, top, top_logprobs, offset in rows
     )
     return (first, *rest)

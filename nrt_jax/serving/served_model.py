@@ -80,7 +80,7 @@ class ServedModel:
         except BadRow as bad:
             raise InputError(bad.detail) from bad
 
-    def engine(self, slots: int, top_log_probs: int = 0, kind: type[E] = DecoderEngine) -> E:
+    def engine(self, slots: int, top_logprobs: int = 0, kind: type[E] = DecoderEngine) -> E:
         """An engine for prompts and texts of these limits."""
         return make_engine(
             self.trained.config,
@@ -91,7 +91,7 @@ class ServedModel:
             new_tokens=self.limits.new,
             stop_ids=self.tokenizer.special_ids,
             copies=1,
-            top_log_probs=top_log_probs,
+            top_logprobs=top_logprobs,
             kind=kind,
         )
 

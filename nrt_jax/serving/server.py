@@ -79,11 +79,11 @@ def start_grpc(served: ServedModel, config: ServingConfig, port: int) -> "GrpcSe
 
 def make_server(served: ServedModel, config: ServingConfig) -> OpenAIServer:
     """The HTTP side of a model, its engine built and not yet started."""
-    decoder = served.engine(config.slots, config.top_log_probs)
+    decoder = served.engine(config.slots, config.top_logprobs)
     params, metrics = served.trained.params, Metrics()
 
     def score(tokens: np.ndarray) -> tuple[Any, Any, Any]:
-        return decoder.score_prompt(params, tokens, config.top_log_probs)
+        return decoder.score_prompt(params, tokens, config.top_logprobs)
 
     engine = EngineLoop(
         lambda: Scheduler(decoder, params, steps=config.decode_steps),

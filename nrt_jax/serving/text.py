@@ -13,13 +13,13 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenScore(NamedTuple):
-    """One token with its log-prob, as the `logprobs` of an answer list it."""
+    """One token with its logprob, as the `logprobs` of an answer list it."""
 
     token: int
-    log_prob: float | None
+    logprob: float | None
     """In nats; None for the first token of a prompt, which nothing precedes."""
     top: tuple[tuple[int, float], ...]
-    """The most probable tokens of the place, with their log-probs."""
+    """The most probable tokens of the place, with their logprobs."""
     offset: int
     """Where its text begins, in characters."""
 
@@ -113,10 +113,10 @@ class TextWriter:
         return self._release(certain, tokens, len(event.tokens))
 
     def _score(self, event: Event, i: int) -> None:
-        top = tuple(_finite(event.top_ids[i].tolist(), event.top_log_probs[i].tolist()))
-        token, log_prob = int(event.tokens[i]), float(event.log_probs[i])
+        top = tuple(_finite(event.top_ids[i].tolist(), event.top_logprobs[i].tolist()))
+        token, logprob = int(event.tokens[i]), float(event.logprobs[i])
         offset = self._released + len(self._held)
-        self._scores.append(TokenScore(token, log_prob, top, offset))
+        self._scores.append(TokenScore(token, logprob, top, offset))
 
     def _end(
         self, cut: int, tokens: np.ndarray, sampled: int, finish: Literal["stop", "length"]
@@ -230,6 +230,6 @@ def _byte_characters() -> dict[str, int]:
 _BYTES = _byte_characters()
 
 
-def _finite(ids: Iterable[int], log_probs: Iterable[float]) -> Iterable[tuple[int, float]]:
+def _finite(ids: Iterable[int], logprobs: Iterable[float]) -> Iterable[tuple[int, float]]:
     """Without what cannot be drawn."""
-    return ((i, value) for i, value in zip(ids, log_probs, strict=True) if value > -np.inf)
+    return ((i, value) for i, value in zip(ids, logprobs, strict=True) if value > -np.inf)

@@ -65,8 +65,8 @@ class Groups(NamedTuple):
     """Whether the model wrote t_end itself."""
     answer_PA: Int[Array, "*P A"]
     answer_length_P: Int[Array, "*P"]
-    sampler_log_prob_PKT: Float[Array, "*P K T"]
-    """The engine's log-probs of z, and of t_end where the model wrote it; 0 elsewhere."""
+    sampler_logprob_PKT: Float[Array, "*P K T"]
+    """The engine's logprobs of z, and of t_end where the model wrote it; 0 elsewhere."""
     kept_P: Bool[Array, "*P"]
     """Groups that the loss is of; the others are padding."""
 
@@ -162,7 +162,7 @@ def _empty(shape: Shape, K: int) -> TrainBatch:
             end_emitted_PK=np.zeros((U, G, K), bool),
             answer_PA=np.zeros((U, G, A), np.int32),
             answer_length_P=np.zeros((U, G), np.int32),
-            sampler_log_prob_PKT=np.zeros((U, G, K, T), np.float32),
+            sampler_logprob_PKT=np.zeros((U, G, K, T), np.float32),
             kept_P=np.zeros((U, G), bool),
         ),
     )
@@ -197,10 +197,10 @@ def _describe(
         n = len(trace.tokens)
         groups.branch_start_PK[u, g, k] = row * shape.row_tokens + start
         groups.trace_length_PK[u, g, k] = n
-        groups.sampler_log_prob_PKT[u, g, k, :n] = trace.log_probs
+        groups.sampler_logprob_PKT[u, g, k, :n] = trace.logprobs
         if trace.end_token == think_end:
             groups.end_emitted_PK[u, g, k] = True
-            groups.sampler_log_prob_PKT[u, g, k, n] = trace.end_log_prob
+            groups.sampler_logprob_PKT[u, g, k, n] = trace.end_logprob
 
 
 class TargetMasks(NamedTuple):
@@ -213,7 +213,7 @@ class TargetMasks(NamedTuple):
 
 def target_masks(groups: Groups) -> TargetMasks:
     """Masks over the targets, from the lengths alone (see the table at the top of the file)."""
-    order_T = jnp.arange(groups.sampler_log_prob_PKT.shape[2])[None, None]
+    order_T = jnp.arange(groups.sampler_logprob_PKT.shape[2])[None, None]
     n_PK1, kept_P11 = groups.trace_length_PK[:, :, None], groups.kept_P[:, None, None]
     valid_PKT = order_T <= n_PK1 + groups.answer_length_P[:, None, None]
     return TargetMasks(

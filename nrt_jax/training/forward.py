@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.logprobs import TokenScores
+from nrt_jax.models.logprobs import TokenLogprobs
 from nrt_jax.objective.masked import masked_fill
 from nrt_jax.training.batch import (
     BranchRows,
@@ -45,18 +45,18 @@ class SamplingScores(NamedTuple):
 
     log_c_base_PA: Float[Array, "*P A"] | None = None
     log_c_PKA: Float[Array, "*P K A"] | None = None
-    old_log_prob_PKT: Float[Array, "*P K T"] | None = None
-    ref_log_prob_PKT: Float[Array, "*P K T"] | None = None
+    old_logprob_PKT: Float[Array, "*P K T"] | None = None
+    ref_logprob_PKT: Float[Array, "*P K T"] | None = None
     """Under the weights before the first step, for the KL term."""
 
 
 class Branches(NamedTuple):
-    """Log-probs and masks of all branches, one row a sequence."""
+    """Logprobs and masks of all branches, one row a sequence."""
 
-    log_prob_BT: Float[Array, "B T"]
+    logprob_BT: Float[Array, "B T"]
     """0 at padding."""
-    old_log_prob_BT: Float[Array, "B T"]
-    sampler_log_prob_BT: Float[Array, "B T"]
+    old_logprob_BT: Float[Array, "B T"]
+    sampler_logprob_BT: Float[Array, "B T"]
     entropy_BT: Float[Array, "B T"]
     trace_BT: Bool[Array, "B T"]
     end_BT: Bool[Array, "B T"]
@@ -82,20 +82,20 @@ def score_start(decoder: Decoder, settings: NrtSettings, prompts: Prompts) -> Fl
     """log pi(t_start | x): one value a prompt, the same for all its traces."""
     targets_UG = jnp.full(prompts.last_UGD.shape[:2], settings.think_start, jnp.int32)
     scores = decoder.scores(prompts.last_UGD, targets_UG, settings.chunk_tokens)
-    return scores.log_prob_BT.reshape(-1)
+    return scores.logprob_BT.reshape(-1)
 
 
 def score_branches(
     decoder: Decoder, settings: NrtSettings, prompts: Prompts, batch: TrainBatch
-) -> TokenScores:
+) -> TokenLogprobs:
     """log pi of every target of every branch, and the entropy there, as [P * K, T].
 
     Targets of z are scored at the sampling temperature, t_end and y* at 1.
     """
     scores = _score_rows(decoder, settings, prompts.prefix, batch.traces)
     start_UGK = batch.groups.branch_start_PK
-    T = batch.groups.sampler_log_prob_PKT.shape[-1]
-    return TokenScores(*(from_rows(x_URW, start_UGK, T).reshape(-1, T) for x_URW in scores))
+    T = batch.groups.sampler_logprob_PKT.shape[-1]
+    return TokenLogprobs(*(from_rows(x_URW, start_UGK, T).reshape(-1, T) for x_URW in scores))
 
 
 def score_baseline(
@@ -108,12 +108,12 @@ def score_baseline(
     A = batch.groups.answer_PA.shape[-1]
     # The first target is t_end.
     start_UG = batch.groups.baseline_start_P + 1
-    return from_rows(scores.log_prob_BT, start_UG, A).reshape(-1, A)
+    return from_rows(scores.logprob_BT, start_UG, A).reshape(-1, A)
 
 
 def _score_rows(
     decoder: Decoder, settings: NrtSettings, prefix: KVPrefix, rows: BranchRows
-) -> TokenScores:
+) -> TokenLogprobs:
     """Scores of every target of the rows, as [U, R, W]."""
     shape = rows.inputs_URW.shape
     rows_BW = flat_rows(rows)
@@ -122,26 +122,26 @@ def _score_rows(
     )
     inverse_BW = jnp.where(rows_BW.trace_URW, 1.0 / settings.temperature, 1.0)
     scores = decoder.scores(hidden_BWD, rows_BW.targets_URW, settings.chunk_tokens, inverse_BW)
-    return TokenScores(*(x.reshape(shape) for x in scores))
+    return TokenLogprobs(*(x.reshape(shape) for x in scores))
 
 
 def as_branches(
-    scores: TokenScores, groups: Groups, scored: SamplingScores, objective: ObjectiveConfig
+    scores: TokenLogprobs, groups: Groups, scored: SamplingScores, objective: ObjectiveConfig
 ) -> Branches:
     """Flatten [P, K] to rows, and clear what padding holds."""
-    rows = scores.log_prob_BT.shape
+    rows = scores.logprob_BT.shape
     masks = target_masks(groups)
     covered_PKT = masks.trace_PKT
     if objective.trace_covers == "z_and_end":
         covered_PKT |= masks.end_PKT & groups.end_emitted_PK[:, :, None]
     covered_BT = covered_PKT.reshape(rows)
-    sampler_BT = groups.sampler_log_prob_PKT.reshape(rows)
-    recomputed_PKT = scored.old_log_prob_PKT
+    sampler_BT = groups.sampler_logprob_PKT.reshape(rows)
+    recomputed_PKT = scored.old_logprob_PKT
     old_BT = sampler_BT if recomputed_PKT is None else recomputed_PKT.reshape(rows)
     return Branches(
-        log_prob_BT=masked_fill(scores.log_prob_BT, masks.valid_PKT.reshape(rows)),
-        old_log_prob_BT=masked_fill(old_BT, covered_BT),
-        sampler_log_prob_BT=masked_fill(sampler_BT, covered_BT),
+        logprob_BT=masked_fill(scores.logprob_BT, masks.valid_PKT.reshape(rows)),
+        old_logprob_BT=masked_fill(old_BT, covered_BT),
+        sampler_logprob_BT=masked_fill(sampler_BT, covered_BT),
         entropy_BT=scores.entropy_BT,
         trace_BT=masks.trace_PKT.reshape(rows),
         end_BT=masks.end_PKT.reshape(rows),

@@ -44,7 +44,7 @@ def nrt_loss(
     prompts = run_prompts(decoder, batch)
     scores = score_branches(decoder, settings, prompts, batch)
     branches = as_branches(scores, groups, scored, objective)
-    log_c_PKA = at_answer(scores.log_prob_BT.reshape(groups.sampler_log_prob_PKT.shape), groups)
+    log_c_PKA = at_answer(scores.logprob_BT.reshape(groups.sampler_logprob_PKT.shape), groups)
     log_c_base_PA = scored.log_c_base_PA
     if log_c_base_PA is None:
         log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
@@ -52,8 +52,8 @@ def nrt_loss(
     rewards = compute_rewards(judged_PKA, log_c_base_PA, answer_mask(groups), objective)
 
     policy = _policy_terms(branches, rewards, objective)
-    start_log_prob_P = score_start(decoder, settings, prompts)
-    format_B = _format_terms(branches, start_log_prob_P, groups, objective)
+    start_logprob_P = score_start(decoder, settings, prompts)
+    format_B = _format_terms(branches, start_logprob_P, groups, objective)
     terms = {
         "trace": _trace_term(policy, branches, objective),
         "token": _token_term(log_c_PKA, rewards, branches, groups, objective),
@@ -72,8 +72,8 @@ def _policy_terms(
     """The clipped policy gradient of each trace token, with its ratio."""
     surrogate = {"ppo_clip": losses.ppo_clip, "cispo": losses.cispo}[objective.policy_loss]
     return surrogate(
-        branches.log_prob_BT,
-        branches.old_log_prob_BT,
+        branches.logprob_BT,
+        branches.old_logprob_BT,
         rewards.advantage_PK.reshape(-1),
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
@@ -87,7 +87,7 @@ def _trace_term(
     loss_BT = policy.loss_BT
     if objective.importance_cap is not None:
         loss_BT *= losses.truncated_importance(
-            branches.old_log_prob_BT, branches.sampler_log_prob_BT, objective.importance_cap
+            branches.old_logprob_BT, branches.sampler_logprob_BT, objective.importance_cap
         )
     return masked_sum(loss_BT, branches.covered_BT)
 
@@ -105,8 +105,8 @@ def _token_term(
     loss_BA = losses.token_loss(log_c_PKA.reshape(P * K, A), signal_BA)
     if objective.token_ratio == "trace":
         ratio_B = losses.trace_ratio(
-            branches.log_prob_BT,
-            branches.old_log_prob_BT,
+            branches.logprob_BT,
+            branches.old_logprob_BT,
             branches.trace_BT,
             objective.token_ratio_cap,
         )
@@ -116,15 +116,15 @@ def _token_term(
 
 def _format_terms(
     branches: Branches,
-    start_log_prob_P: Float[Array, " P"],
+    start_logprob_P: Float[Array, " P"],
     groups: Groups,
     objective: ObjectiveConfig,
 ) -> Float[Array, " B"]:
     """Cross-entropy of t_start and t_end of each trace (Eq. 11)."""
     K = groups.end_emitted_PK.shape[1]
     format_B = losses.format_loss(
-        jnp.repeat(start_log_prob_P, K),
-        masked_sum(branches.log_prob_BT, branches.end_BT, axis=1),
+        jnp.repeat(start_logprob_P, K),
+        masked_sum(branches.logprob_BT, branches.end_BT, axis=1),
         groups.end_emitted_PK.reshape(-1),
         where=objective.format_where,
     )
@@ -139,9 +139,9 @@ def _regularisers(
     if objective.entropy_coefficient:
         entropy = masked_sum(branches.entropy_BT, branches.trace_BT)
         terms["entropy"] = -objective.entropy_coefficient * entropy
-    if scored.ref_log_prob_PKT is not None:
-        ref_BT = scored.ref_log_prob_PKT.reshape(branches.trace_BT.shape)
+    if scored.ref_logprob_PKT is not None:
+        ref_BT = scored.ref_logprob_PKT.reshape(branches.trace_BT.shape)
         ref_BT = masked_fill(ref_BT, branches.trace_BT)
-        kl_BT = losses.kl_k3(branches.log_prob_BT, ref_BT)
+        kl_BT = losses.kl_k3(branches.logprob_BT, ref_BT)
         terms["kl"] = objective.kl_coefficient * masked_sum(kl_BT, branches.trace_BT)
     return terms

@@ -34,7 +34,7 @@ def measure(
 ) -> Metrics:
     """Everything but the losses; `policy/format_nats` is the loss of Eq. 11 before its weight."""
     K = groups.end_emitted_PK.shape[1]
-    gap_BT = jnp.abs(branches.log_prob_BT - branches.sampler_log_prob_BT)
+    gap_BT = jnp.abs(branches.logprob_BT - branches.sampler_logprob_BT)
     gap_BT = masked_fill(gap_BT, branches.covered_BT)
 
     def mean_over_tokens(x_BT: Array) -> Pair:
@@ -63,7 +63,7 @@ def measure(
 
 def _importance(branches: Branches) -> Float[Array, "B T"]:
     """pi_old / pi_sampler of each token, before the truncation."""
-    return truncated_importance(branches.old_log_prob_BT, branches.sampler_log_prob_BT, math.inf)
+    return truncated_importance(branches.old_logprob_BT, branches.sampler_logprob_BT, math.inf)
 
 
 def reward_means(

@@ -22,11 +22,11 @@ REMEDIES = {
     MOMENTS: "set optimizer.offload=true, or spread them over more devices with mesh.fsdp",
     GRADIENT: "spread it over more devices with mesh.fsdp or mesh.tensor",
     ACTIVATIONS: "lower train.micro_batch_prompts, set model.remat=full, "
-    "lower model.log_prob_chunk_tokens, or spread tokens with mesh.context",
+    "lower model.logprob_chunk_tokens, or spread tokens with mesh.context",
 }
 
 
-def bytes_a_device(tree: Any) -> int:
+def bytes_per_device(tree: Any) -> int:
     """Bytes that one device holds of arrays, or of their shapes with shardings."""
     return sum(
         np.dtype(leaf.dtype).itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
@@ -39,10 +39,10 @@ class DeviceMemory:
     """Bytes of each part of a step on one device, as far as they are known."""
 
     def __init__(self, state: TrainState):
-        weights = bytes_a_device(state.params)
+        weights = bytes_per_device(state.params)
         self.parts = {
             WEIGHTS: weights,
-            MOMENTS: bytes_a_device(state.opt_state),
+            MOMENTS: bytes_per_device(state.opt_state),
             GRADIENT: weights,
         }
 

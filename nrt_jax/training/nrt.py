@@ -96,7 +96,7 @@ def make_step_functions(run: Run) -> StepFunctions:
         run.tokenizer.think_start_id,
         run.tokenizer.think_end_id,
         config.rollout.temperature,
-        config.model.log_prob_chunk_tokens,
+        config.model.logprob_chunk_tokens,
     )
     train = config.train
     sequences = train.mini_batch_prompts * config.rollout.traces_per_prompt

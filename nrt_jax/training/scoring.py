@@ -30,16 +30,16 @@ def make_scorer(settings: NrtSettings, *, several_updates: bool, reference: Any 
 
     c_base once a prompt when several updates share a rollout or the reward is the sampling
     policy's; c of every trace for `reward_policy: sampling`; log pi of z for
-    `old_log_probs: recompute`; and log pi of z under the `reference` weights for a KL term.
+    `old_logprobs: recompute`; and log pi of z under the `reference` weights for a KL term.
     """
     objective = settings.objective
     wants_c = objective.reward_policy == "sampling"
-    wants_old = objective.old_log_probs == "recompute"
+    wants_old = objective.old_logprobs == "recompute"
     wants_base = several_updates or wants_c
 
     def score_traces(decoder: Decoder, prompts: Prompts, batch: TrainBatch) -> Array:
-        log_prob_BT = score_branches(decoder, settings, prompts, batch).log_prob_BT
-        return log_prob_BT.reshape(batch.groups.sampler_log_prob_PKT.shape)
+        logprob_BT = score_branches(decoder, settings, prompts, batch).logprob_BT
+        return logprob_BT.reshape(batch.groups.sampler_logprob_PKT.shape)
 
     @jax.jit
     def score_sampling(params: Any, batch: TrainBatch) -> SamplingScores:
@@ -51,10 +51,10 @@ def make_scorer(settings: NrtSettings, *, several_updates: bool, reference: Any 
             log_c_base_PA = log_c_base_PA.reshape(batch.groups.answer_PA.shape)
             scores = scores._replace(log_c_base_PA=log_c_base_PA)
         if wants_c or wants_old:
-            log_prob_PKT = score_traces(decoder, prompts, batch)
-            log_c_PKA = jax.vmap(at_answer)(log_prob_PKT, batch.groups) if wants_c else None
-            old_PKT = log_prob_PKT if wants_old else None
-            scores = scores._replace(log_c_PKA=log_c_PKA, old_log_prob_PKT=old_PKT)
+            logprob_PKT = score_traces(decoder, prompts, batch)
+            log_c_PKA = jax.vmap(at_answer)(logprob_PKT, batch.groups) if wants_c else None
+            old_PKT = logprob_PKT if wants_old else None
+            scores = scores._replace(log_c_PKA=log_c_PKA, old_logprob_PKT=old_PKT)
         return scores
 
     @jax.jit
@@ -68,6 +68,6 @@ def make_scorer(settings: NrtSettings, *, several_updates: bool, reference: Any 
         scores = SamplingScores() if nothing else score_sampling(params, batch)
         if reference is None:
             return scores
-        return scores._replace(ref_log_prob_PKT=score_reference(reference, batch))
+        return scores._replace(ref_logprob_PKT=score_reference(reference, batch))
 
     return score

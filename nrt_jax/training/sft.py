@@ -47,7 +47,7 @@ def train_sft(run: Run) -> None:
 
 def make_sft_update(run: Run) -> Callable[..., Any]:
     """An update of one mini-batch; its loss is the mean over all its answer tokens."""
-    model, chunk_tokens = run.model, run.config.model.log_prob_chunk_tokens
+    model, chunk_tokens = run.model, run.config.model.logprob_chunk_tokens
 
     def loss_fn(params: Any, batch: tuple[SftBatch, Array]) -> tuple[Array, Metrics]:
         return sft_loss_of_rows(params, *batch, model.definition, chunk_tokens)
@@ -73,7 +73,7 @@ def sft_loss_of_rows(
     rows = flat_rows(batch)
     hidden_BWD, _ = decoder.hidden(rows.inputs_URW, rows.positions_URW, rows.segments_URW)
     scores = decoder.scores(hidden_BWD, rows.targets_URW, chunk_tokens)
-    loss = masked_sum(sft_loss(scores.log_prob_BT), rows.answer_URW) / answer_tokens
+    loss = masked_sum(sft_loss(scores.logprob_BT), rows.answer_URW) / answer_tokens
     entropy = (masked_sum(scores.entropy_BT, rows.answer_URW), masked_count(rows.answer_URW))
     means = jax.lax.stop_gradient({"policy/entropy": entropy})
     return loss, Metrics({"loss/sft": loss}, means, {})

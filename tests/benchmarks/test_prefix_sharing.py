@@ -36,15 +36,15 @@ def test_formulas_are_what_the_sums_cost(monkeypatch):
     group, plan = script.one_group(sizes, SMALL.vocab_size)
     batch = jax.device_put(nrt_batch([group], plan, think_start=1, think_end=2))
     settings = NrtSettings(definition, ObjectiveConfig(), 1, 2, 1.0, 4096)
-    plain_log_prob = partial(script.plain_log_prob, definition=definition, prompt=sizes.prompt)
+    plain_logprob = partial(script.plain_logprob, definition=definition, prompt=sizes.prompt)
 
-    def counted(log_prob, data) -> float:
-        costs = jax.jit(jax.value_and_grad(log_prob)).lower(params, data).cost_analysis()
+    def counted(logprob, data) -> float:
+        costs = jax.jit(jax.value_and_grad(logprob)).lower(params, data).cost_analysis()
         assert costs is not None
         return costs["flops"]
 
-    shared = counted(partial(script.shared_log_prob, settings=settings), batch)
-    plain = counted(plain_log_prob, script.plain_layout(group))
+    shared = counted(partial(script.shared_logprob, settings=settings), batch)
+    plain = counted(plain_logprob, script.plain_layout(group))
     assert script.shared_flops(SMALL, plan) == pytest.approx(shared, rel=0.05)
     assert script.plain_flops(SMALL, sizes) == pytest.approx(plain, rel=0.05)
 

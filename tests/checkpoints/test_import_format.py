@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from nrt_jax.checkpoints import import_format, load_pretrained
+from nrt_jax.checkpoints import hf_weights, import_format, load_pretrained
 from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.checkpoints.import_format import (
     VOCAB_MULTIPLE,
@@ -168,7 +168,7 @@ def test_an_existing_directory_is_refused(source, imported, monkeypatch):
     def read_nothing(*args):
         raise AssertionError("it was read")
 
-    monkeypatch.setattr(huggingface, "_load", read_nothing)
+    monkeypatch.setattr(hf_weights, "_load", read_nothing)
     before = {path.name for path in import_format.iterdir()}
     with pytest.raises(InputError, match=r"imported: exists and is not empty; give a new folder"):
         import_directory(source, imported, mesh())

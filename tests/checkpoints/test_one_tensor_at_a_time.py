@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.checkpoints import hf_weights
 from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.checkpoints.hf_weights import read_weights, write_directory
 from nrt_jax.checkpoints.import_format import import_directory
@@ -132,7 +133,7 @@ class Fetches:
 
             return NewTensor(name, shape, dtype, fetch_one)
 
-        monkeypatch.setattr(huggingface, "NewTensor", spied)
+        monkeypatch.setattr(hf_weights, "NewTensor", spied)
 
 
 @pytest.mark.parametrize("max_shard_bytes", [10**9, 30_000], ids=["one", "many"])

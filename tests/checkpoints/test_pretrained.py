@@ -14,7 +14,7 @@ from nrt_jax.checkpoints import load_pretrained
 from nrt_jax.checkpoints.import_format import import_directory
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.models.logprobs import TokenScores, token_scores
+from nrt_jax.models.logprobs import TokenLogprobs, token_logprobs
 from tests.models.parity import assert_close_logits, assert_parity
 from tests.models.references import IDS, VOCAB, Reference
 from tests.models.tiny import close, mesh, tokens
@@ -147,12 +147,12 @@ def test_no_padded_id_is_in_the_logits(reference, padded):
     assert_close_logits(logits, reference.logits)
 
 
-def scores(definition: nnx.GraphDef, params: dict, ids: jax.Array) -> TokenScores:
+def scores(definition: nnx.GraphDef, params: dict, ids: jax.Array) -> TokenLogprobs:
     """As in training: hidden states, and the head with its padding."""
     model = nnx.merge(definition, nnx.State(params))
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
     hidden, _ = model.hidden(ids, positions, jnp.ones_like(ids))
-    return token_scores(
+    return token_logprobs(
         hidden[:, :-1], model.head_DV(), ids[:, 1:], vocab_size=VOCAB, chunk_tokens=100
     )
 
@@ -162,12 +162,12 @@ def test_no_padded_id_is_in_a_softmax(reference, padded):
     ids = jnp.asarray(IDS)
     found = jax.jit(scores, static_argnums=0)(definition, nnx.to_pure_dict(state), ids)
     log_pi = jax.nn.log_softmax(jnp.asarray(reference.logits)[:, :-1])
-    close(found.log_prob_BT, jnp.take_along_axis(log_pi, ids[:, 1:, None], axis=-1)[..., 0])
+    close(found.logprob_BT, jnp.take_along_axis(log_pi, ids[:, 1:, None], axis=-1)[..., 0])
     close(found.entropy_BT, -jnp.sum(jnp.exp(log_pi) * log_pi, axis=-1))
 
 
 def test_padding_gets_no_gradient(padded):
-    """Exactly none, through log-probs and entropies as well as through logits."""
+    """Exactly none, through logprobs and entropies as well as through logits."""
     definition, state = nnx.split(fill_padding(padded, JUNK))
     ids = tokens((2, 24), VOCAB)
 
@@ -176,7 +176,7 @@ def test_padding_gets_no_gradient(padded):
     def gradient(params):
         found = scores(definition, params, ids)
         logits = nnx.merge(definition, nnx.State(params))(ids)
-        return jnp.sum(found.log_prob_BT + 0.3 * found.entropy_BT) + jnp.sum(jnp.sin(logits))
+        return jnp.sum(found.logprob_BT + 0.3 * found.entropy_BT) + jnp.sum(jnp.sin(logits))
 
     found = nnx.merge(definition, nnx.State(gradient(nnx.to_pure_dict(state))))
     for name, padding in padding_of(found).items():

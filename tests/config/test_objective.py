@@ -26,7 +26,7 @@ def test_defaults_are_the_papers():
         "current",
     )
     assert (config.token_ratio, config.token_ratio_cap) == ("none", 2.0)
-    assert (config.importance_cap, config.old_log_probs) == (None, "sampler")
+    assert (config.importance_cap, config.old_logprobs) == (None, "sampler")
     assert config.length_constant == 4096
 
 
@@ -53,7 +53,7 @@ def test_defaults_are_the_papers():
         ("token_ratio", "token"),
         ("token_ratio_cap", 0.5),
         ("reward_policy", "old"),
-        ("old_log_probs", "trainer"),
+        ("old_logprobs", "trainer"),
         ("shceme", "p"),
     ],
 )
@@ -62,12 +62,12 @@ def test_values_out_of_range_are_refused(field, value):
         ObjectiveConfig(**{field: value})
 
 
-def test_importance_weight_needs_recomputed_log_probs():
-    with pytest.raises(ValidationError, match="importance_cap=2 needs old_log_probs=recompute"):
+def test_importance_weight_needs_recomputed_logprobs():
+    with pytest.raises(ValidationError, match="importance_cap=2 needs old_logprobs=recompute"):
         ObjectiveConfig(importance_cap=2.0)
     with pytest.raises(ValidationError, match="importance_cap"):
-        ObjectiveConfig(importance_cap=0, old_log_probs="recompute")
-    assert ObjectiveConfig(importance_cap=2.0, old_log_probs="recompute").importance_cap == 2
+        ObjectiveConfig(importance_cap=0, old_logprobs="recompute")
+    assert ObjectiveConfig(importance_cap=2.0, old_logprobs="recompute").importance_cap == 2
 
 
 def test_every_field_is_described():

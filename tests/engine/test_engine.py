@@ -105,7 +105,7 @@ def test_convert_to_numpy_keeps_the_columns_and_the_class():
     assert host.length_B[3] == 1
     expected = logits_after(LLAMA_64, tokens, [0])[0]
     expected = jax.nn.log_softmax(expected)[host.token_B[3]]
-    np.testing.assert_allclose(host.log_prob_B[3], expected, atol=1e-4)
+    np.testing.assert_allclose(host.logprob_B[3], expected, atol=1e-4)
 
 
 def test_copies_of_one_prefill_are_single_requests():
@@ -119,7 +119,7 @@ def test_copies_of_one_prefill_are_single_requests():
         _, single = drive(run, state, 12)
         assert tokens_at(copied, slot) == tokens_at(single, slot)
         for a, b in zip(copied, single, strict=True):
-            np.testing.assert_allclose(a.log_prob_B[slot], b.log_prob_B[slot], atol=1e-5)
+            np.testing.assert_allclose(a.logprob_B[slot], b.logprob_B[slot], atol=1e-5)
     assert len({tuple(tokens_at(copied, slot)) for slot in (2, 0, 3)}) == 3
 
 
@@ -146,7 +146,7 @@ def test_a_slots_last_sequence_leaves_no_trace_in_its_next():
     _, fresh = drive(run, state, 12)
     assert tokens_at(used, 1) == tokens_at(fresh, 1)
     for a, b in zip(used, fresh, strict=True):
-        np.testing.assert_array_equal(a.log_prob_B[1], b.log_prob_B[1])
+        np.testing.assert_array_equal(a.logprob_B[1], b.logprob_B[1])
 
 
 def test_prefill_does_not_see_its_padding():

@@ -22,11 +22,11 @@ from tests.engine.toy import (
     assert_distributed,
     assert_same,
     engine,
-    expected_log_probs,
+    expected_logprobs,
     greedy,
     ids,
-    log_probs,
     logits_after,
+    logprobs,
     nucleus,
     one_device,
     params,
@@ -37,14 +37,12 @@ from tests.models.tiny import WINDOW, architecture
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), SETTINGS)
-def test_log_probs_are_those_of_the_teacher_forced_forward(temperature, top_p):
+def test_logprobs_are_those_of_the_teacher_forced_forward(temperature, top_p):
     groups = sample(engine(), params(), MIXED, temperature=temperature, top_p=top_p)
     for request, group in zip(MIXED, groups, strict=True):
         for trace in group:
-            expected = expected_log_probs(
-                LLAMA_64, request.prompt_tokens, trace, temperature, top_p
-            )
-            np.testing.assert_allclose(log_probs(trace), expected, atol=1e-4)
+            expected = expected_logprobs(LLAMA_64, request.prompt_tokens, trace, temperature, top_p)
+            np.testing.assert_allclose(logprobs(trace), expected, atol=1e-4)
 
 
 def test_sliding_window_and_a_full_cache():
@@ -53,8 +51,8 @@ def test_sliding_window_and_a_full_cache():
     (group,) = sample(engine(a, 4, stop_ids=NO_STOPS), params(a), [full])
     for trace in group:
         assert len(trace.tokens) == 12
-        expected = expected_log_probs(a, full.prompt_tokens, trace)
-        np.testing.assert_allclose(log_probs(trace), expected, atol=1e-4)
+        expected = expected_logprobs(a, full.prompt_tokens, trace)
+        np.testing.assert_allclose(logprobs(trace), expected, atol=1e-4)
 
 
 def test_bfloat16_cache():
@@ -66,7 +64,7 @@ def test_bfloat16_cache():
         rows = logits_after(LLAMA_64, request.prompt_tokens, ids(trace), dtype=jnp.bfloat16)
         pairs = zip(rows, ids(trace), strict=True)
         expected = [np.log(nucleus(row, 1.0, 1.0)[token]) for row, token in pairs]
-        np.testing.assert_allclose(log_probs(trace), expected, atol=0.1)
+        np.testing.assert_allclose(logprobs(trace), expected, atol=0.1)
 
 
 def test_the_weights_of_the_call_are_used():
@@ -75,8 +73,8 @@ def test_the_weights_of_the_call_are_used():
     request = Request(prompt(5), stream=0, copies=2, max_tokens=6)
     before = sample(engine(), params(), [request])
     ((trace, _),) = sample(engine(), doubled, [request])
-    expected = expected_log_probs(LLAMA_64, request.prompt_tokens, trace, temperature=0.5)
-    np.testing.assert_allclose(log_probs(trace), expected, atol=1e-4)
+    expected = expected_logprobs(LLAMA_64, request.prompt_tokens, trace, temperature=0.5)
+    np.testing.assert_allclose(logprobs(trace), expected, atol=1e-4)
     assert_same(before, sample(engine(), params(), [request]))
 
 
@@ -167,11 +165,11 @@ def test_a_special_token_ends_a_trace_and_is_split_off():
         kept = stops[0] if stops else 12
         assert trace.tokens.tolist() == whole.tokens[:kept].tolist()
         assert trace.tokens.dtype == np.int32
-        assert trace.log_probs.dtype == np.float32
-        np.testing.assert_allclose(trace.log_probs, whole.log_probs[:kept], atol=1e-5)
+        assert trace.logprobs.dtype == np.float32
+        np.testing.assert_allclose(trace.logprobs, whole.logprobs[:kept], atol=1e-5)
         assert trace.end_token == (whole.tokens[kept] if stops else None)
-        expected = whole.log_probs[kept] if stops else 0.0
-        np.testing.assert_allclose(trace.end_log_prob, expected, atol=1e-5)
+        expected = whole.logprobs[kept] if stops else 0.0
+        np.testing.assert_allclose(trace.end_logprob, expected, atol=1e-5)
     assert {trace.end_token for trace in group} == STOPS | {None}
 
 

@@ -1,4 +1,4 @@
-"""Penalty, temperature, truncation, and the log-prob of what was drawn."""
+"""Penalty, temperature, truncation, and the logprob of what was drawn."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ jitted = jax.jit(sample)
 
 
 def draw(logits_BV, temperature=1.0, top_p=1.0, seed=0, seen=(), **settings):
-    """Tokens and log-probs of rows that share their settings, or have one each."""
+    """Tokens and logprobs of rows that share their settings, or have one each."""
     logits_BV = jnp.asarray(logits_BV, jnp.float32)
     B, V = logits_BV.shape
     columns = {"temperature": temperature, "top_p": top_p} | settings
@@ -31,19 +31,19 @@ def draw(logits_BV, temperature=1.0, top_p=1.0, seed=0, seen=(), **settings):
     sampling = slot_sampling([Sampling(**dict(zip(columns, row, strict=True))) for row in rows])
     seen_BV = jnp.asarray(np.tile(np.isin(np.arange(V), list(seen)), (B, 1)))
     keys_B = jax.random.split(jax.random.key(seed), B)
-    token_B, log_prob_B = jitted(logits_BV, seen_BV, keys_B, jax.tree.map(jnp.asarray, sampling))
-    return np.asarray(token_B), np.asarray(log_prob_B)
+    token_B, logprob_B = jitted(logits_BV, seen_BV, keys_B, jax.tree.map(jnp.asarray, sampling))
+    return np.asarray(token_B), np.asarray(logprob_B)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [*SETTINGS, (1.7, 0.3)])
-def test_log_prob_is_that_of_the_sampled_distribution(temperature, top_p):
+def test_logprob_is_that_of_the_sampled_distribution(temperature, top_p):
     logits_BV = 3 * np.random.default_rng(0).normal(size=(64, 50))
-    token_B, log_prob_B = draw(logits_BV, temperature, top_p)
+    token_B, logprob_B = draw(logits_BV, temperature, top_p)
     expected = [
         np.log(nucleus(row, temperature, top_p)[token])
         for row, token in zip(logits_BV, token_B, strict=True)
     ]
-    np.testing.assert_allclose(log_prob_B, expected, atol=1e-5)
+    np.testing.assert_allclose(logprob_B, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [*SETTINGS, (2.0, 0.7), (1.0, 0.5)])
@@ -54,16 +54,16 @@ def test_draws_follow_the_distribution(temperature, top_p):
 
 
 def test_nucleus_worked_example():
-    token_B, log_prob_B = draw(np.tile(np.log([0.2, 0.5, 0.3]), (200, 1)), 1.0, 0.7)
+    token_B, logprob_B = draw(np.tile(np.log([0.2, 0.5, 0.3]), (200, 1)), 1.0, 0.7)
     assert set(token_B) == {1, 2}
-    np.testing.assert_allclose(np.exp(log_prob_B), np.where(token_B == 1, 0.625, 0.375), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(logprob_B), np.where(token_B == 1, 0.625, 0.375), rtol=1e-5)
 
 
 def test_temperature_comes_before_the_nucleus():
     # [.5 .3 .2] at temperature 0.5 is about [.66 .24 .11], of which the first reaches 0.6 alone.
-    token_B, log_prob_B = draw(np.tile(np.log([0.5, 0.3, 0.2]), (200, 1)), 0.5, 0.6)
+    token_B, logprob_B = draw(np.tile(np.log([0.5, 0.3, 0.2]), (200, 1)), 0.5, 0.6)
     assert set(token_B) == {0}
-    np.testing.assert_allclose(log_prob_B, 0, atol=1e-6)
+    np.testing.assert_allclose(logprob_B, 0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +85,10 @@ def test_who_is_in_the_nucleus(probabilities, top_p, kept):
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 def test_temperature_zero_takes_the_best_and_scores_it_untempered(top_p):
     logits_BV = np.random.default_rng(1).normal(size=(32, 20))
-    token_B, log_prob_B = draw(logits_BV, 0.0, top_p)
+    token_B, logprob_B = draw(logits_BV, 0.0, top_p)
     np.testing.assert_array_equal(token_B, logits_BV.argmax(axis=1))
     expected = [np.log(nucleus(row, 1.0, 1.0).max()) for row in logits_BV]
-    np.testing.assert_allclose(log_prob_B, expected, atol=1e-5)
+    np.testing.assert_allclose(logprob_B, expected, atol=1e-5)
 
 
 def test_a_row_does_not_see_its_neighbours():
@@ -108,9 +108,9 @@ def test_rows_have_noise_of_their_own():
 def test_extreme_logits_stay_finite():
     logits_BV = np.asarray([[1e4, -1e4, 0.0], [-np.inf, 0.0, -1e30], [-1e4, -1e4, -1e4]])
     for temperature, top_p in [(1.0, 1.0), (0.01, 0.9), (0.0, 0.9)]:
-        token_B, log_prob_B = draw(logits_BV, temperature, top_p)
+        token_B, logprob_B = draw(logits_BV, temperature, top_p)
         assert list(token_B[:2]) == [0, 1]
-        assert np.isfinite(log_prob_B).all()
+        assert np.isfinite(logprob_B).all()
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_extreme_logits_stay_finite():
     ids=str,
 )
 def test_the_distribution_is_that_of_transformers(settings):
-    """Which tokens are kept, and the log-prob of each that is drawn."""
+    """Which tokens are kept, and the logprob of each that is drawn."""
     logits_V = 2 * np.random.default_rng(3).normal(size=40)
     seen = [1, 5, 6, 20, 33]
     chain = {
@@ -140,8 +140,8 @@ def test_the_distribution_is_that_of_transformers(settings):
         if name in settings:
             scores = processor(settings[name])(torch.tensor([seen]), scores)
     expected_V = torch.log_softmax(scores[0], dim=-1).numpy()
-    token_B, log_prob_B = draw(np.tile(logits_V, (4000, 1)), seen=seen, **settings)
-    np.testing.assert_allclose(log_prob_B, expected_V[token_B], atol=1e-5)
+    token_B, logprob_B = draw(np.tile(logits_V, (4000, 1)), seen=seen, **settings)
+    np.testing.assert_allclose(logprob_B, expected_V[token_B], atol=1e-5)
     assert_distributed(np.bincount(token_B, minlength=40), np.exp(expected_V.astype(np.float64)))
 
 
@@ -150,11 +150,11 @@ def test_rare_tokens_are_drawn_as_often_as_they_should_be():
     V, B = 40_000, 4_000
     p_V = np.full(V, 0.01 / (V - 1))
     p_V[123] = 0.99
-    token_B, log_prob_B = draw(np.tile(np.log(p_V), (B, 1)))
+    token_B, logprob_B = draw(np.tile(np.log(p_V), (B, 1)))
     rare_B = token_B != 123
     assert 15 <= rare_B.sum() <= 70, "40 are expected, and 6.3 is their standard deviation"
     assert len(set(token_B[rare_B])) > 0.9 * rare_B.sum()
-    np.testing.assert_allclose(log_prob_B, np.log(p_V)[token_B], atol=1e-4)
+    np.testing.assert_allclose(logprob_B, np.log(p_V)[token_B], atol=1e-4)
 
 
 def test_what_has_no_probability_is_never_drawn():
@@ -168,10 +168,8 @@ def test_what_has_no_probability_is_never_drawn():
 
 def test_most_probable_tokens_are_those_of_the_softmax():
     logits_BV = np.random.default_rng(4).normal(size=(5, 300)).astype(np.float32)
-    id_BR, log_prob_BR = most_probable(jnp.asarray(logits_BV), 4)
+    id_BR, logprob_BR = most_probable(jnp.asarray(logits_BV), 4)
     log_pi_BV = logits_BV - np.log(np.exp(logits_BV.astype(np.float64)).sum(1, keepdims=True))
     expected_BR = np.argsort(-log_pi_BV, axis=1)[:, :4]
     np.testing.assert_array_equal(id_BR, expected_BR)
-    np.testing.assert_allclose(
-        log_prob_BR, np.take_along_axis(log_pi_BV, expected_BR, 1), atol=1e-5
-    )
+    np.testing.assert_allclose(logprob_BR, np.take_along_axis(log_pi_BV, expected_BR, 1), atol=1e-5)

@@ -22,10 +22,10 @@ from tests.engine.toy import (
     STOPS,
     assert_same,
     engine,
-    expected_log_probs,
+    expected_logprobs,
     ids,
-    log_probs,
     logits_after,
+    logprobs,
     params,
     prompt,
     prompts,
@@ -46,7 +46,7 @@ def drain(scheduler):
         for event in scheduler.step():
             key = event.ticket, event.copy
             assert key not in ends, "nothing follows the end"
-            assert len(event.tokens) == len(event.log_probs) > 0
+            assert len(event.tokens) == len(event.logprobs) > 0
             tokens.setdefault(key, []).extend(event.tokens.tolist())
             if event.finished:
                 ends[key] = event.finished
@@ -130,8 +130,8 @@ def test_room_for_tokens_grows_and_shrinks():
     assert tokens[0] == ids(trace)
     assert len(ids(trace)) == 150
     assert ids(trace)[:8] == ids(trace_8)
-    expected = expected_log_probs(LLAMA_64, long.prompt_tokens, trace)
-    np.testing.assert_allclose(log_probs(trace), expected, atol=1e-4)
+    expected = expected_logprobs(LLAMA_64, long.prompt_tokens, trace)
+    np.testing.assert_allclose(logprobs(trace), expected, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -258,11 +258,11 @@ def test_the_penalty_counts_the_prompt_and_what_was_written():
             seen = torch.tensor([[*request.prompt_tokens.tolist(), *ids(trace)[:t]]])
             scores = RepetitionPenaltyLogitsProcessor(1.5)(seen, torch.tensor(row.copy())[None])
             expected = torch.log_softmax(scores[0] / 0.7, dim=-1)[token]
-            np.testing.assert_allclose(log_probs(trace)[t], expected, atol=1e-4)
+            np.testing.assert_allclose(logprobs(trace)[t], expected, atol=1e-4)
 
 
 def test_the_most_probable_tokens_are_reported():
-    run = engine(top_log_probs=3, stop_ids=NO_STOPS)
+    run = engine(top_logprobs=3, stop_ids=NO_STOPS)
     scheduler = Scheduler(run, params(), steps=4)
     scheduler.submit(Request(prompt(5), 0, 2, 9, Sampling(temperature=0.5)), KEY)
     drawn, top_ids, top = {}, {}, {}
@@ -270,7 +270,7 @@ def test_the_most_probable_tokens_are_reported():
         for event in scheduler.step():
             drawn.setdefault(event.copy, []).extend(event.tokens.tolist())
             top_ids.setdefault(event.copy, []).extend(event.top_ids.tolist())
-            top.setdefault(event.copy, []).extend(event.top_log_probs.tolist())
+            top.setdefault(event.copy, []).extend(event.top_logprobs.tolist())
     for copy in range(2):
         log_pi = jax.nn.log_softmax(logits_after(LLAMA_64, prompt(5), drawn[copy]))
         order = np.argsort(-np.asarray(log_pi), axis=1)[:, :3]

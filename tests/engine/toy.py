@@ -102,10 +102,10 @@ def ids(trace: Trace) -> list[int]:
     return trace.tokens.tolist() + ([] if trace.end_token is None else [trace.end_token])
 
 
-def log_probs(trace: Trace) -> np.ndarray:
-    """Log-probs of `ids`."""
+def logprobs(trace: Trace) -> np.ndarray:
+    """Logprobs of `ids`."""
     ended = trace.end_token is not None
-    return np.append(trace.log_probs, [trace.end_log_prob] if ended else [])
+    return np.append(trace.logprobs, [trace.end_logprob] if ended else [])
 
 
 def nucleus(logits_V: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
@@ -134,7 +134,7 @@ def logits_after(
     return logits[len(prompt) - 1 : len(whole) - 1]
 
 
-def expected_log_probs(
+def expected_logprobs(
     a: Architecture, prompt: np.ndarray, trace: Trace, temperature: float = 1.0, top_p: float = 1.0
 ) -> np.ndarray:
     drawn = ids(trace)
@@ -157,11 +157,11 @@ def greedy(
 
 
 def assert_same(left: Sequence[Sequence[Trace]], right: Sequence[Sequence[Trace]]) -> None:
-    """The same tokens; log-probs up to the rounding of differently shaped programs."""
+    """The same tokens; logprobs up to the rounding of differently shaped programs."""
     for left_group, right_group in zip(left, right, strict=True):
         for one, other in zip(left_group, right_group, strict=True):
             assert ids(one) == ids(other)
-            np.testing.assert_allclose(log_probs(one), log_probs(other), atol=1e-5)
+            np.testing.assert_allclose(logprobs(one), logprobs(other), atol=1e-5)
 
 
 def assert_distributed(counts: np.ndarray, probabilities: np.ndarray) -> None:

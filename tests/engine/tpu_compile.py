@@ -81,8 +81,8 @@ def main(shape: str, mesh_axes: str) -> None:
     report = {
         "form": type(engine._decoding.cache).__name__,
         "kernel": "ragged_paged_attention_kernel" in decode.as_text(),
-        "weight_bytes": bytes_a_chip(params),
-        "cache_bytes": bytes_a_chip(state.layers),
+        "weight_bytes": bytes_per_chip(params),
+        "cache_bytes": bytes_per_chip(state.layers),
         "prefill": costs(prefill),
         "decode": costs(decode),
     }
@@ -100,7 +100,7 @@ def abstract_state(engine: DecoderEngine, mesh: Mesh) -> Any:
     )
 
 
-def bytes_a_chip(arrays: Any) -> int:
+def bytes_per_chip(arrays: Any) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
         for x in jax.tree.leaves(arrays)

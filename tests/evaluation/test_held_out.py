@@ -230,13 +230,13 @@ def test_references_are_scored_after_the_trace(reasoning, rig, examples, a):
     assert metrics.keys() - plain.keys() == {
         "eval/reward",
         "eval/baseline",
-        "eval/reference_log_prob",
+        "eval/reference_logprob",
     }
     # A score of 10 times the norm of a one-hot row; after "2", which nothing follows, 25 are alike.
     gap, alike = 10 * np.sqrt(a.hidden_size), np.log(a.vocab_size)
     log_c = np.asarray([[0, 0, 0], [0, -gap, -alike]])
     assert metrics["eval/reward"] == pytest.approx(np.exp(log_c).mean(), rel=1e-5)
-    assert metrics["eval/reference_log_prob"] == pytest.approx(log_c.mean(), rel=1e-3)
+    assert metrics["eval/reference_logprob"] == pytest.approx(log_c.mean(), rel=1e-3)
     # The next token depends on the last alone, so it is the same after an empty trace.
     assert metrics["eval/baseline"] == pytest.approx(metrics["eval/reward"], rel=1e-5)
 

@@ -1,6 +1,6 @@
 """The formula of the operations against XLA's own count.
 
-XLA counts the body of a scan once, so the models have one layer and the log-probs one chunk; the
+XLA counts the body of a scan once, so the models have one layer and the logprobs one chunk; the
 count is taken before XLA's optimisations, which for a single chunk merge the head's second product
 with its first.
 """
@@ -15,7 +15,7 @@ from flax import nnx
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Remat, abstract_decoder
 from nrt_jax.models.flops import Flops, Rows, forward_flops, training_flops
-from nrt_jax.models.logprobs import token_scores
+from nrt_jax.models.logprobs import token_logprobs
 from tests.models.tiny import architecture
 
 B, T, S = 2, 512, 160
@@ -33,16 +33,16 @@ def counted(remat: Remat, vocab_multiple: int, gradient: bool, prefix_tokens: in
     ids_BS = jnp.ones((B, prefix_tokens), jnp.int32)
     kv = jnp.ones((1, B, prefix_tokens, WIDE.num_key_value_heads, WIDE.head_dim))
 
-    def log_prob(params: nnx.State, kv: jax.Array) -> jax.Array:
+    def logprob(params: nnx.State, kv: jax.Array) -> jax.Array:
         model = nnx.merge(definition, params)
         prefix = KVPrefix(kv, kv, ids_BS, ids_BS) if prefix_tokens else None
         hidden_BTD, _ = model.hidden(ids_BT, ids_BT, ids_BT, prefix)
-        scores = token_scores(
+        scores = token_logprobs(
             hidden_BTD, model.head_DV(), ids_BT, vocab_size=WIDE.vocab_size, chunk_tokens=B * T
         )
-        return scores.log_prob_BT.sum()
+        return scores.logprob_BT.sum()
 
-    function = jax.value_and_grad(log_prob, argnums=(0, 1)) if gradient else log_prob
+    function = jax.value_and_grad(logprob, argnums=(0, 1)) if gradient else logprob
     costs = jax.jit(function).lower(params, kv).cost_analysis()
     assert costs is not None
     return costs["flops"]

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from nrt_jax.models.logprobs import TokenScores, token_scores
+from nrt_jax.models.logprobs import TokenLogprobs, token_logprobs
 from tests.models.tiny import close, mesh, tokens
 
 B, T, D, V = 2, 48, 8, 101
@@ -23,14 +23,14 @@ def example() -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     return hidden, head, tokens((B, T), V), temperature
 
 
-def plain(hidden, head, targets, temperature) -> TokenScores:
+def plain(hidden, head, targets, temperature) -> TokenLogprobs:
     log_pi = jax.nn.log_softmax(hidden @ head / temperature[..., None], axis=-1)
-    log_prob = jnp.take_along_axis(log_pi, targets[..., None], axis=-1)[..., 0]
-    return TokenScores(log_prob, -(jnp.exp(log_pi) * log_pi).sum(-1))
+    logprob = jnp.take_along_axis(log_pi, targets[..., None], axis=-1)[..., 0]
+    return TokenLogprobs(logprob, -(jnp.exp(log_pi) * log_pi).sum(-1))
 
 
-def chunked(hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V) -> TokenScores:
-    return token_scores(
+def chunked(hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V) -> TokenLogprobs:
+    return token_logprobs(
         hidden,
         head,
         targets,
@@ -40,12 +40,12 @@ def chunked(hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V) -
     )
 
 
-def weighted_sum(scores: TokenScores, of_log_prob: float = 1, of_entropy: float = 1) -> jax.Array:
+def weighted_sum(scores: TokenLogprobs, of_logprob: float = 1, of_entropy: float = 1) -> jax.Array:
     """A scalar in which every score counts differently."""
-    weights = 1 + jnp.arange(scores.log_prob_BT.size, dtype=jnp.float32) / T
-    weights = weights.reshape(scores.log_prob_BT.shape)
-    log_prob, entropy = weights * scores.log_prob_BT, jnp.sin(weights) * scores.entropy_BT
-    return jnp.sum(of_log_prob * log_prob + of_entropy * entropy)
+    weights = 1 + jnp.arange(scores.logprob_BT.size, dtype=jnp.float32) / T
+    weights = weights.reshape(scores.logprob_BT.shape)
+    logprob, entropy = weights * scores.logprob_BT, jnp.sin(weights) * scores.entropy_BT
+    return jnp.sum(of_logprob * logprob + of_entropy * entropy)
 
 
 def with_gradient(function, hidden, head, *rest, weights=(1, 1)):
@@ -106,14 +106,14 @@ def test_columns_beyond_the_vocabulary_do_not_exist():
 def test_without_temperature_it_is_one():
     hidden, head, targets, _ = example()
     close(
-        token_scores(hidden, head, targets, vocab_size=head.shape[1], chunk_tokens=16),
+        token_logprobs(hidden, head, targets, vocab_size=head.shape[1], chunk_tokens=16),
         plain(hidden, head, targets, jnp.ones((B, T))),
     )
 
 
 def test_scores_of_bfloat16_states_are_float32():
     hidden, head, targets, _ = example()
-    scores = token_scores(
+    scores = token_logprobs(
         hidden.astype(jnp.bfloat16), head, targets, vocab_size=head.shape[1], chunk_tokens=16
     )
     assert {x.dtype for x in scores} == {jnp.dtype(jnp.float32)}

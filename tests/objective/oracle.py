@@ -61,13 +61,13 @@ def advantages(rewards, baseline, estimator):
     return [(r - mean) / std for r in rewards]
 
 
-def ppo_clip(log_prob, old_log_prob, advantage, low, high):
-    ratio = math.exp(log_prob - old_log_prob)
+def ppo_clip(logprob, old_logprob, advantage, low, high):
+    ratio = math.exp(logprob - old_logprob)
     return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
 
 
-def cispo(log_prob, old_log_prob, advantage, low, high):
-    ratio = math.exp(log_prob - old_log_prob)
+def cispo(logprob, old_logprob, advantage, low, high):
+    ratio = math.exp(logprob - old_logprob)
     if (advantage > 0 and ratio > 1 + high) or (advantage < 0 and ratio < 1 - low):
         return 0.0
-    return -min(max(ratio, 1 - low), 1 + high) * advantage * log_prob
+    return -min(max(ratio, 1 - low), 1 + high) * advantage * logprob

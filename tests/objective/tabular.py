@@ -52,19 +52,19 @@ def all_traces(limit=LIMIT):
     return Traces(tokens, previous, mask, features)
 
 
-def trace_log_probs(params, traces):
+def trace_logprobs(params, traces):
     """log pi of each token of each trace, [B, T]."""
     log_pi = jax.nn.log_softmax(params.transition, axis=-1)
     return log_pi[traces.previous_BT, traces.tokens_BT]
 
 
-def answer_log_probs(params, features_BF):
+def answer_logprobs(params, features_BF):
     """log c of each answer token after each trace, [B, N]."""
     logits_BNV = jnp.einsum("bf,nfv->bnv", features_BF, params.answer)
     return jax.nn.log_softmax(logits_BNV, axis=-1)[:, np.arange(N), ANSWER]
 
 
-def trace_log_prob_gradient(params, tokens, previous, mask):
+def trace_logprob_gradient(params, tokens, previous, mask):
     """Gradient of log pi(z | x) by hand: one-hot minus probabilities, for each token kept."""
     gradient = np.zeros(params.transition.shape)
     for token, before, keep in zip(tokens, previous, mask, strict=True):
@@ -75,7 +75,7 @@ def trace_log_prob_gradient(params, tokens, previous, mask):
     return gradient
 
 
-def answer_log_prob_gradient(params, features, n):
+def answer_logprob_gradient(params, features, n):
     """Gradient of log c_n by hand, for one trace with these features."""
     weights = np.asarray(params.answer)
     gradient = np.zeros(weights.shape)

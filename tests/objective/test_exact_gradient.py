@@ -22,14 +22,14 @@ BASE_SEED = 7
 
 def rewards(params, traces, scheme):
     """R and S of each trace; c_base is of other, constant parameters, as of a sampling policy."""
-    log_c = tabular.answer_log_probs(params, traces.features_BF)
-    base = tabular.answer_log_probs(tabular.random_params(BASE_SEED), np.array([[0.0, 0.0, 1.0]]))
+    log_c = tabular.answer_logprobs(params, traces.features_BF)
+    base = tabular.answer_logprobs(tabular.random_params(BASE_SEED), np.array([[0.0, 0.0, 1.0]]))
     mask = np.ones(log_c.shape, bool)
     return log_c, *aggregate(scheme, log_c, jnp.broadcast_to(base, log_c.shape), mask)
 
 
 def probabilities(params, traces):
-    return jnp.exp(masked_sum(tabular.trace_log_probs(params, traces), traces.mask_BT, axis=1))
+    return jnp.exp(masked_sum(tabular.trace_logprobs(params, traces), traces.mask_BT, axis=1))
 
 
 def exact_gradient(params, traces, scheme):
@@ -45,10 +45,10 @@ def expected_gradient(params, old_params, traces, scheme, policy_loss):
 
     def loss(params):
         log_c, reward, signal = rewards(params, traces, scheme)
-        log_prob = tabular.trace_log_probs(params, traces)
-        old = tabular.trace_log_probs(old_params, traces)
-        terms = policy_loss(log_prob, old, reward, **UNCLIPPED)
-        ratio = losses.trace_ratio(log_prob, old, traces.mask_BT, float("inf"))
+        logprob = tabular.trace_logprobs(params, traces)
+        old = tabular.trace_logprobs(old_params, traces)
+        terms = policy_loss(logprob, old, reward, **UNCLIPPED)
+        ratio = losses.trace_ratio(logprob, old, traces.mask_BT, float("inf"))
         loss_B = masked_sum(terms.loss_BT, traces.mask_BT, axis=1)
         loss_B = loss_B + ratio * losses.token_loss(log_c, signal).sum(axis=1)
         return (weight_B * loss_B).sum()
@@ -100,10 +100,10 @@ def test_leave_one_out_advantages_leave_the_expectation_as_it_is(scheme, x64):
 
     def loss(params):
         log_c, _, _ = rewards(params, traces, scheme)
-        log_prob = tabular.trace_log_probs(params, traces)
+        logprob = tabular.trace_logprobs(params, traces)
         total = 0
         for k, index in enumerate((first, second)):
-            terms = losses.ppo_clip(log_prob[index], log_prob[index], advantage[:, k], **UNCLIPPED)
+            terms = losses.ppo_clip(logprob[index], logprob[index], advantage[:, k], **UNCLIPPED)
             loss_B = masked_sum(terms.loss_BT, traces.mask_BT[index], axis=1)
             loss_B = loss_B + losses.token_loss(log_c, signal).sum(axis=1)[index]
             total = total + (probability[first] * probability[second] * loss_B).sum() / 2

@@ -19,16 +19,16 @@ POLICY_LOSSES = {"ppo_clip": losses.ppo_clip, "cispo": losses.cispo}
 
 def policy_terms(name, ratio, advantage, old=-2.0):
     """The terms of one token whose probability ratio is `ratio`."""
-    log_prob = jnp.array([[old + math.log(ratio)]])
-    return POLICY_LOSSES[name](log_prob, jnp.full((1, 1), old), jnp.array([advantage]), **CLIP)
+    logprob = jnp.array([[old + math.log(ratio)]])
+    return POLICY_LOSSES[name](logprob, jnp.full((1, 1), old), jnp.array([advantage]), **CLIP)
 
 
 def loss_gradient(name, ratio, advantage, old=-2.0):
     """d loss / d log pi of that token."""
 
-    def loss(log_prob):
-        old_log_prob = jnp.full((1, 1), old)
-        terms = POLICY_LOSSES[name](log_prob, old_log_prob, jnp.array([advantage]), **CLIP)
+    def loss(logprob):
+        old_logprob = jnp.full((1, 1), old)
+        terms = POLICY_LOSSES[name](logprob, old_logprob, jnp.array([advantage]), **CLIP)
         return terms.loss_BT.sum()
 
     return float(jax.grad(loss)(jnp.array([[old + math.log(ratio)]]))[0, 0])
@@ -62,50 +62,50 @@ def test_policy_losses_by_hand(ratio, advantage, ppo, ppo_gradient, cispo, cispo
 
 @settings(max_examples=60, deadline=None)
 @given(
-    log_prob=st.floats(-6, 0, width=32),
+    logprob=st.floats(-6, 0, width=32),
     old=st.floats(-6, 0, width=32),
     advantage=st.floats(-3, 3, width=32),
     low=st.sampled_from([0.0, 0.2, 1.0]),
     high=st.sampled_from([0.0, 0.28, 3.0]),
 )
-def test_policy_losses_agree_with_the_oracle(log_prob, old, advantage, low, high):
+def test_policy_losses_agree_with_the_oracle(logprob, old, advantage, low, high):
     # At a bound the float32 and the float64 ratio may fall on different sides: CISPO jumps there.
     bounds = (1 - low, 1 + high)
-    at_bound = any(abs(math.exp(log_prob - old) - bound) < 1e-5 for bound in bounds)
+    at_bound = any(abs(math.exp(logprob - old) - bound) < 1e-5 for bound in bounds)
     for name in ("ppo_clip",) if at_bound else POLICY_LOSSES:
         terms = POLICY_LOSSES[name](
-            jnp.array([[log_prob]]),
+            jnp.array([[logprob]]),
             jnp.array([[old]]),
             jnp.array([advantage]),
             clip_low=low,
             clip_high=high,
         )
-        expected = getattr(oracle, name)(log_prob, old, advantage, low, high)
+        expected = getattr(oracle, name)(logprob, old, advantage, low, high)
         np.testing.assert_allclose(terms.loss_BT, [[expected]], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 def test_policy_gradient_on_policy_is_minus_advantage_whatever_depends_on_theta(name):
-    """At ratio 1 the gradient is -A, also when old log-probs and A are functions of log pi."""
-    log_prob = jnp.array([[-1.0, -2.0], [-0.5, -3.0]])
+    """At ratio 1 the gradient is -A, also when old logprobs and A are functions of log pi."""
+    logprob = jnp.array([[-1.0, -2.0], [-0.5, -3.0]])
 
     def loss(x):
-        advantage_B = jnp.array([1.0, -2.0]) + (x - log_prob).sum(axis=1)
+        advantage_B = jnp.array([1.0, -2.0]) + (x - logprob).sum(axis=1)
         return POLICY_LOSSES[name](x, x, advantage_B, **CLIP).loss_BT.sum()
 
-    np.testing.assert_allclose(jax.grad(loss)(log_prob), [[-1, -1], [2, 2]], rtol=1e-6)
+    np.testing.assert_allclose(jax.grad(loss)(logprob), [[-1, -1], [2, 2]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", POLICY_LOSSES)
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_policy_losses_stay_finite_at_absurd_ratios(name, advantage):
-    for log_prob, old in ((0.0, -500.0), (-500.0, 0.0)):
+    for logprob, old in ((0.0, -500.0), (-500.0, 0.0)):
 
         def loss(x, name=name, old=old):
             arguments = (jnp.full((1, 1), old), jnp.array([advantage]))
             return POLICY_LOSSES[name](x, *arguments, **CLIP).loss_BT.sum()
 
-        value, gradient = jax.value_and_grad(loss)(jnp.full((1, 1), log_prob))
+        value, gradient = jax.value_and_grad(loss)(jnp.full((1, 1), logprob))
         assert np.isfinite(value)
         assert np.isfinite(gradient).all()
 
@@ -115,9 +115,9 @@ def test_garbage_under_the_mask_leaves_no_trace(name):
     mask = jnp.array([[True, True, False, False]])
     garbage = jnp.array([[-1.0, -2.0, jnp.nan, -jnp.inf]])
 
-    def loss(log_prob, old):
-        log_prob, old = masked_fill(log_prob, mask), masked_fill(old, mask)
-        terms = POLICY_LOSSES[name](log_prob, old, jnp.array([1.5]), **CLIP)
+    def loss(logprob, old):
+        logprob, old = masked_fill(logprob, mask), masked_fill(old, mask)
+        terms = POLICY_LOSSES[name](logprob, old, jnp.array([1.5]), **CLIP)
         return masked_sum(terms.loss_BT, mask)
 
     value, gradient = jax.value_and_grad(loss)(garbage, jnp.flip(garbage, 1).at[:, :2].set(-1.5))
@@ -161,10 +161,10 @@ def test_kl_is_never_negative_and_right_on_average():
 
 
 def test_kl_gradient_pulls_to_a_constant_reference():
-    log_prob = jnp.array([[-1.0, -3.0]])
-    gradient = jax.grad(lambda x: losses.kl_k3(x, 0 * x - 2.0).sum())(log_prob)
-    np.testing.assert_allclose(gradient, 1 - np.exp(-2.0 - np.asarray(log_prob)), rtol=1e-6)
-    gradient = jax.grad(lambda x: losses.kl_k3(jnp.full((1, 2), -1.0), x).sum())(log_prob)
+    logprob = jnp.array([[-1.0, -3.0]])
+    gradient = jax.grad(lambda x: losses.kl_k3(x, 0 * x - 2.0).sum())(logprob)
+    np.testing.assert_allclose(gradient, 1 - np.exp(-2.0 - np.asarray(logprob)), rtol=1e-6)
+    gradient = jax.grad(lambda x: losses.kl_k3(jnp.full((1, 2), -1.0), x).sum())(logprob)
     np.testing.assert_array_equal(gradient, [[0, 0]])
     value = losses.kl_k3(jnp.full((1, 1), -500.0), jnp.zeros((1, 1)))
     assert np.isfinite(value).all()
@@ -180,15 +180,15 @@ def test_truncated_importance_is_the_capped_constant_ratio():
 
 
 def test_trace_ratio_is_of_the_whole_trace_capped_and_constant():
-    log_prob = jnp.array([[-1.0, -1.0, jnp.nan], [-1.0, 0.0, 0.0], [jnp.nan] * 3, [0.0, 0.0, 0.0]])
+    logprob = jnp.array([[-1.0, -1.0, jnp.nan], [-1.0, 0.0, 0.0], [jnp.nan] * 3, [0.0, 0.0, 0.0]])
     old = jnp.array([[-1.25, -1.5, 7.0], [-1.0, -3.0, 0.0], [jnp.nan] * 3, [-500.0, 0.0, 0.0]])
     mask = jnp.array([[1, 1, 0], [1, 1, 1], [0, 0, 0], [1, 0, 0]])
-    ratio = losses.trace_ratio(log_prob, old, mask, 5.0)
+    ratio = losses.trace_ratio(logprob, old, mask, 5.0)
     np.testing.assert_allclose(ratio, [math.exp(0.75), 5.0, 1.0, 5.0], rtol=1e-6)
-    gradient = jax.grad(lambda x: losses.trace_ratio(x, old, mask, 5.0).sum())(log_prob)
+    gradient = jax.grad(lambda x: losses.trace_ratio(x, old, mask, 5.0).sum())(logprob)
     np.testing.assert_array_equal(gradient, np.zeros((4, 3)))
 
 
 def test_sft_loss_is_the_cross_entropy():
-    log_prob = jnp.log(jnp.array([[0.5, 0.25]]))
-    np.testing.assert_allclose(losses.sft_loss(log_prob), [[math.log(2), math.log(4)]], rtol=1e-6)
+    logprob = jnp.log(jnp.array([[0.5, 0.25]]))
+    np.testing.assert_allclose(losses.sft_loss(logprob), [[math.log(2), math.log(4)]], rtol=1e-6)

@@ -52,13 +52,13 @@ def test_mean_is_the_default_normalisation_and_no_cap_the_default_cap():
     assert ws_weights("ws_inv_p", base, BOTH)[0].max() > 1e5
 
 
-log_probs = hnp.arrays(np.float32, (3, 5), elements=st.floats(-69, 0, width=32))
+logprobs = hnp.arrays(np.float32, (3, 5), elements=st.floats(-69, 0, width=32))
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    log_c=log_probs,
-    log_c_base=log_probs,
+    log_c=logprobs,
+    log_c_base=logprobs,
     mask=hnp.arrays(np.bool_, (3, 5)),
     scheme=st.sampled_from(SCHEMES),
     normalisation=st.sampled_from(["mean", "sum", "normalised"]),

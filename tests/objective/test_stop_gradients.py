@@ -1,6 +1,6 @@
 """The gradient of the whole objective is Eq. 23's sum of terms, built by hand.
 
-Reward, advantages, signals, weights and old log-probs all come from the same parameters here, so a
+Reward, advantages, signals, weights and old logprobs all come from the same parameters here, so a
 gradient through any of them would show.
 """
 
@@ -25,20 +25,20 @@ def pick(traces):
 
 
 def objective_loss(params, old_params, scheme, estimator, policy_loss):
-    """One step's loss: sums over tokens, all from `params` but the old log-probs."""
+    """One step's loss: sums over tokens, all from `params` but the old logprobs."""
     traces = pick(tabular.all_traces())
-    log_prob = tabular.trace_log_probs(params, traces)
-    old_log_prob = tabular.trace_log_probs(old_params, traces)
-    log_c = tabular.answer_log_probs(params, traces.features_BF)
+    logprob = tabular.trace_logprobs(params, traces)
+    old_logprob = tabular.trace_logprobs(old_params, traces)
+    log_c = tabular.answer_logprobs(params, traces.features_BF)
     mask = np.ones(log_c.shape, bool)
-    base = tabular.answer_log_probs(params, EMPTY)
+    base = tabular.answer_logprobs(params, EMPTY)
     reward, signal = aggregate(scheme, log_c, np.ones((P * K, 1)) * base, mask)
     baseline, _ = aggregate(scheme, base, base, mask[:1])
     baseline = baseline * np.ones(P)
     advantage = advantages(reward.reshape(P, K), baseline, estimator=estimator).reshape(-1)
     function = {"ppo_clip": losses.ppo_clip, "cispo": losses.cispo}[policy_loss]
-    terms = function(log_prob, old_log_prob, advantage, clip_low=LOW, clip_high=HIGH)
-    ratio = losses.trace_ratio(log_prob, old_log_prob, traces.mask_BT, 2.0)
+    terms = function(logprob, old_logprob, advantage, clip_low=LOW, clip_high=HIGH)
+    ratio = losses.trace_ratio(logprob, old_logprob, traces.mask_BT, 2.0)
     token = ratio[:, None] * losses.token_loss(log_c, signal)
     return masked_sum(terms.loss_BT, traces.mask_BT) + masked_sum(token, mask)
 
@@ -46,14 +46,14 @@ def objective_loss(params, old_params, scheme, estimator, policy_loss):
 def gradient_by_hand(params, old_params, scheme, estimator, policy_loss):
     """-sum_k [A_k sum_t weight_t grad log pi(z_t) + r_k sum_i S_i grad log c_i]."""
     traces = pick(tabular.all_traces())
-    log_c = np.asarray(tabular.answer_log_probs(params, traces.features_BF))
-    base = np.asarray(tabular.answer_log_probs(params, EMPTY))[0]
+    log_c = np.asarray(tabular.answer_logprobs(params, traces.features_BF))
+    base = np.asarray(tabular.answer_logprobs(params, EMPTY))[0]
     results = [oracle.aggregate(scheme, row, base) for row in log_c]
     baseline, _ = oracle.aggregate(scheme, base, base)
     rewards = [reward for reward, _ in results]
     groups = [oracle.advantages(rewards[p * K : p * K + K], baseline, estimator) for p in range(P)]
-    log_prob = np.asarray(tabular.trace_log_probs(params, traces))
-    log_ratio = log_prob - np.asarray(tabular.trace_log_probs(old_params, traces))
+    logprob = np.asarray(tabular.trace_logprobs(params, traces))
+    log_ratio = logprob - np.asarray(tabular.trace_logprobs(old_params, traces))
     transition, answer = np.zeros(params.transition.shape), np.zeros(params.answer.shape)
     for b, advantage in enumerate(advantage for group in groups for advantage in group):
         mask = traces.mask_BT[b]
@@ -62,12 +62,12 @@ def gradient_by_hand(params, old_params, scheme, estimator, policy_loss):
             if (advantage > 0 and ratio > 1 + HIGH) or (advantage < 0 and ratio < 1 - LOW):
                 continue
             weight = ratio if policy_loss == "ppo_clip" else np.clip(ratio, 1 - LOW, 1 + HIGH)
-            transition -= (advantage * weight) * tabular.trace_log_prob_gradient(
+            transition -= (advantage * weight) * tabular.trace_logprob_gradient(
                 params, traces.tokens_BT[b, [t]], traces.previous_BT[b, [t]], [True]
             )
         trace_ratio = min(np.exp(log_ratio[b][mask].sum()), 2.0)
         for n, signal in enumerate(results[b][1]):
-            gradient = tabular.answer_log_prob_gradient(params, traces.features_BF[b], n)
+            gradient = tabular.answer_logprob_gradient(params, traces.features_BF[b], n)
             answer -= trace_ratio * signal * gradient
     return transition, answer
 
@@ -92,7 +92,7 @@ def check(scheme, estimator, on_policy, policy_loss):
         old_params = params._replace(transition=params.transition + 0.4 * noise.transition)
     names = (scheme, estimator, policy_loss)
     gradient = jax.grad(
-        # On-policy the old log-probs are the same traced array, so that their stop shows too.
+        # On-policy the old logprobs are the same traced array, so that their stop shows too.
         lambda x: objective_loss(x, x if on_policy else old_params, *names)
     )(params)
     transition, answer = gradient_by_hand(params, old_params, *names)

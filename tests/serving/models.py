@@ -72,7 +72,7 @@ class Reference:
 
     def __init__(self, served: ServedModel):
         self.served = served
-        self.engine: DecoderEngine = served.engine(SLOTS, ServingConfig().top_log_probs)
+        self.engine: DecoderEngine = served.engine(SLOTS, ServingConfig().top_logprobs)
 
     def tokens(
         self,

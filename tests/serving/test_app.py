@@ -129,7 +129,7 @@ def test_streams_join_to_the_whole(live, fields, echo):
 
 
 def flat(values: list) -> list[float]:
-    """Log-probs of a list, or of a list of dictionaries, without those that are null."""
+    """Logprobs of a list, or of a list of dictionaries, without those that are null."""
     rows = [v if isinstance(v, dict) else {"": v} for v in values if v is not None]
     return [row[key] for row in rows for key in sorted(row) if row[key] is not None]
 
@@ -148,10 +148,10 @@ def test_no_chunk_has_half_a_character(live, served):
             assert not text.endswith(REPLACEMENT)
 
 
-# --- log-probs ------------------------------------------------------------------------------------
+# --- logprobs ------------------------------------------------------------------------------------
 
 
-def forward_log_probs(served, tokens: list[int]) -> np.ndarray:
+def forward_logprobs(served, tokens: list[int]) -> np.ndarray:
     """log pi(token i + 1 | tokens <= i) of every vocabulary entry, from one plain forward."""
     import jax
     import jax.numpy as jnp
@@ -163,7 +163,7 @@ def forward_log_probs(served, tokens: list[int]) -> np.ndarray:
 
 
 @pytest.mark.parametrize("max_tokens", [0, 6])
-def test_echoed_log_probs_are_those_of_a_plain_forward(live, served, max_tokens):
+def test_echoed_logprobs_are_those_of_a_plain_forward(live, served, max_tokens):
     answer = live.complete(TEXTS[1], echo=True, logprobs=3, max_tokens=max_tokens)
     (choice,) = answer.json["choices"]
     assert choice["text"].startswith(TEXTS[1])
@@ -174,7 +174,7 @@ def test_echoed_log_probs_are_those_of_a_plain_forward(live, served, max_tokens)
     assert len(scores["tokens"]) == len(tokens) + max_tokens
     assert scores["token_logprobs"][0] is None
     assert scores["top_logprobs"][0] is None
-    expected = forward_log_probs(served, tokens)
+    expected = forward_logprobs(served, tokens)
     got = scores["token_logprobs"][1 : len(tokens)]
     want = [expected[i, token] for i, token in enumerate(tokens[1:])]
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -187,18 +187,18 @@ def test_echoed_log_probs_are_those_of_a_plain_forward(live, served, max_tokens)
         assert answer.json["usage"]["completion_tokens"] == 0
 
 
-def test_log_probs_of_what_is_written(live, served, reference):
+def test_logprobs_of_what_is_written(live, served, reference):
     prompt = ids(served, TEXTS[0])
     ((tokens, _),) = reference.tokens(prompt, 8)
     (choice,) = live.complete(prompt, max_tokens=8, logprobs=1).json["choices"]
     scores = choice["logprobs"]
-    expected = forward_log_probs(served, prompt + tokens)
+    expected = forward_logprobs(served, prompt + tokens)
     want = [expected[len(prompt) - 1 + i, token] for i, token in enumerate(tokens)]
     np.testing.assert_allclose(scores["token_logprobs"], want, atol=1e-4)
     assert scores["tokens"] == [served.token_texts[token] for token in tokens]
-    for log_prob, top in zip(scores["token_logprobs"], scores["top_logprobs"], strict=True):
+    for logprob, top in zip(scores["token_logprobs"], scores["top_logprobs"], strict=True):
         # Greedy: none is more probable.
-        assert log_prob == max(top.values())
+        assert logprob == max(top.values())
 
 
 # --- chat -----------------------------------------------------------------------------------------

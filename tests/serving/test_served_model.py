@@ -101,12 +101,12 @@ def test_too_many_stop_tokens(served):
 
 def test_an_engine_decodes_as_the_run_does(served):
     rollout = {"dtype": "bfloat16", "cache_dtype": "int8", "prefill_chunk": 32}
-    engine = with_rollout(served, **rollout).engine(4, top_log_probs=2)
+    engine = with_rollout(served, **rollout).engine(4, top_logprobs=2)
     caches = jax.tree.leaves(engine.init_decode_state().layers)
     assert jnp.dtype("int8") in {leaf.dtype for leaf in caches}
     assert engine.empty_prefix(16).k_LSHd.dtype == jnp.bfloat16
     assert engine.prefill_chunk == 32
     assert engine.max_concurrent_decodes == 4
-    assert engine.top_log_probs == 2
+    assert engine.top_logprobs == 2
     with pytest.raises(InputError, match=r"rollout.attention: pallas: there is no kernel for the"):
         with_rollout(served, attention="pallas").engine(4)

@@ -35,15 +35,15 @@ def byte_level(tmp_path_factory) -> Tokenizer:
 
 
 def event(tokens: list[int], finished=None) -> Event:
-    """Every token with a log-prob of its own, and itself as the only alternative."""
-    log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+    """Every token with a logprob of its own, and itself as the only alternative."""
+    logprobs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
     return Event(
         0,
         0,
         np.array(tokens, np.int32),
-        log_probs,
+        logprobs,
         np.array(tokens, np.int32)[:, None],
-        log_probs[:, None],
+        logprobs[:, None],
         finished,
     )
 
@@ -121,7 +121,7 @@ def test_the_token_that_ended_a_sequence_is_scored_and_not_shown(byte_level):
     piece = TextWriter(byte_level).write(event(tokens, "stop"))
     assert (piece.text, piece.sampled, piece.finish) == ("ab", len(tokens), "stop")
     assert piece.tokens.tolist() == tokens[:-1]
-    # Its log-prob is, after the text: lm-evaluation-harness drops the last one of an echo.
+    # Its logprob is, after the text: lm-evaluation-harness drops the last one of an echo.
     assert [score.token for score in piece.scores] == tokens
     assert piece.scores[-1].offset == 2
 

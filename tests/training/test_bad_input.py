@@ -107,14 +107,14 @@ def test_config_file(text, said, refused, tmp_path):
         (
             "rollout.staleness=1",
             "rollout.staleness 1 without an importance ratio: the traces are of older weights; set "
-            "objective.old_log_probs=recompute and objective.importance_cap=2",
+            "objective.old_logprobs=recompute and objective.importance_cap=2",
         ),
         ("rollout.staleness=2", "rollout.staleness=2: must be less than or equal to 1"),
         *(
             (
                 f"rollout.{name}={value}",
-                f"rollout.{name} {value} with objective.old_log_probs sampler: the trainer's "
-                "log-probs are those of the plain softmax; set objective.old_log_probs=recompute",
+                f"rollout.{name} {value} with objective.old_logprobs sampler: the trainer's "
+                "logprobs are those of the plain softmax; set objective.old_logprobs=recompute",
             )
             for name, value in (
                 ("top_p", 0.9),

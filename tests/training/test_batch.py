@@ -26,9 +26,9 @@ def one_group(end_token=THINK_END) -> Group:
     example = TokenizedExample(
         Example(0, "q", "a"), np.asarray(X, np.int32), np.asarray(Y, np.int32)
     )
-    log_probs = np.asarray([-0.5, -0.25], np.float32)
+    logprobs = np.asarray([-0.5, -0.25], np.float32)
     emitted = -2.0 if end_token is not None else 0.0
-    return Group(example, (Trace(np.asarray(Z, np.int32), log_probs, end_token, emitted),))
+    return Group(example, (Trace(np.asarray(Z, np.int32), logprobs, end_token, emitted),))
 
 
 def packers(count: int) -> list[Packer]:
@@ -56,13 +56,13 @@ def test_worked_example():
 
 
 @pytest.mark.parametrize(
-    ("end_token", "emitted", "log_prob"),
+    ("end_token", "emitted", "logprob"),
     [(THINK_END, True, -2.0), (EOS, False, 0), (None, False, 0)],
 )
-def test_only_a_t_end_that_the_model_wrote_counts_as_emitted(end_token, emitted, log_prob):
+def test_only_a_t_end_that_the_model_wrote_counts_as_emitted(end_token, emitted, logprob):
     batch = batch_of([one_group(end_token)])
     assert batch.groups.end_emitted_PK.tolist() == [[[emitted]]]
-    assert batch.groups.sampler_log_prob_PKT[0, 0, 0, :3].tolist() == [-0.5, -0.25, log_prob]
+    assert batch.groups.sampler_logprob_PKT[0, 0, 0, :3].tolist() == [-0.5, -0.25, logprob]
     # t_end closes the trace all the same.
     assert batch.traces.inputs_URW[0, 0, 3] == THINK_END
 
@@ -81,7 +81,7 @@ def test_every_token_of_every_group_is_somewhere(packer):
             assert batch.prompts.tokens_US[u][prompt_S].tolist() == example.prompt_tokens.tolist()
             last = int(batch.groups.prompt_last_P[u, g])
             assert batch.prompts.tokens_US[u, last] == example.prompt_tokens[-1]
-            T = batch.groups.sampler_log_prob_PKT.shape[-1]
+            T = batch.groups.sampler_logprob_PKT.shape[-1]
             targets_KT, segments_KT, prompts_KT = (
                 from_rows(x.astype(float), batch.groups.branch_start_PK, T)[u, g].astype(int)
                 for x in (

@@ -67,8 +67,8 @@ def forward(groups: Sequence[Group]) -> tuple[jax.Array, jax.Array, jax.Array]:
     settings = worlds.settings(DEFINITION)
     decoder = nnx.merge(DEFINITION, PARAMS)
     prompts = run_prompts(decoder, batch)
-    log_prob_BT = score_branches(decoder, settings, prompts, batch).log_prob_BT
-    log_c_PKA = at_answer(log_prob_BT.reshape(flat.sampler_log_prob_PKT.shape), flat)
+    logprob_BT = score_branches(decoder, settings, prompts, batch).logprob_BT
+    log_c_PKA = at_answer(logprob_BT.reshape(flat.sampler_logprob_PKT.shape), flat)
     log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
     # A batch has the longest groups first.
     (plan,) = Packer(Layout(PROMPTS, packing=False)).plan([group_lengths(g) for g in groups])

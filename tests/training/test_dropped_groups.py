@@ -24,7 +24,7 @@ KEPT = np.asarray([False, True, False, False, True, True, False, False])
 OBJECTIVE = {
     "entropy_coefficient": 0.1,
     "kl_coefficient": 0.2,
-    "old_log_probs": "recompute",
+    "old_logprobs": "recompute",
     "importance_cap": 2.0,
     "trace_covers": "z_and_end",
 }
@@ -103,8 +103,8 @@ def test_garbage_in_a_group_without_part_in_the_loss_reaches_nothing(by_hand):
     kept_U1 = KEPT[order_P][:, None]
     poisoned = whole.groups._replace(
         kept_P=jnp.asarray(kept_U1),
-        sampler_log_prob_PKT=jnp.where(
-            kept_U1[..., None, None], whole.groups.sampler_log_prob_PKT, jnp.nan
+        sampler_logprob_PKT=jnp.where(
+            kept_U1[..., None, None], whole.groups.sampler_logprob_PKT, jnp.nan
         ),
     )
     assert_close(loss_and_gradient([whole._replace(groups=poisoned)])[1], by_hand[1], 2e-5)

@@ -34,7 +34,7 @@ def log_softmax(logits):
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def plain_log_probs(prompt, trace, answer, temperature):
+def plain_logprobs(prompt, trace, answer, temperature):
     """log pi of t_start, of each token of z, of t_end, and of each token of y*, in plain order."""
     sequence = np.concatenate([prompt, [THINK_START], trace, [THINK_END], answer]).astype(np.int32)
     logits = np.asarray(forward()(PARAMS, sequence[None])[0], np.float64)
@@ -50,10 +50,10 @@ def plain_loss(groups, config, temperature=1.0):
     terms = {"trace": 0.0, "token": 0.0, "format": 0.0}
     for group in groups:
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
-        base = plain_log_probs(prompt, [], answer, temperature)[3]
+        base = plain_logprobs(prompt, [], answer, temperature)[3]
         how = (config.ws_normalisation, config.weight_cap)
         baseline, _ = oracle.aggregate(config.scheme, base, base, *how)
-        scored = [plain_log_probs(prompt, t.tokens, answer, temperature) for t in group.traces]
+        scored = [plain_logprobs(prompt, t.tokens, answer, temperature) for t in group.traces]
         judged = [oracle.aggregate(config.scheme, s[3], base, *how) for s in scored]
         advantage = oracle.advantages([r for r, _ in judged], baseline, config.estimator)
         surrogate = oracle.ppo_clip if config.policy_loss == "ppo_clip" else oracle.cispo
@@ -61,14 +61,14 @@ def plain_loss(groups, config, temperature=1.0):
             group.traces, scored, judged, advantage, strict=True
         ):
             emitted = trace.end_token == THINK_END
-            pairs = list(zip(z, trace.log_probs.tolist(), strict=True))
+            pairs = list(zip(z, trace.logprobs.tolist(), strict=True))
             if config.trace_covers == "z_and_end" and emitted:
-                pairs.append((end, trace.end_log_prob))
+                pairs.append((end, trace.end_logprob))
             for new, old in pairs:
                 terms["trace"] += surrogate(new, old, A, config.clip_low, config.clip_high)
             ratio = 1.0
             if config.token_ratio == "trace":
-                total = sum(z) - float(trace.log_probs.astype(float).sum())
+                total = sum(z) - float(trace.logprobs.astype(float).sum())
                 ratio = min(math.exp(min(total, 20)), config.token_ratio_cap)
             fixed = config.token_signal == "fixed"
             for S, log_c in zip(signal, y, strict=True):
@@ -171,10 +171,10 @@ def test_gradient_is_the_sum_of_terms_of_algorithm_1():
 def _on_policy(group):
     traces = []
     for trace in group.traces:
-        z = plain_log_probs(
+        z = plain_logprobs(
             group.example.prompt_tokens, trace.tokens, group.example.answer_tokens, 1.0
         )[1]
-        traces.append(dataclasses.replace(trace, log_probs=np.asarray(z, np.float32)))
+        traces.append(dataclasses.replace(trace, logprobs=np.asarray(z, np.float32)))
     return dataclasses.replace(group, traces=tuple(traces))
 
 
@@ -183,12 +183,12 @@ def _surrogate_by_hand(params, groups, config):
     total = 0.0
     for group in groups:
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
-        base = plain_log_probs(prompt, [], answer, 1.0)[3]
+        base = plain_logprobs(prompt, [], answer, 1.0)[3]
         baseline, _ = oracle.aggregate(config.scheme, base, base, "mean", config.weight_cap)
         judged = [
             oracle.aggregate(
                 config.scheme,
-                plain_log_probs(prompt, t.tokens, answer, 1.0)[3],
+                plain_logprobs(prompt, t.tokens, answer, 1.0)[3],
                 base,
                 "mean",
                 config.weight_cap,
@@ -238,8 +238,8 @@ def test_padding_changes_neither_loss_nor_gradient():
         worlds.wider(batch.traces, 5, "segments_URW"),
         worlds.wider(batch.baselines, 2, "segments_URW"),
         batch.groups._replace(
-            sampler_log_prob_PKT=jnp.pad(
-                batch.groups.sampler_log_prob_PKT,
+            sampler_logprob_PKT=jnp.pad(
+                batch.groups.sampler_logprob_PKT,
                 ((0, 0), (0, 0), (0, 0), (0, 5)),
                 constant_values=np.nan,
             ),
@@ -266,7 +266,7 @@ def test_baseline_scored_before_equals_the_one_of_the_same_pass():
     score = make_scorer(settings, several_updates=True, reference=None)
     scored = score(PARAMS, batch)
     assert scored.log_c_base_PA is not None
-    assert scored.old_log_prob_PKT is None
+    assert scored.old_logprob_PKT is None
     same_pass = loss_and_gradient(batch, settings)
     assert_close(loss_and_gradient(batch, settings, scored), same_pass, 1e-5)
 
@@ -294,9 +294,9 @@ def test_rewards_follow_the_policy_that_is_asked_for():
         assert_close(metrics.means["reward/baseline"], unmoved.means["reward/baseline"], 1e-5)
 
 
-def test_recomputed_old_log_probs_make_the_first_ratio_one():
+def test_recomputed_old_logprobs_make_the_first_ratio_one():
     batch = worlds.random_batch(PROMPTS, TRACES)
-    settings = worlds.settings(DEFINITION, old_log_probs="recompute")
+    settings = worlds.settings(DEFINITION, old_logprobs="recompute")
     scored = make_scorer(settings, several_updates=False, reference=None)(PARAMS, batch)
     metrics, _ = loss_and_gradient(batch, settings, scored)
     total, count = metrics.means["policy/ratio"]
@@ -307,9 +307,9 @@ def test_recomputed_old_log_probs_make_the_first_ratio_one():
 
 def test_importance_cap_weighs_trace_tokens_by_trainer_over_sampler():
     batch = worlds.random_batch(PROMPTS, TRACES)
-    plain = worlds.settings(DEFINITION, old_log_probs="recompute")
+    plain = worlds.settings(DEFINITION, old_logprobs="recompute")
     scored = make_scorer(plain, several_updates=False, reference=None)(PARAMS, batch)
-    capped = worlds.settings(DEFINITION, old_log_probs="recompute", importance_cap=0.01)
+    capped = worlds.settings(DEFINITION, old_logprobs="recompute", importance_cap=0.01)
     tiny = loss_and_gradient(batch, capped, scored)[0].sums["loss/trace"]
     full = loss_and_gradient(batch, plain, scored)[0].sums["loss/trace"]
     # Every ratio of this batch is above the cap, so the whole term is scaled by it.
@@ -344,11 +344,11 @@ def test_metrics_count_what_they_say():
     rewards, baselines, above = [], [], 0
     for group in groups:
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
-        base = plain_log_probs(prompt, [], answer, 1.0)[3]
+        base = plain_logprobs(prompt, [], answer, 1.0)[3]
         cap = settings.objective.weight_cap
         baselines.append(oracle.aggregate("ws_neg_log_p", base, base, "mean", cap)[0])
         for trace in group.traces:
-            y = plain_log_probs(prompt, trace.tokens, answer, 1.0)[3]
+            y = plain_logprobs(prompt, trace.tokens, answer, 1.0)[3]
             rewards.append(oracle.aggregate("ws_neg_log_p", y, base, "mean", cap)[0])
             above += len(trace.tokens) > 0 and rewards[-1] > baselines[-1]
     total, count = metrics.means["reward/mean"]

@@ -22,7 +22,7 @@ from nrt_jax.training.memory import (
     MOMENTS,
     WEIGHTS,
     DeviceMemory,
-    bytes_a_device,
+    bytes_per_device,
     gibibytes,
 )
 from nrt_jax.training.optimizer import make_optimizer
@@ -99,7 +99,7 @@ def test_offloaded_moments_change_no_weight():
     second = after_updates(first_state(away), away, (0, 1))
     moments = [leaf for leaf in jax.tree.leaves(second.opt_state) if leaf.ndim]
     assert {leaf.sharding.memory_kind for leaf in moments} == {"pinned_host"}
-    assert bytes_a_device(second.opt_state) < 100
+    assert bytes_per_device(second.opt_state) < 100
     same(first, second, 0)
 
 

@@ -50,7 +50,7 @@ NO_GROUPS = Plan(
 ARCHITECTURE = worlds.ARCHITECTURE.model_copy(update={"vocab_size": 1009, "hidden_size": 8})
 OBJECTIVE = {
     "reward_policy": "sampling",
-    "old_log_probs": "recompute",
+    "old_logprobs": "recompute",
     "kl_coefficient": 0.1,
     "entropy_coefficient": 0.1,
 }

@@ -39,7 +39,7 @@ def opened(tiny_config, tmp_path) -> Iterator[Callable[..., Run]]:
 
 def test_how_traces_are_drawn(opened, monkeypatch):
     run = opened(
-        "objective.old_log_probs=recompute",
+        "objective.old_logprobs=recompute",
         "rollout.temperature=0.8",
         "rollout.top_k=7",
         "rollout.top_p=0.9",

@@ -28,7 +28,7 @@ from tests.training.test_resume import finish, stop_at
 
 STALE = (
     "rollout.staleness=1",
-    "objective.old_log_probs=recompute",
+    "objective.old_logprobs=recompute",
     "objective.importance_cap=2",
 )
 
@@ -79,7 +79,7 @@ class Watched:
         monkeypatch.setattr(Run, "finish_step", finish)
 
     def gap(self, step: int, version: int) -> float:
-        """Largest difference of a step's sampled log-probs from those under a version's weights."""
+        """Largest difference of a step's sampled logprobs from those under a version's weights."""
         settings = self.settings
         assert settings is not None
         groups = self.groups[step]
@@ -93,7 +93,7 @@ class Watched:
         branches = as_branches(
             scores, flat_groups(batch.groups), SamplingScores(), settings.objective
         )
-        gap_BT = np.abs(branches.log_prob_BT - branches.sampler_log_prob_BT)
+        gap_BT = np.abs(branches.logprob_BT - branches.sampler_logprob_BT)
         return float(np.where(branches.covered_BT, gap_BT, 0).max())
 
 
@@ -183,9 +183,9 @@ def test_groups_come_back_to_the_bit(scored):
         for one, other in zip(mine.traces, theirs.traces, strict=True):
             assert one.tokens.dtype == other.tokens.dtype
             assert one.tokens.tobytes() == other.tokens.tobytes()
-            assert one.log_probs.dtype == other.log_probs.dtype
-            assert one.log_probs.tobytes() == other.log_probs.tobytes()
-            assert (one.end_token, one.end_log_prob) == (other.end_token, other.end_log_prob)
+            assert one.logprobs.dtype == other.logprobs.dtype
+            assert one.logprobs.tobytes() == other.logprobs.tobytes()
+            assert (one.end_token, one.end_logprob) == (other.end_token, other.end_logprob)
 
 
 def test_one_wrong_character_is_noticed():

@@ -34,7 +34,7 @@ from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
 from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.update import Total, Update, nothing
-from tests.engine.tpu_compile import SHAPES, bytes_a_chip
+from tests.engine.tpu_compile import SHAPES, bytes_per_chip
 from tests.training import worlds
 
 TRACES = 8
@@ -65,7 +65,7 @@ def main(shape: str, mesh_axes: str) -> None:
         mesh=mesh,
     )
     settings = NrtSettings(
-        nnx.graphdef(decoder), ObjectiveConfig(old_log_probs="recompute"), 2, 3, 1.0, CHUNK_TOKENS
+        nnx.graphdef(decoder), ObjectiveConfig(old_logprobs="recompute"), 2, 3, 1.0, CHUNK_TOKENS
     )
     params = abstract_params(mesh, decoder, jnp.float32)
     optimizer = make_optimizer(OptimizerConfig(), updates=100)
@@ -87,8 +87,8 @@ def main(shape: str, mesh_axes: str) -> None:
     update = Update(loss_fn, optimizer, shardings)
     total = abstract_total(loss_fn, params, (batch, scores), mesh)
     report = {
-        "parameter_bytes": bytes_a_chip(params),
-        "moment_bytes": bytes_a_chip(state.opt_state),
+        "parameter_bytes": bytes_per_chip(params),
+        "moment_bytes": bytes_per_chip(state.opt_state),
         "score": score_costs,
         "add": compiled(lambda: update.add.lower(params, total, (batch, scores)))[1],
         "apply": compiled(lambda: update.apply.lower(state, total))[1],

@@ -20,7 +20,7 @@ def main(port: str, rank: str, processes: str, out: Path) -> None:
     assert jax.device_count() == DEVICES
     groups, scores = sample()
     rows = [
-        [trace.tokens.tolist(), trace.log_probs.tolist(), trace.end_token, trace.end_log_prob]
+        [trace.tokens.tolist(), trace.logprobs.tolist(), trace.end_token, trace.end_logprob]
         for group in groups
         for trace in group
     ]

@@ -64,9 +64,9 @@ def random_groups(prompts: int, traces: int, seed: int = 0) -> list[Group]:
 def _trace(rng: np.random.Generator, k: int) -> Trace:
     length = 0 if k == 1 else int(rng.integers(1, 7))
     end = (THINK_END, THINK_END, EOS, None)[k % 4]
-    # Near the policy's own log-probs of this model, so that some ratios are clipped and some not.
-    log_probs = rng.uniform(-4, -1, length).astype(np.float32)
-    return Trace(tokens(rng, length), log_probs, end, 0.0 if end is None else -1.5)
+    # Near the policy's own logprobs of this model, so that some ratios are clipped and some not.
+    logprobs = rng.uniform(-4, -1, length).astype(np.float32)
+    return Trace(tokens(rng, length), logprobs, end, 0.0 if end is None else -1.5)
 
 
 def random_batch(prompts: int = 4, traces: int = 4, seed: int = 0) -> TrainBatch:
