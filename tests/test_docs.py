@@ -9,6 +9,8 @@ import pytest
 
 from nrt_jax.cli import _load, _parser
 from nrt_jax.config.run import RunConfig
+from nrt_jax.config.schemes import SCHEMES
+from nrt_jax.objective.advantages import ESTIMATORS
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")]
@@ -45,6 +47,16 @@ def anchor(heading: str) -> str:
 
 def test_the_configuration_reference_is_that_of_the_schema():
     assert GENERATOR["TARGET"].read_text("utf-8") == GENERATOR["render"](), "run `make docs`"
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_method_has_a_row_for_every_scheme(scheme):
+    assert f"\n| `{scheme}` | {SCHEMES[scheme].title} |" in TEXTS["docs/method.md"]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_method_has_a_row_for_every_estimator(estimator):
+    assert re.search(rf"^\| `{estimator}`[^|]*\|", TEXTS["docs/method.md"], re.M)
 
 
 @pytest.mark.parametrize("page", TEXTS)

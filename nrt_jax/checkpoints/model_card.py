@@ -7,17 +7,8 @@ import nrt_jax
 from nrt_jax.checkpoints import import_format
 from nrt_jax.checkpoints.open import Trained
 from nrt_jax.config.run import RunConfig
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.data.tokenizer import Tokenizer
-
-METHODS = {
-    "logp": "JLB: sum of log-probabilities",
-    "p": "Verifree: product of probabilities",
-    "am": "RLPR: arithmetic mean of probabilities",
-    "gm": "NRT-GM: geometric mean of probabilities",
-    "ws_inv_p": "NRT-WS(1/p): weighted sum of probabilities",
-    "ws_neg_log_p": "NRT-WS(-log p): weighted sum of probabilities",
-}
-"""The rows of Table 3 by `objective.scheme`."""
 
 _USE = """\
 ```python
@@ -94,10 +85,11 @@ def base_name(config: RunConfig) -> str | None:
 def _method(config: RunConfig) -> str:
     if config.method == "sft":
         return "supervised fine-tuning on the reference answers, without traces"
+    name, scheme = config.objective.scheme, SCHEMES[config.objective.scheme]
     return (
         "[Native Reasoning Training](https://arxiv.org/abs/2602.11549), "
-        f"{METHODS[config.objective.scheme]} (`objective.scheme: {config.objective.scheme}`), "
-        f"{config.rollout.traces_per_prompt} traces a prompt"
+        f"{scheme.title}: {scheme.reward} (`objective.scheme: {name}`), "
+        f"{config.rollout.traces_per_prompt} traces per prompt"
     )
 
 

@@ -1,12 +1,12 @@
-"""Settings of the objective, and the names of its schemes; free of jax so that it loads fast."""
+"""The `objective` section: the reward, the advantages and the loss terms."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
 from nrt_jax.config.load import Section
+from nrt_jax.config.schemes import SchemeName
 
-Scheme = Literal["logp", "p", "am", "gm", "ws_inv_p", "ws_neg_log_p"]
 WsNormalisation = Literal["mean", "sum", "normalised"]
 Estimator = Literal["grpo", "grpo_unclipped", "rloo", "clip01", "dr_grpo"]
 PolicyLoss = Literal["ppo_clip", "cispo"]
@@ -16,12 +16,12 @@ FormatWhere = Literal["all", "not_emitted"]
 class ObjectiveConfig(Section):
     """What is maximised: the reward of a trace, how traces are compared, and the loss terms."""
 
-    scheme: Scheme = "ws_neg_log_p"
+    scheme: SchemeName = "ws_neg_log_p"
     """How the probabilities c_1..c_T of the reference answer become the reward R (Table 1)."""
     ws_normalisation: WsNormalisation = "mean"
-    """Scale of the weights of the ws schemes: divided by T, left as they are, or summing to 1."""
+    """Scale of the weights of the weighted schemes: divided by T, unchanged, or summing to 1."""
     weight_cap: float | None = Field(default=1e4, gt=0)
-    """Largest raw weight of the ws schemes, before normalisation; null for no cap."""
+    """Largest raw weight of the weighted schemes, before normalisation; null for no cap."""
     estimator: Estimator = "grpo"
     """How the rewards of the K traces of one prompt become advantages (Eq. 9 and 10)."""
     policy_loss: PolicyLoss = "ppo_clip"

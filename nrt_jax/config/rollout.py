@@ -54,6 +54,6 @@ class RolloutConfig(Section):
     staleness: int = Field(default=0, ge=0, le=1)
     """1 samples the traces of the next step while this step's update runs, with the weights from
     before it; 0 waits for the update."""
-    drop_groups_without_spread: bool = False
-    """Score every group when it is sampled, and leave those whose rewards are all alike out of the
-    update: they weigh 0 in every term of the loss."""
+    drop_zero_std_groups: bool = False
+    """Score every group when it is sampled, and leave groups whose rewards are all equal out of the
+    update: their weight is 0 in every term of the loss."""

@@ -107,10 +107,11 @@ class RunConfig(Section):
                 "traces are of older weights; set objective.old_logprobs=recompute and "
                 "objective.importance_cap=2"
             )
-        if self.rollout.drop_groups_without_spread and self.rollout.traces_per_prompt == 1:
+        if self.rollout.drop_zero_std_groups and self.rollout.traces_per_prompt == 1:
             raise ValueError(
-                "rollout.drop_groups_without_spread with rollout.traces_per_prompt 1: a single "
-                "trace has no spread, so nothing is left to train on; sample 2 or more"
+                "rollout.drop_zero_std_groups with rollout.traces_per_prompt 1: the "
+                "rewards of one trace have no standard deviation, so nothing is left to train on; "
+                "sample 2 or more"
             )
         if self.rollout.temperature != 1 and self.objective.trace_covers == "z_and_end":
             raise ValueError(

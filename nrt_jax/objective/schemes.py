@@ -4,13 +4,15 @@ Letters: B sequences, T tokens of the answer. log_c is log pi(y*_i | x, z, y*_<i
 log_c_base the same after an empty trace.
 """
 
+from collections.abc import Callable
 from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Shaped
 
-from nrt_jax.config.objective import Scheme, WsNormalisation
+from nrt_jax.config.objective import WsNormalisation
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective.masked import (
     as_mask,
     at_least_float32,
@@ -20,11 +22,82 @@ from nrt_jax.objective.masked import (
     masked_sum,
 )
 
-SCHEMES: tuple[str, ...] = get_args(Scheme)
-WS_SCHEMES = ("ws_inv_p", "ws_neg_log_p")
+WS_SCHEMES = tuple(name for name, scheme in SCHEMES.items() if scheme.weighted)
 WS_NORMALISATIONS: tuple[str, ...] = get_args(WsNormalisation)
 # The largest raw weight even without a cap: sums of 10,000 such weights still fit in float32.
 LARGEST_WEIGHT = 1e34
+
+# --- formulas ------------------------------------------------------------------------------------
+# R and S of rows whose masked log c are 0. `aggregate` sets S to 0 at masked positions, and R and S
+# to 0 in rows without any token.
+
+RewardAndSignal = tuple[Float[Array, " B"], Float[Array, "B T"]]
+
+
+def _log_product(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
+    """R = sum_j log c_j, S_i = 1."""
+    return masked_sum(log_c_BT, mask_BT, axis=1), jnp.ones_like(log_c_BT)
+
+
+def _product(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
+    """R = prod_j c_j, S_i = R."""
+    reward_B = jnp.exp(masked_sum(log_c_BT, mask_BT, axis=1))
+    return reward_B, reward_B[:, None] * jnp.ones_like(log_c_BT)
+
+
+def _geometric_mean(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
+    """R = (prod_j c_j)^(1/T), S_i = R / T."""
+    reward_B = jnp.exp(masked_mean(log_c_BT, mask_BT, axis=1))
+    return reward_B, reward_B[:, None] * _equal_weights(log_c_BT, mask_BT)
+
+
+def _arithmetic_mean(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
+    """R = sum_j c_j / T, S_i = c_i / T."""
+    return _weighted_sum(_equal_weights(log_c_BT, mask_BT), log_c_BT, mask_BT)
+
+
+def _weighted_sum(
+    weight_BT: Float[Array, "B T"], log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> RewardAndSignal:
+    """R = sum_j w_j c_j, S_i = w_i c_i."""
+    signal_BT = weight_BT * jnp.exp(log_c_BT)
+    return masked_sum(signal_BT, mask_BT, axis=1), signal_BT
+
+
+def _inverse_probability(surprise_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """w_i = 1 / c_base_i."""
+    return jnp.exp(surprise_BT)
+
+
+def _surprise(surprise_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
+    """w_i = -log c_base_i."""
+    return surprise_BT
+
+
+REWARDS: dict[str, Callable[..., RewardAndSignal]] = {
+    "logp": _log_product,
+    "p": _product,
+    "am": _arithmetic_mean,
+    "gm": _geometric_mean,
+}
+"""R and S of the schemes without weights, from log c and the mask."""
+
+RAW_WEIGHTS: dict[str, Callable[..., Float[Array, "B T"]]] = {
+    "ws_inv_p": _inverse_probability,
+    "ws_neg_log_p": _surprise,
+}
+"""Raw weights w of the weighted schemes, from -log c_base."""
+
+_WITHOUT_FUNCTION = [
+    name
+    for name, scheme in SCHEMES.items()
+    if name not in (RAW_WEIGHTS if scheme.weighted else REWARDS)
+]
+assert not _WITHOUT_FUNCTION, (
+    f"no function in REWARDS, or in RAW_WEIGHTS if weighted, for: {', '.join(_WITHOUT_FUNCTION)}"
+)
+
+# --- schemes -------------------------------------------------------------------------------------
 
 
 def aggregate(
@@ -40,14 +113,14 @@ def aggregate(
 
     The mask keeps the tokens of the answer; T of the formulas is their number. A row without any
     has reward and signals 0. Computed in float32 (float64 for float64 input). R may be
-    differentiated: dR/d log c_i is S_i; the weights of the ws schemes are constants. log_c_base
-    matters to the ws schemes alone. Raises ValueError for an unknown scheme or normalisation.
+    differentiated: dR/d log c_i is S_i, with the weights of the weighted schemes as constants. Only
+    the weighted schemes use log_c_base. Raises ValueError for an unknown scheme or normalisation.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
     mask_BT = as_mask(mask_BT)
     log_c_BT = masked_fill(log_c_BT, mask_BT)
-    if scheme in WS_SCHEMES:
+    if SCHEMES[scheme].weighted:
         weight_BT, _ = ws_weights(
             scheme,
             log_c_base_BT,
@@ -57,7 +130,7 @@ def aggregate(
         )
         reward_B, signal_BT = _weighted_sum(weight_BT, log_c_BT, mask_BT)
     else:
-        reward_B, signal_BT = _unweighted(scheme, log_c_BT, mask_BT)
+        reward_B, signal_BT = REWARDS[scheme](log_c_BT, mask_BT)
     return masked_fill(reward_B, mask_BT.any(axis=1)), masked_fill(signal_BT, mask_BT)
 
 
@@ -69,20 +142,19 @@ def ws_weights(
     ws_normalisation: str = "mean",
     weight_cap: float | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
-    """Weights w_i of the weighted sum (Table 2), and where the cap cut the raw weight.
+    """Weights w_i of the weighted sum (Table 2), and where the cap reduced the raw weight.
 
-    Raw weights are 1 / c_base (`ws_inv_p`) or -log c_base (`ws_neg_log_p`), at most `weight_cap`,
-    then divided by the T of the row (`mean`), left alone (`sum`) or made to sum to 1 (`normalised`;
-    all 0 where every raw weight is). 0 at masked positions; no gradient passes. Without a cap raw
-    weights stop at 1e34, so that a c_base of 0 stays finite. Raises ValueError for unknown names.
+    Raw weights are at most `weight_cap`, and are then divided by the T of the row (`mean`), left as
+    they are (`sum`) or made to sum to 1 (`normalised`; all 0 where every raw weight is 0). Weights
+    are 0 at masked positions and pass no gradient. Without a cap raw weights stop at 1e34, so that
+    a c_base of 0 gives a finite weight. Raises ValueError for unknown names.
     """
     if scheme not in WS_SCHEMES:
         raise ValueError(f"scheme={scheme!r} has no weights; choose one of {', '.join(WS_SCHEMES)}")
     mask_BT = as_mask(mask_BT)
     surprise_BT = -masked_fill(jax.lax.stop_gradient(at_least_float32(log_c_base_BT)), mask_BT)
-    # Rounding can leave log c_base just above 0; a weight below 0 would punish a sure token.
-    surprise_BT = jnp.maximum(surprise_BT, 0)
-    raw_BT = jnp.exp(surprise_BT) if scheme == "ws_inv_p" else surprise_BT
+    # Rounding can leave log c_base just above 0; a negative weight would punish a certain token.
+    raw_BT = RAW_WEIGHTS[scheme](jnp.maximum(surprise_BT, 0))
     largest = LARGEST_WEIGHT if weight_cap is None else min(weight_cap, LARGEST_WEIGHT)
     capped_BT = mask_BT & (raw_BT > largest)
     weight_BT = masked_fill(jnp.minimum(raw_BT, largest), mask_BT)
@@ -99,30 +171,11 @@ def ws_weights(
     return weight_BT, capped_BT
 
 
-def _unweighted(
-    scheme: str, log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
-) -> tuple[Float[Array, " B"], Float[Array, "B T"]]:
-    """R and S of the schemes that need no baseline; the caller masks rows and positions."""
-    ones_BT = jnp.ones_like(log_c_BT)
-    if scheme == "logp":
-        return masked_sum(log_c_BT, mask_BT, axis=1), ones_BT
-    if scheme == "p":
-        reward_B = jnp.exp(masked_sum(log_c_BT, mask_BT, axis=1))
-        return reward_B, reward_B[:, None] * ones_BT
-    share_BT = ones_BT / _token_count_B1(mask_BT)
-    if scheme == "gm":
-        reward_B = jnp.exp(masked_mean(log_c_BT, mask_BT, axis=1))
-        return reward_B, reward_B[:, None] * share_BT
-    assert scheme == "am"
-    return _weighted_sum(share_BT, log_c_BT, mask_BT)
-
-
-def _weighted_sum(
-    weight_BT: Float[Array, "B T"], log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
-) -> tuple[Float[Array, " B"], Float[Array, "B T"]]:
-    """sum_j w_j c_j, and its terms, which are the signals."""
-    signal_BT = weight_BT * jnp.exp(log_c_BT)
-    return masked_sum(signal_BT, mask_BT, axis=1), signal_BT
+def _equal_weights(
+    log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """1 / T at every position, in the dtype of log c."""
+    return jnp.ones_like(log_c_BT) / _token_count_B1(mask_BT)
 
 
 def _token_count_B1(mask_BT: Bool[Array, "B T"]) -> Float[Array, "B 1"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nrt_jax.config.objective import ObjectiveConfig
-from nrt_jax.objective.advantages import has_spread
+from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.losses import PolicyTerms, truncated_importance
 from nrt_jax.objective.masked import masked_count, masked_fill, masked_sum
 from nrt_jax.objective.rewards import Rewards
@@ -77,13 +77,13 @@ def reward_means(
     prompts = masked_count(kept_P)
     traces, kept_P1 = prompts * reward_PK.shape[1], jnp.asarray(kept_P)[:, None]
     kept_PK = jnp.broadcast_to(kept_P1, reward_PK.shape)
-    spread_P = has_spread(reward_PK, baseline_P, objective.estimator)
+    zero_std_P = zero_std(reward_PK, baseline_P, objective.estimator)
     above_PK = reward_PK > baseline_P[:, None]
     return {
         "reward/mean": (masked_sum(reward_PK, kept_PK), traces),
         "reward/baseline": (masked_sum(baseline_P, kept_P), prompts),
         "reward/above_baseline_share": (masked_sum(above_PK, kept_PK), traces),
-        "reward/no_spread_share": (masked_sum(~spread_P, kept_P), prompts),
+        "reward/no_spread_share": (masked_sum(zero_std_P, kept_P), prompts),
     }
 
 

@@ -16,7 +16,7 @@ from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.held_out import end_name
-from nrt_jax.objective.advantages import has_spread
+from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.loss_metrics import reward_means
@@ -42,7 +42,7 @@ def sample_groups(
     """K traces of every example for one step, all of them drawn with the same weights."""
     rollout, key = run.config.rollout, run.sampling_key(step)
     requests = [_request(run, example) for example in examples]
-    if not rollout.drop_groups_without_spread:
+    if not rollout.drop_zero_std_groups:
         traces = generate(engine, weights.params, requests, key, steps=rollout.decode_steps)
         return [Group(e, t, weights.version) for e, t in zip(examples, traces, strict=True)]
     traces, scores = generate_and_score(
@@ -60,7 +60,7 @@ def _request(run: Run, example: TokenizedExample) -> Request:
     rollout, tokenizer = run.config.rollout, run.tokenizer
     room = rollout.max_response_tokens - len(example.answer_tokens) - 2
     suffix = None
-    if rollout.drop_groups_without_spread:
+    if rollout.drop_zero_std_groups:
         suffix = np.concatenate([[tokenizer.think_end_id], example.answer_tokens]).astype(np.int32)
     return Request(
         np.append(example.prompt_tokens, tokenizer.think_start_id).astype(np.int32),
@@ -88,10 +88,10 @@ class MiniBatch(NamedTuple):
 
 
 def make_batches(run: Run, groups: Sequence[Group]) -> list[MiniBatch]:
-    """The groups as arrays; those without spread, where they are dropped, take no room."""
+    """The groups as arrays; those with zero std, where they are dropped, take no place."""
     kept_P = np.ones(len(groups), bool)
-    if run.config.rollout.drop_groups_without_spread:
-        kept_P = np.asarray(has_spread(*_rewards(groups), run.config.objective.estimator))
+    if run.config.rollout.drop_zero_std_groups:
+        kept_P = ~np.asarray(zero_std(*_rewards(groups), run.config.objective.estimator))
     size = run.config.train.mini_batch_prompts
     think = {"think_start": run.tokenizer.think_start_id, "think_end": run.tokenizer.think_end_id}
     return [
@@ -138,7 +138,7 @@ def rollout_metrics(
     metrics = _trace_metrics(run, groups) | dict(run.engine_weights().metrics)
     metrics["rollout/staleness"] = float(staleness)
     metrics["speed/programs"] = float(sum(engine.compiled.values()))
-    if run.config.rollout.drop_groups_without_spread:
+    if run.config.rollout.drop_zero_std_groups:
         means = reward_means(*_rewards(groups), np.ones(len(groups), bool), run.config.objective)
         metrics |= {name: float(total / count) for name, (total, count) in means.items()}
         metrics["rollout/dropped_share"] = metrics["reward/no_spread_share"]

@@ -1,11 +1,13 @@
 """Defaults and ranges of the objective's settings, and their agreement with the functions."""
 
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 from pydantic import ValidationError
 
+from nrt_jax import config
 from nrt_jax.config.objective import ObjectiveConfig
 
 
@@ -75,6 +77,10 @@ def test_every_field_is_described():
         assert field.description, name
 
 
-def test_config_loads_without_jax():
-    program = "import sys, nrt_jax.config.objective; sys.exit('jax' in sys.modules)"
+def test_no_part_of_config_imports_jax():
+    names = [f"nrt_jax.config.{module.name}" for module in pkgutil.iter_modules(config.__path__)]
+    assert len(names) > 10
+    program = (
+        f"import sys, {', '.join(names)}; sys.exit(bool({{'jax', 'numpy'}} & {{*sys.modules}}))"
+    )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

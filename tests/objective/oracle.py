@@ -13,7 +13,7 @@ def kept(row, mask):
 def weights(scheme, log_c_base, normalisation, cap):
     raw = []
     for log_c in log_c_base:
-        w = 1 / math.exp(log_c) if scheme == "ws_inv_p" else -log_c
+        w = {"ws_inv_p": 1 / math.exp(log_c), "ws_neg_log_p": -log_c}[scheme]
         raw.append(w if cap is None else min(w, cap))
     if normalisation == "sum":
         return raw
@@ -44,21 +44,26 @@ def aggregate(scheme, log_c, log_c_base, normalisation="mean", cap=None):
 def advantages(rewards, baseline, estimator):
     """[A_1, ..., A_K] of one group; a group counts as equal only where it is exactly equal."""
     K = len(rewards)
+    above = [max(0.0, r - baseline) for r in rewards]
+    if estimator == "grpo":
+        return standardised(above)
+    if estimator == "grpo_unclipped":
+        return standardised(rewards)
     if estimator == "rloo":
-        if K == 1:
-            return [0.0]
-        return [r - (sum(rewards) - r) / (K - 1) for r in rewards]
+        return [r - (sum(rewards) - r) / (K - 1) if K > 1 else 0.0 for r in rewards]
     if estimator == "clip01":
-        return [min(1.0, max(0.0, r - baseline)) for r in rewards]
-    if estimator != "grpo_unclipped":
-        rewards = [max(0.0, r - baseline) for r in rewards]
-    mean = sum(rewards) / K
+        return [min(1.0, a) for a in above]
     if estimator == "dr_grpo":
-        return [r - mean for r in rewards]
-    if len(set(rewards)) == 1:
+        return [a - sum(above) / K for a in above]
+    raise KeyError(estimator)
+
+
+def standardised(values):
+    K, mean = len(values), sum(values) / len(values)
+    if len(set(values)) == 1:
         return [0.0] * K
-    std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / K)
-    return [(r - mean) / std for r in rewards]
+    std = math.sqrt(sum((value - mean) ** 2 for value in values) / K)
+    return [(value - mean) / std for value in values]
 
 
 def ppo_clip(logprob, old_logprob, advantage, low, high):

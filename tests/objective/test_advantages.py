@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from nrt_jax.objective.advantages import ESTIMATORS, advantages, has_spread
+from nrt_jax.objective.advantages import ESTIMATORS, advantages, zero_std
 from tests.objective import oracle
 
 REWARD = np.array([[0.0, 1.0, 2.0, 5.0]], np.float32)
@@ -21,6 +21,11 @@ BY_HAND = [
     ("clip01", [0, 0, 1, 1]),
     ("dr_grpo", [-1.25, -1.25, -0.25, 2.75]),
 ]
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_every_estimator_has_hand_constants(estimator):
+    assert estimator in dict(BY_HAND)
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -41,7 +46,7 @@ grid = st.integers(-128, 128).map(lambda n: n / 64)
 @given(
     reward=hnp.arrays(np.float32, st.tuples(st.just(3), st.sampled_from([1, 2, 5])), elements=grid),
     baseline=hnp.arrays(np.float32, 3, elements=grid),
-    estimator=st.sampled_from(ESTIMATORS),
+    estimator=st.sampled_from(list(ESTIMATORS)),
 )
 def test_agrees_with_the_oracle(reward, baseline, estimator):
     got = advantages(reward, baseline, estimator=estimator)
@@ -75,9 +80,9 @@ def test_rounding_noise_is_not_scaled_up(estimator):
     for reward in (noisy.astype(np.float32), equal):
         got = advantages(reward, baseline, estimator=estimator)
         np.testing.assert_array_equal(got, np.zeros((1, 8)))
-        assert not has_spread(reward, baseline, estimator).any()
+        assert zero_std(reward, baseline, estimator).all()
     apart = equal + np.float32(1e-5) * np.arange(8, dtype=np.float32)
-    assert has_spread(apart, baseline, estimator).all()
+    assert not zero_std(apart, baseline, estimator).any()
 
 
 def test_rounding_of_the_gain_over_a_far_baseline_is_noise_too():
@@ -85,30 +90,38 @@ def test_rounding_of_the_gain_over_a_far_baseline_is_noise_too():
     np.testing.assert_array_equal(advantages(reward, baseline, estimator="grpo"), [[0, 0]])
 
 
-def test_spread_is_judged_after_clipping():
+def test_zero_std_is_judged_after_clipping():
     below = np.array([[0.1, 0.2, 0.3]], np.float32)
     baseline = np.array([0.5], np.float32)
     np.testing.assert_array_equal(advantages(below, baseline, estimator="grpo"), [[0, 0, 0]])
-    spread = {name: bool(has_spread(below, baseline, name)[0]) for name in ESTIMATORS}
-    assert spread == {
-        "grpo": False,
-        "grpo_unclipped": True,
-        "rloo": True,
-        "clip01": False,
-        "dr_grpo": False,
+    names = ("grpo", "grpo_unclipped", "rloo", "clip01", "dr_grpo")
+    zero = {name: bool(zero_std(below, baseline, name)[0]) for name in names}
+    assert zero == {
+        "grpo": True,
+        "grpo_unclipped": False,
+        "rloo": False,
+        "clip01": True,
+        "dr_grpo": True,
     }
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_one_trace_a_prompt(estimator):
+def test_one_trace_per_prompt(estimator):
     got = advantages(
         np.array([[0.9]], np.float32), np.array([0.4], np.float32), estimator=estimator
     )
-    np.testing.assert_allclose(got, [[0.5 if estimator == "clip01" else 0.0]], rtol=1e-6)
+    np.testing.assert_allclose(got, [oracle.advantages([0.9], 0.4, estimator)], rtol=1e-6)
+
+
+def test_one_trace_per_prompt_has_nothing_to_compare_with():
+    one = np.array([[0.9]], np.float32), np.array([0.4], np.float32)
+    for estimator in ("grpo", "grpo_unclipped", "rloo", "dr_grpo"):
+        np.testing.assert_array_equal(advantages(*one, estimator=estimator), [[0]])
+    np.testing.assert_allclose(advantages(*one, estimator="clip01"), [[0.5]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradient_of_a_group_without_spread_is_finite(estimator):
+def test_gradient_of_a_zero_std_group_is_finite(estimator):
     reward = jnp.zeros((2, 4))
     gradient = jax.grad(lambda r: advantages(r, jnp.zeros(2), estimator=estimator)[0, 0])(reward)
     assert np.isfinite(gradient).all()
@@ -129,9 +142,9 @@ def test_float32_at_least_and_float64_kept(estimator, x64):
 
 
 def test_unknown_estimator_lists_the_known_ones():
-    for function in (lambda **k: advantages(REWARD, BASELINE, **k), has_spread):
+    for function in (lambda **k: advantages(REWARD, BASELINE, **k), zero_std):
         arguments = {"estimator": "gropo"}
-        if function is has_spread:
+        if function is zero_std:
             arguments |= {"reward_PK": REWARD, "baseline_P": BASELINE}
         with pytest.raises(ValueError, match=r"'gropo'.*grpo, grpo_unclipped, rloo, clip01"):
             function(**arguments)

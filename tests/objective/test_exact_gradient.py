@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective import losses
 from nrt_jax.objective.advantages import advantages
 from nrt_jax.objective.masked import masked_sum
-from nrt_jax.objective.schemes import SCHEMES, aggregate
+from nrt_jax.objective.schemes import aggregate
 from tests.objective import tabular
 
 # Ratios are 1 on-policy; off-policy no token may be clipped, or the estimate would be biased.

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from nrt_jax.objective.schemes import LARGEST_WEIGHT, SCHEMES, WS_SCHEMES, aggregate, ws_weights
+from nrt_jax.config.schemes import SCHEMES
+from nrt_jax.objective.schemes import LARGEST_WEIGHT, WS_SCHEMES, aggregate, ws_weights
 from tests.objective import oracle
 
 # c = 1/2, 1/4 and c_base = 1/4, 1/2 by hand: log 2 and log 4 are the weights of ws_neg_log_p.
@@ -30,6 +31,11 @@ BY_HAND = [
     ("ws_neg_log_p", "mean", 0.625 * L2, [L2 / 2, 0.125 * L2]),
     ("ws_neg_log_p", "normalised", 1.25 / 3, [1 / 3, 0.25 / 3]),
 ]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_has_hand_constants(scheme):
+    assert scheme in {row[0] for row in BY_HAND}
 
 
 @pytest.mark.parametrize("jitted", [False, True])
@@ -60,7 +66,7 @@ logprobs = hnp.arrays(np.float32, (3, 5), elements=st.floats(-69, 0, width=32))
     log_c=logprobs,
     log_c_base=logprobs,
     mask=hnp.arrays(np.bool_, (3, 5)),
-    scheme=st.sampled_from(SCHEMES),
+    scheme=st.sampled_from(list(SCHEMES)),
     normalisation=st.sampled_from(["mean", "sum", "normalised"]),
     cap=st.sampled_from([None, 0.5, 1e4]),
 )

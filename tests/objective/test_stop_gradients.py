@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective import losses
 from nrt_jax.objective.advantages import ESTIMATORS, advantages
 from nrt_jax.objective.masked import masked_sum
-from nrt_jax.objective.schemes import SCHEMES, aggregate
+from nrt_jax.objective.schemes import aggregate
 from tests.objective import oracle, tabular
 
 PICKED = np.array([1, 4, 8, 11, 3, 6, 13, 0])

@@ -73,8 +73,7 @@ def test_config_file(text, said, refused, tmp_path):
         ),
         (
             "objective.scheme=wsp",
-            "override objective.scheme=wsp: must be 'logp', 'p', 'am', 'gm', 'ws_inv_p' or "
-            "'ws_neg_log_p'",
+            "override objective.scheme=wsp: must be 'logp', 'p', 'am', 'gm', 'ws_inv_p'",
         ),
         ("train.mini_batch_prompts=3", "mini_batch_prompts 3 must divide batch_prompts 8"),
         ("train.micro_batch_prompts=3", "micro_batch_prompts 3 must divide mini_batch_prompts 8"),
@@ -126,9 +125,10 @@ def test_config_file(text, said, refused, tmp_path):
         ("rollout.min_p=1.5", "rollout.min_p=1.5: must be less than or equal to 1"),
         ("rollout.cache_dtype=fp8", "rollout.cache_dtype=fp8: must be 'float32', 'bfloat16' or"),
         (
-            "rollout={traces_per_prompt: 1, drop_groups_without_spread: true}",
-            "rollout.drop_groups_without_spread with rollout.traces_per_prompt 1: a single trace "
-            "has no spread, so nothing is left to train on; sample 2 or more",
+            "rollout={traces_per_prompt: 1, drop_zero_std_groups: true}",
+            "rollout.drop_zero_std_groups with rollout.traces_per_prompt 1: the rewards "
+            "of one trace have no standard deviation, so nothing is left to train on; sample 2 or "
+            "more",
         ),
         (
             "checkpoint.best_metric=eval/exact_match",

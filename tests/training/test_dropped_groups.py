@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nrt_jax.objective.advantages import has_spread
+from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import group_lengths
 from nrt_jax.training.forward import SamplingScores
@@ -110,7 +110,7 @@ def test_garbage_in_a_group_without_part_in_the_loss_reaches_nothing(by_hand):
     assert_close(loss_and_gradient([whole._replace(groups=poisoned)])[1], by_hand[1], 2e-5)
 
 
-def test_spread_comes_from_the_cached_scores():
+def test_zero_std_comes_from_the_cached_scores():
     """Two traces alike to the bit, and two that are not."""
     alike = SuffixLogprobs(np.full((2, 3), -0.5, np.float32), np.full(3, -1.0, np.float32))
     apart = SuffixLogprobs(
@@ -118,19 +118,19 @@ def test_spread_comes_from_the_cached_scores():
     )
     settings = worlds.settings(DEFINITION, scheme="am")
     rewards = score_rewards([alike, apart], settings.objective)
-    assert has_spread(*rewards, "grpo").tolist() == [False, True]
+    assert zero_std(*rewards, "grpo").tolist() == [True, False]
     np.testing.assert_allclose(rewards.baseline_P, np.exp(-1.0), rtol=1e-6)
     np.testing.assert_allclose(rewards.reward_PK[1], np.exp([[-0.1, -0.2], [-0.4, -0.3]]).mean(1))
 
 
 @pytest.mark.slow
 def test_a_run_that_drops_groups_says_how_many(reference):
-    run = reference("rollout.drop_groups_without_spread=true")
+    run = reference("rollout.drop_zero_std_groups=true")
     rows = [row for row in run.metrics() if "rollout/dropped_share" in row]
     assert len(rows) == 8
     assert len({row["rollout/dropped_share"] for row in rows}) > 1
     for row in rows:
-        # One definition of spread: that of the metric.
+        # One definition of zero std: that of the metric.
         assert row["rollout/dropped_share"] == pytest.approx(row["reward/no_spread_share"])
         assert row["update/skipped"] == 0
 
@@ -139,7 +139,7 @@ def test_a_run_that_drops_groups_says_how_many(reference):
 def test_before_the_first_update_dropping_changes_no_trace_and_no_reward(reference):
     first, second = (
         run.metrics()[1]
-        for run in (reference("method=nrt"), reference("rollout.drop_groups_without_spread=true"))
+        for run in (reference("method=nrt"), reference("rollout.drop_zero_std_groups=true"))
     )
     assert first["trace/tokens"] == second["trace/tokens"]
     assert second["reward/baseline"] == pytest.approx(first["reward/baseline"], rel=1e-4)
