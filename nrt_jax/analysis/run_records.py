@@ -1,4 +1,4 @@
-"""What a finished run left in its directory: config, versions, metrics and samples."""
+"""The saved records of finished runs: config, versions, metrics and samples."""
 
 import json
 from collections import Counter
@@ -7,58 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field
-
-from nrt_jax.config.load import Section, load_config
+from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.errors import InputError
 
 EXACT_MATCH = "eval/exact_match"
 SAMPLE_KEYS = ("index", "question", "trace", "trace_end", "answer", "reference", "correct")
-
-TITLES = {
-    "logp": "JLB",
-    "p": "VeriFree",
-    "am": "RLPR",
-    "gm": "NRT-GM",
-    "ws_inv_p": "NRT-WS(1/p)",
-    "ws_neg_log_p": "NRT-WS(−log p)",
-}
-"""The paper's name of a run by its scheme."""
-
-
-class _Saved(Section):
-    """A section of a saved config, of which only some keys are read here; the rest is kept."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class _SavedTrain(_Saved):
-    steps: int
-    batch_prompts: int
-
-
-class _SavedEvaluation(_Saved):
-    examples: int
-
-
-class _SavedData(_Saved):
-    eval_rows: int
-    eval_path: str | None = None
-
-
-class _SavedObjective(_Saved):
-    scheme: str = "ws_neg_log_p"
-
-
-class SavedConfig(_Saved):
-    """The resolved config of a run, read without the rooms that it configures."""
-
-    method: str
-    seed: int
-    train: _SavedTrain
-    evaluation: _SavedEvaluation
-    data: _SavedData
-    objective: _SavedObjective = Field(default=_SavedObjective())
 
 
 @dataclass(frozen=True)
@@ -68,7 +22,7 @@ class RunRecord:
     name: str
     """The shortest end of its path that no other run of the comparison shares."""
     path: Path
-    config: SavedConfig
+    config: RunConfig
     versions: dict[str, Any]
     training: list[dict[str, int | float]]
     """Metrics of each step."""
@@ -79,15 +33,13 @@ class RunRecord:
 
     @property
     def scheme(self) -> str | None:
-        """Aggregation scheme; None for a run without traces."""
+        """Reward scheme; None for a run without traces."""
         return self.config.objective.scheme if self.config.method == "nrt" else None
 
     @property
     def title(self) -> str:
-        """What readers know the method by."""
-        if self.scheme is None:
-            return self.config.method.upper()
-        return TITLES.get(self.scheme, f"NRT {self.scheme}")
+        """The method's name in the paper."""
+        return self.config.method.upper() if self.scheme is None else SCHEMES[self.scheme].title
 
     @property
     def problems(self) -> int | None:
@@ -129,10 +81,7 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(path: Path, name: str) -> RunRecord:
-    config_path = path / "config.yaml"
-    if not config_path.exists():
-        raise InputError(f"{path}: no config.yaml in it; name the directory of a run")
-    config = load_config(SavedConfig, [config_path])
+    config = load_run(path)
     if config.evaluation.examples == 0:
         raise InputError(
             f"{path}: has no evaluation, since evaluation.examples=0; train again in a new run_dir "
@@ -146,7 +95,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
     if last < steps or not evaluations or evaluations[-1]["step"] < steps:
         raise InputError(
             f"{path}: stopped at step {last} of {steps}; finish it with: "
-            f"nrt-jax train {config_path} run_dir={path}"
+            f"nrt-jax train {path / CONFIG_FILE} run_dir={path}"
         )
     if evaluations[0]["step"] != 0:
         raise InputError(

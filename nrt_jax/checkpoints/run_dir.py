@@ -14,11 +14,11 @@ import jax
 
 import nrt_jax
 from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
-from nrt_jax.config.load import dump_config, load_config
-from nrt_jax.config.run import RunConfig
+from nrt_jax.config.load import dump_config
+from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.errors import InputError
 
-CONFIG_FILE, VERSIONS_FILE, LOCK_FILE = "config.yaml", "versions.json", "lock"
+VERSIONS_FILE, LOCK_FILE = "versions.json", "lock"
 CHECKPOINTS = "checkpoints"
 _OF_A_NEW_RUN = {LOCK_FILE, CONFIG_FILE + PART_SUFFIX}
 """What a run that was killed in its first moments may have left."""
@@ -91,16 +91,8 @@ def has_checkpoint(directory: Path) -> bool:
     return any(saved.name.isdigit() for saved in (directory / CHECKPOINTS).glob("*"))
 
 
-def load_run(directory: Path) -> RunConfig:
-    """The resolved config of an existing run."""
-    path = directory / CONFIG_FILE
-    if not path.exists():
-        raise InputError(f"{directory}: no {CONFIG_FILE} in it; name the directory of a run")
-    return load_config(RunConfig, [path], [f"run_dir={directory}"])
-
-
 def _check_same(saved: Path, config: RunConfig) -> None:
-    before = _flat(load_config(RunConfig, [saved], []).model_dump(mode="json"))
+    before = _flat(load_run(config.run_dir).model_dump(mode="json"))
     now = _flat(config.model_dump(mode="json"))
     may_extend = config.optimizer.schedule == "constant" and not config.optimizer.warmup_ratio
     free = FREE_TO_CHANGE + (("train.steps",) if may_extend else ())

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from nrt_jax.config.checkpoint import CheckpointConfig
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.evaluation import EvaluationConfig
-from nrt_jax.config.load import Section
+from nrt_jax.config.load import Section, load_config
 from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import ModelConfig
@@ -16,6 +16,10 @@ from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.config.rollout import RolloutConfig
 from nrt_jax.config.train import TrainConfig
+from nrt_jax.errors import InputError
+
+CONFIG_FILE = "config.yaml"
+"""The resolved config in a run's directory."""
 
 
 class RunConfig(Section):
@@ -129,3 +133,17 @@ class RunConfig(Section):
             if getattr(rollout, name) != value:
                 return f"rollout.{name} {getattr(rollout, name)}"
         return None
+
+
+def load_run(directory: Path) -> RunConfig:
+    """The resolved config of an existing run. Raises InputError where there is none to be read."""
+    path = directory / CONFIG_FILE
+    if not path.exists():
+        raise InputError(f"{directory}: no {CONFIG_FILE} in it; name the directory of a run")
+    try:
+        return load_config(RunConfig, [path], [f"run_dir={directory}"])
+    except InputError as error:
+        raise InputError(
+            f"{error}; if another version of nrt_jax saved this run, use that version or mend the "
+            "file"
+        ) from None

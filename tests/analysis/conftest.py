@@ -15,7 +15,8 @@ CONFIG = {
     "model": {"path": "/base", "dtype": "float32"},
     "data": {"source": "chain_addition", "eval_rows": 200, "eval_path": None},
     "objective": {"scheme": "ws_neg_log_p"},
-    "train": {"steps": 12, "batch_prompts": 32},
+    "rollout": {"max_trace_tokens": 64},
+    "train": {"steps": 12, "batch_prompts": 32, "mini_batch_prompts": 32},
     "evaluation": {"examples": 512, "samples": 2},
 }
 VERSIONS = {"nrt_jax": "0.1.0", "git_revision": "abc123-dirty", "packages": {"jax": "0.10.2"}}

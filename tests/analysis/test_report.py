@@ -87,7 +87,7 @@ def test_text_of_models_and_data_is_escaped(make_run: MakeRun, tmp_path: Path):
     evil = "<script>alert(1)</script>\"'&amp;"
     texts = {"question": evil, "trace": evil, "answer": evil, "reference": evil, "trace_end": evil}
     rows = [sample(0, "nrt", **texts), sample(12, "nrt", **texts)]
-    run = make_run("<b>&$x$", samples=rows, data={"source": evil})
+    run = make_run("<b>&$x$", samples=rows, data={"question_field": evil})
     other = make_run("other", samples=rows)
     html, page = page_of([run, other], tmp_path / "out")
     assert "<script" not in html
@@ -128,8 +128,11 @@ def test_hidden_characters_are_spelt_out():
 
 
 def test_config_differences(make_run: MakeRun):
-    runs = read_runs([make_run("a"), make_run("b", seed=4, model={"path": None})])
-    assert config_differences(runs) == [("seed", ["3", "4"]), ("model.path", ["/base", "null"])]
+    runs = read_runs([make_run("a"), make_run("b", seed=4, data={"eval_path": "/eval"})])
+    assert config_differences(runs) == [
+        ("seed", ["3", "4"]),
+        ("data.eval_path", ["null", "/eval"]),
+    ]
 
 
 def test_curves_hold_the_values(make_run: MakeRun):

@@ -107,7 +107,15 @@ def test_broken_versions(make_run: MakeRun):
 def test_a_config_of_something_else(make_run: MakeRun):
     run = make_run("nrt")
     (run / "config.yaml").write_text("method: nrt\nseed: 1\n", encoding="utf-8")
-    assert f"{run}/config.yaml: train: required" in message([run])
+    assert f"{run}/config.yaml: model: required" in message([run])
+
+
+def test_a_run_of_another_version(make_run: MakeRun):
+    run = make_run("nrt", evaluation={"sample": 2})
+    assert message([run]) == (
+        f"{run}/config.yaml: evaluation.sample: unknown key; did you mean 'samples'?; if another "
+        "version of nrt_jax saved this run, use that version or mend the file"
+    )
 
 
 def test_nothing_is_written_for_a_bad_run(make_run: MakeRun, tmp_path: Path):
