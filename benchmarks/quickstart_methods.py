@@ -1,9 +1,9 @@
-"""All seven methods on the quickstart's task, over several seeds, as one table.
+"""All methods on the quickstart's task, over several seeds, as one table.
 
     .venv/bin/python benchmarks/quickstart_methods.py --seeds 3 --out runs/methods
 
-Each cell is one run of configs/quickstart/nrt.yaml with one preset of configs/methods on top; a run
-that is there already is continued or taken as it is. About two minutes a run on two cores.
+Each cell is one run of the preset quickstart/nrt with one preset of configs/methods on top; a run
+that is there already is continued or taken as it is. About two minutes per run on two cores.
 """
 
 import argparse
@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-METHODS = ("sft", "jlb", "verifree", "rlpr", "nrt_gm", "nrt_ws_inv_p", "nrt_ws_neg_log_p")
+from nrt_jax.config.presets import presets
+
+METHODS = [name.split("/")[1] for name in presets() if name.startswith("methods/")]
 
 
 def main() -> None:
@@ -35,11 +36,8 @@ def main() -> None:
 def train(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str, float]:
     """Train one cell, and read what its records say."""
     run_dir = out / f"{method}-{seed}"
-    configs = [
-        REPOSITORY / "configs/quickstart/nrt.yaml",
-        REPOSITORY / f"configs/methods/{method}.yaml",
-    ]
-    words = [*map(str, configs), f"run_dir={run_dir}", f"seed={seed}", *overrides]
+    configs = ["quickstart/nrt", f"methods/{method}"]
+    words = [*configs, f"run_dir={run_dir}", f"seed={seed}", *overrides]
     command = [sys.executable, "-m", "nrt_jax", "train", *words, "logging.every_steps=1000000"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()

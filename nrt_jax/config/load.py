@@ -14,6 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
+from nrt_jax.config.presets import find_config, suggest_preset
 from nrt_jax.errors import InputError
 
 
@@ -64,11 +65,12 @@ def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str]
     """Merge the files left to right, then the overrides `section.field=value`, and validate.
 
     Mappings merge deep, everything else replaces. A file may name others in `extends` (a path or a
-    list, relative to the file); its own keys win over theirs. Raises InputError.
+    list, relative to the file); its own keys win over theirs. In both places a preset may be named
+    instead of a file. Raises InputError.
     """
     layer = _EMPTY
     for path in paths:
-        layer = _merge(layer, _read_file(Path(path), chain=()))
+        layer = _merge(layer, _read_file(find_config(Path(path), str(path)), chain=()))
     for override in overrides:
         layer = _merge(layer, _read_override(override))
     try:
@@ -94,7 +96,7 @@ def config_schema(schema: type[Section]) -> dict[str, Any]:
         part.pop("required", None)
     path = {"type": "string", "format": "path"}
     result["properties"]["extends"] = {
-        "description": "Config files, relative to this one, that its own keys are merged into.",
+        "description": "Presets, or files relative to this one, that its own keys are merged into.",
         "anyOf": [path, {"type": "array", "items": path}],
     }
     return result
@@ -123,7 +125,7 @@ def _parents(extends: Any, path: Path) -> list[Path]:
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: extends={_show(extends)}: must be a path or a list of paths")
-    return [Path(os.path.normpath(path.parent / name)) for name in names]
+    return [find_config(Path(os.path.normpath(path.parent / name)), name) for name in names]
 
 
 def _read_text(path: Path, chain: tuple[Path, ...]) -> str:
@@ -131,7 +133,7 @@ def _read_text(path: Path, chain: tuple[Path, ...]) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such config file{origin}") from None
+        raise InputError(f"{path}: no such config file{origin}{suggest_preset(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}{origin}") from None
     except UnicodeDecodeError as error:
