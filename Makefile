@@ -21,8 +21,8 @@ venv: $(INSTALLED)  ## make .venv with the locked dependencies and the project i
 venv-test: $(INSTALLED_TEST)  ## the same, with what the tests need
 
 demo: venv  ## the quickstart: a tiny model learns to reason, in minutes on a CPU
-	$(BIN)/nrt-jax train configs/quickstart/sft.yaml
-	$(BIN)/nrt-jax train configs/quickstart/nrt.yaml
+	$(BIN)/nrt-jax train quickstart/sft
+	$(BIN)/nrt-jax train quickstart/nrt
 	$(BIN)/nrt-jax report runs/quickstart/sft runs/quickstart/nrt --out runs/quickstart
 
 test: lint  ## linters, type checks, import contracts, and the tests that are not slow
@@ -73,11 +73,11 @@ endef
 
 lock: $(CREATED)  ## make the requirements files anew from pyproject.toml
 	$(PIP) install --quiet uv
-	$(call write-lock,requirements.txt,)
-	$(call write-lock,requirements-tpu.txt,--extra tpu -c requirements.txt)
-	$(call write-lock,requirements-cuda.txt,--extra cuda -c requirements.txt)
+	$(call write-lock,requirements.txt,--extra jetstream)
+	$(call write-lock,requirements-tpu.txt,--extra jetstream --extra tpu -c requirements.txt)
+	$(call write-lock,requirements-cuda.txt,--extra jetstream --extra cuda -c requirements.txt)
 	$(call write-lock,requirements-test.txt,--extra test -c requirements.txt)
 
 clean:  ## remove .venv, caches and build leftovers (not runs/)
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

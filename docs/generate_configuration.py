@@ -22,15 +22,17 @@ INTRODUCTION = """\
 Made from the schema by `make docs`; edit the descriptions in [nrt_jax/config](../nrt_jax/config),
 which has one file per section.
 
-A config is one or more YAML files, merged from left to right, followed by overrides:
+A config is one or more YAML files or presets, merged from left to right, followed by overrides:
 
 ```bash
-nrt-jax config show configs/quickstart/nrt.yaml configs/methods/nrt_gm.yaml train.steps=10
+nrt-jax config show quickstart/nrt methods/nrt_gm train.steps=10
 nrt-jax config schema
 ```
 
-- `extends: other.yaml`, or a list of files, pulls in other files, relative to the file that names
-  them. A file's own keys win over those; mappings merge, everything else replaces.
+- A preset is a file in [configs](../configs), named by its path there, with or without `.yaml`. It
+  is part of the installed package. A file of the same name wins over the preset.
+- `extends: other.yaml`, or a list, merges other files, relative to the file that names them, or
+  presets. A file's own keys win over those; mappings merge, everything else replaces.
 - An override is `section.field=value`; the value is YAML, so `null`, `1e-5` and `[a, b]` work.
 - A path in a file starts from the directory of that file, a path in an override from the working
   directory; `run_dir` always starts from the working directory.
@@ -38,8 +40,8 @@ nrt-jax config schema
   name the file or the override, the key, the value and what is allowed.
 - A run directory holds the resolved config as `config.yaml`; training from it repeats the run.
 
-The settings of `nrt-jax serve` are no part of a run's config: they stand on its command line, as
-`field=value`, and in the [last table](#nrt-jax-serve).
+The settings of `nrt-jax serve` are not part of a run's config: they are given on its command line,
+as `field=value`. The [last table](#nrt-jax-serve) lists them.
 """
 
 

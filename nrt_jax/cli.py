@@ -20,11 +20,11 @@ import nrt_jax
 from nrt_jax.errors import InputError, RunFailed
 
 EPILOG = """\
-CONFIG is one or more YAML files, merged from left to right, followed by overrides such as
-train.steps=10 or objective.scheme=gm.
+CONFIG is one or more YAML files or presets, merged from left to right, followed by overrides such
+as train.steps=10 or objective.scheme=gm.
 
-  nrt-jax train configs/quickstart/nrt.yaml
-  nrt-jax train configs/quickstart/nrt.yaml configs/methods/rlpr.yaml run_dir=runs/rlpr
+  nrt-jax train quickstart/nrt
+  nrt-jax train quickstart/nrt methods/rlpr run_dir=runs/rlpr
 """
 
 
@@ -223,7 +223,7 @@ def _dtype(text: str) -> str:
 
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", nargs="+", metavar="CONFIG", help="YAML files and key=value overrides"
+        "config", nargs="+", metavar="CONFIG", help="YAML files or presets, and key=value overrides"
     )
 
 

@@ -13,4 +13,4 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events to the run directory."""
     wandb_project: str | None = None
-    """Weights & Biases project to log to; needs `pip install wandb`."""
+    """Weights & Biases project to log to; needs the extra `wandb`."""
