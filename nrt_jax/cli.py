@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     _configure_logging()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # What a model writes need not be what the terminal can show.
+        # The text of a model may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.verb(args)
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     except RunFailed as error:
         return _fail(error, 1)
     except BrokenPipeError:
-        # Nobody reads on: the exit must not try to write what is left.
+        # The reader is gone: the exit must not try to write the rest of the output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("standard output was closed before the end", 1)
     except OSError as error:
@@ -60,7 +60,7 @@ def _configure_logging() -> None:
 
 
 def _is_not_raised(record: logging.LogRecord) -> bool:
-    """Whatever Orbax logs with a traceback it also raises, and is then said in one line."""
+    """False for records with a traceback: Orbax also raises these errors, which end in one line."""
     return not record.exc_info
 
 
@@ -70,7 +70,7 @@ def _fail(message: object, status: int) -> int:
 
 
 def _os_error(error: OSError) -> str:
-    """The file, what the system says, and what to do."""
+    """The file, the system's message, and the remedy."""
     where = error.filename or "a file"
     return (
         f"{where}: {error.strerror or error}; make room or allow access there, then run the same "
@@ -79,7 +79,7 @@ def _os_error(error: OSError) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, like every other error."""
+    """Reports a mistake in one line, like every other error."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"nrt-jax: error: {message}; see {self.prog} --help\n")
@@ -130,7 +130,8 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
 
 def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     import_ = verbs.add_parser(
-        "import", help="lay out a Hugging Face directory once, for runs that start from it"
+        "import",
+        help="convert a Hugging Face directory once, for runs that start from it on many devices",
     )
     import_.add_argument("source", type=Path, metavar="HF_DIR")
     import_.add_argument("out", type=Path, metavar="OUT")
@@ -138,7 +139,7 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
         "--mesh",
         default="fsdp=-1",
         metavar="AXIS=SIZE,...",
-        help="devices along data, fsdp and tensor, such as fsdp=4,tensor=2; -1 takes what is left",
+        help="devices along data, fsdp and tensor, such as fsdp=4,tensor=2; -1 for the others",
     )
     _add_dtype(import_, "as stored")
     import_.set_defaults(verb=_import)
@@ -160,7 +161,7 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
 
 
 def _add_views(verbs: "argparse._SubParsersAction[_Parser]") -> None:
-    data = verbs.add_parser("data", help="look at a config's data")
+    data = verbs.add_parser("data", help="show a config's data")
     data_verbs = data.add_subparsers(required=True, metavar="VERB")
     show_data = data_verbs.add_parser(
         "show", help="print rows as the model sees them, part by part"
@@ -289,7 +290,7 @@ def _data_show(args: argparse.Namespace) -> None:
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Leave by an exception, so that what is half written is removed."""
+    """Turn SIGTERM into an exception, so that half-written files are removed."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Metrics over the steps of all runs: one PNG, and one themable SVG a panel."""
+"""Metrics over the steps of all runs: one PNG, and one SVG per panel for light and dark themes."""
 
 import io
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from matplotlib.ticker import MaxNLocator
 from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord, labels
 
 MAX_POINTS = 250
-"""Longer series are drawn as means over equal stretches of steps."""
+"""Longer series are drawn as means over windows of equal length."""
 
 MARKS = 8
-"""Marks on a line."""
+"""Markers on each line."""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One metric, or two that are read against each other."""
+    """A plot of one metric, or of two that are compared."""
 
     title: str
     unit: str
@@ -34,19 +34,19 @@ class Panel:
 
 
 PANELS = (
-    Panel("Exact match", "problems right (%)", EXACT_MATCH, factor=100.0),
+    Panel("Exact match", "problems answered right (%)", EXACT_MATCH, factor=100.0),
     Panel("Reward of traces, baseline dashed", "mean reward", "reward/mean", "reward/baseline"),
-    Panel("Trace length", "tokens a trace", "trace/tokens"),
-    Panel("Entropy of the trace (SFT: of the answer)", "nats a token", "policy/entropy"),
+    Panel("Trace length", "tokens per trace", "trace/tokens"),
+    Panel("Entropy of the trace (SFT: of the answer)", "nats per token", "policy/entropy"),
 )
 
-# Okabe and Ito's hues, darkened to stand out from white, or lightened to stand out from black.
-# One for each of the seven methods; lines are told apart by their marks as well.
+# Okabe and Ito's hues, darkened for contrast with white or lightened for contrast with black. Lines
+# differ by their markers as well.
 LIGHT = ("#0072b2", "#c24a00", "#00785a", "#9c3f80", "#6b6b6b", "#8a6100", "#000000")
 DARK = ("#5cb8ee", "#ff9455", "#35c9a0", "#e79fca", "#a6a6a6", "#e3b505", "#ffffff")
 MARKERS = "os^DvpX"
 GLYPHS = "●■▲◆▼⬟✖"
-"""The marks as text."""
+"""The markers as text."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class _Ink:
 
 
 _PRINT = _Ink("#222222", "#d9d9d9", LIGHT)
-# Colours that stand for CSS variables, which the page gives a value for each theme.
+# Placeholders of CSS variables, whose values the page sets for each theme.
 _VARIABLES = _Ink("#fd0001", "#fd0002", [f"#fe{i:02x}01" for i in range(len(LIGHT))])
 
 _STYLE = {
@@ -72,7 +72,7 @@ _STYLE = {
 
 
 def write_png(records: Sequence[RunRecord], path: Path) -> None:
-    """All panels in one picture on white, legible at 800 pixels of width."""
+    """All panels in one picture on white, legible at a width of 800 pixels."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 6.8), dpi=160, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
@@ -109,17 +109,17 @@ def panel_svg(panel: Panel, records: Sequence[RunRecord]) -> str:
 
 
 def series(record: RunRecord, metric: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a metric, as means over stretches when there are very many."""
+    """Steps and values of a metric, as means over windows if there are more than MAX_POINTS."""
     rows = record.evaluations if metric.startswith("eval/") else record.training
     rows = [row for row in rows if metric in row]
-    stretch = -(-len(rows) // MAX_POINTS) if rows else 1
-    groups = [rows[start : start + stretch] for start in range(0, len(rows), stretch)]
-    steps = [sum(row["step"] for row in group) / len(group) for group in groups]
-    return steps, [sum(row[metric] for row in group) / len(group) for group in groups]
+    width = -(-len(rows) // MAX_POINTS) if rows else 1
+    windows = [rows[start : start + width] for start in range(0, len(rows), width)]
+    steps = [sum(row["step"] for row in window) / len(window) for window in windows]
+    return steps, [sum(row[metric] for row in window) / len(window) for window in windows]
 
 
 def cycle(values: Sequence[str], index: int) -> str:
-    """The value of a run; the eighth looks like the first."""
+    """The value of the run at an index; values repeat when runs outnumber them."""
     return values[index % len(values)]
 
 

@@ -1,4 +1,4 @@
-"""report.html: one file that needs no other, in a light and a dark theme."""
+"""report.html: one self-contained file, in a light and a dark theme."""
 
 import json
 import shlex
@@ -19,7 +19,7 @@ PHASES = {
     "generate": "sampling traces",
     "update": "scoring and updating",
     "evaluate": "evaluating",
-    "total": "in all",
+    "total": "in total",
 }
 ENDINGS = {
     "think_end": "closed by the model",
@@ -29,7 +29,7 @@ ENDINGS = {
 
 
 def render_page(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
-    """The whole page; every text of a model, of data or of a config is escaped."""
+    """The whole page. Every text of a model, the data or a config is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nrt_jax", "analysis"),
         autoescape=True,
@@ -65,22 +65,22 @@ def render_page(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
 
 
 def visible(text: str) -> Markup:
-    """Text to be read exactly: line ends marked, control characters spelt out, nothing as such."""
+    """Text shown exactly: line ends are marked, and invisible characters written as escapes."""
     if not text:
         return Markup('<span class="note">(empty)</span>')
-    spelt = "".join(
+    escaped = "".join(
         f"\\u{ord(char):04x}" if _hidden(char) else char for char in text.replace("\r\n", "\n")
     )
-    return Markup(str(escape(spelt)).replace("\n", '<span class="note">↵</span>\n'))
+    return Markup(str(escape(escaped)).replace("\n", '<span class="note">↵</span>\n'))
 
 
 def _hidden(char: str) -> bool:
-    """Control, formatting and surrogate characters, which show nothing or reorder the page."""
+    """Control, formatting and surrogate characters, which are invisible or reorder the page."""
     return char != "\n" and unicodedata.category(char) in ("Cc", "Cf", "Cs")
 
 
 def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """Settings in which the runs differ, with the value of each run."""
+    """Settings that differ between the runs, with the value of each run."""
     flat = [_flat(record.config.model_dump(mode="json")) for record in records]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = [(key, [config.get(key, "not set") for config in flat]) for key in keys]
@@ -103,7 +103,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _story(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
-    """What was done and what came of it, in two sentences."""
+    """What was trained and what the result was, in two sentences."""
     if "exact_match" in summary:
         return _story_of_pair(records, summary)
     runs, problems = summary["runs"], problems_text(summary["problems"])
@@ -138,8 +138,8 @@ def _story_of_pair(records: Sequence[RunRecord], summary: dict[str, Any]) -> str
     exact = {name: percent(share) for name, share in summary["exact_match"].items()}
     return (
         f"{what}: {sft['label']} learns to answer at once, while {nrt['label']} first writes a "
-        "trace of its own, which it is never shown, and is rewarded when that makes it surer of "
-        f"the reference answer. On {problems_text(summary['problems'])}, the model answers "
+        "trace of its own, of which no example is given, and is rewarded when that makes it surer "
+        f"of the reference answer. On {problems_text(summary['problems'])}, the model answers "
         f"{exact['base']} right with a trace and {exact['base_direct']} without one before "
         f"training, and after it {exact['sft']} ({sft['label']}) and {exact['nrt']} "
         f"({nrt['label']})."
@@ -147,15 +147,15 @@ def _story_of_pair(records: Sequence[RunRecord], summary: dict[str, Any]) -> str
 
 
 def _range(values: Iterable[Any]) -> list[Any]:
-    """The smallest and the largest, once if they are equal."""
+    """The smallest and the largest value, or the one if they are equal."""
     values = set(values)
     return sorted({min(values), max(values)})
 
 
 def _samples(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The first problems, with the answer of the base model and of every run; not chosen.
+    """The first problems, unselected, with the answers of the base model and of every run.
 
-    The base model's are those of the first run that writes traces, or else of the first.
+    The base model's answers are from the first run that writes traces, or else from the first run.
     """
     first = next((record for record in records if record.scheme), records[0])
     names = labels(records)
@@ -194,7 +194,7 @@ def _versions(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
 
 
 def _commands(records: Sequence[RunRecord]) -> list[str]:
-    """What makes the same runs again, and this page."""
+    """The commands that repeat the runs and this page."""
     lines = []
     revisions = {record.versions.get("git_revision") for record in records}
     for revision in sorted(str(revision) for revision in revisions if revision):

@@ -1,4 +1,4 @@
-"""`nrt-jax report`: what runs came to, as a page, a picture, and figures for other programs."""
+"""`nrt-jax report`: the results of runs as a page, a picture, and figures for other programs."""
 
 import json
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ from nrt_jax.errors import InputError
 def write_report(runs: Sequence[Path], out: Path) -> None:
     """Compare finished runs: report.html, curves.png and summary.json in `out`, a table on stdout.
 
-    The keys of summary.json are those of `summarise`. Raises InputError for a directory that is no
-    run, a run that is unfinished or has no evaluation, a broken record, and an `out` that cannot be
-    written; nothing is written then.
+    The keys of summary.json are those of `summarise`. Raises InputError, and writes nothing, for a
+    directory that is not a run, a run that is unfinished or has no evaluation, and a broken record;
+    raises it for an `out` that cannot be written.
     """
     records = read_runs(runs)
     summary = summarise(records)

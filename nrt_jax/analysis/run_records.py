@@ -20,7 +20,7 @@ class RunRecord:
     """One finished run."""
 
     name: str
-    """The shortest end of its path that no other run of the comparison shares."""
+    """The shortest end of its path that no other compared run shares."""
     path: Path
     config: RunConfig
     versions: dict[str, Any]
@@ -43,24 +43,24 @@ class RunRecord:
 
     @property
     def problems(self) -> int | None:
-        """Problems of an evaluation; None where the evaluation file may have held fewer."""
+        """Problems per evaluation; None where an evaluation file may hold fewer than asked for."""
         if self.config.data.eval_path is not None:
             return None
         return min(self.config.evaluation.examples, self.config.data.eval_rows)
 
     def samples_of(self, step: int) -> dict[tuple[str, str], dict[str, Any]]:
-        """Samples of one step by question and reference, in the order they were written."""
+        """Samples of one step by question and reference, in the order of the file."""
         chosen = (sample for sample in self.samples if sample["step"] == step)
         return {(sample["question"], sample["reference"]): sample for sample in chosen}
 
 
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Records of finished runs, in the order given; InputError for any that cannot be compared."""
+    """Records of finished runs, in the order given; InputError for one that cannot be compared."""
     return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
 def labels(records: Sequence[RunRecord]) -> list[str]:
-    """What to call each run: its method, and its name too where the method says too little."""
+    """A label for each run: its method, and its name too if runs share the method."""
     count = Counter(record.title for record in records)
     return [
         record.title if count[record.title] == 1 else f"{record.title} · {record.name}"

@@ -7,7 +7,7 @@ from typing import Any
 from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord, labels
 
 WINDOW = 5
-"""Training steps that the first and the last value of a noisy metric are the mean of."""
+"""Training steps over which the first and the last value of a noisy metric are averaged."""
 
 FINISH_SHARES = {
     "think_end": "trace/end_think_end_share",
@@ -17,36 +17,37 @@ FINISH_SHARES = {
 
 
 def summarise(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """What summary.json holds. Exact match and shares are from 0 to 1; null is "does not apply".
+    """The content of summary.json. Exact match and shares are from 0 to 1; null: does not apply.
 
     `exact_match`, only for a comparison of one SFT and one NRT run:
         `base`         the model before training, which writes a trace and then answers (the NRT
                        run's evaluation of step 0)
         `base_direct`  the model before training, which answers at once (the SFT run's)
-        `sft`, `nrt`   after training, each in the same way as before
-    `problems`  held-out problems of an evaluation; null when the runs differ in it, or when it
-                is not known because an evaluation file may hold fewer than evaluation.examples
-    `runs`      one entry a run, in the order given:
-        `name`, `label`    end of its path; what the report calls it
-        `path`             its directory, as it was given
-        `method`, `scheme` sft or nrt; the aggregation scheme, null for sft
+        `sft`, `nrt`   after training, each evaluated as before it
+    `problems`  held-out problems per evaluation; null when the runs differ, or when the number is
+                unknown because an evaluation file may hold fewer than evaluation.examples
+    `runs`      one entry per run, in the order given:
+        `name`, `label`    end of its path; its label in the report
+        `path`             its directory, as given
+        `method`, `scheme` sft or nrt; the reward scheme, null for sft
         `seed`, `steps`    as configured
-        `pairs_seen`       question-answer pairs trained on, a pair seen twice counted twice
-        `problems`         as above, of this run
+        `pairs_seen`       question-answer pairs trained on; a pair seen twice counts twice
+        `problems`         as above, for this run
         `exact_match`      {first, last}: before training and after its last step
-        `reward`           {first, last}: mean reward of the traces; null for sft, as are
+        `reward`           {first, last}: mean reward of the traces; this and the next three are
+                           null for sft
         `baseline`         {first, last}: mean reward without a trace
         `trace_tokens`     {first, last}: tokens of a sampled trace, without t_start and t_end
         `finish_shares`    {first, last}: share of the traces that ended in t_end (`think_end`),
                            at the limit (`length`) or in another special token (`other`)
-        `entropy`          {first, last}: nats a token of the policy, over the trace (nrt) or over
-                           the reference answer (sft)
-        `skipped_updates`  updates left out because a gradient was not finite
-        `seconds`          by phase: `data`, `generate`, `update`, `evaluate`, and their sum
-                           `total`; compiling is in it, starting up and saving are not
+        `entropy`          {first, last}: entropy of the policy in nats per token, over the trace
+                           (nrt) or the reference answer (sft)
+        `skipped_updates`  updates skipped because a gradient was not finite
+        `seconds`          per phase: `data`, `generate`, `update`, `evaluate`, and their sum
+                           `total`; including compilation, without start-up and saving
 
-    The {first, last} of training metrics are means over the first and the last 5 steps; null when
-    a value among these was not finite.
+    The {first, last} of training metrics are means over the first and the last 5 steps, or null if
+    one of these values was not finite.
     """
     runs = [
         _summarise_run(record, label)
@@ -125,12 +126,12 @@ def _seconds(record: RunRecord) -> dict[str, float]:
 
 
 def percent(share: float) -> str:
-    """A share from 0 to 1 in per cent."""
+    """A share from 0 to 1 as a percentage."""
     return f"{100 * share:.1f} %"
 
 
 def number(value: float | None) -> str:
-    """Three digits, as they come."""
+    """A number with three significant digits."""
     if value is None:
         return "–"
     if abs(value) >= 1000:
@@ -144,7 +145,7 @@ def arrow(ends: dict[str, float | None] | None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the two units that tell most."""
+    """Seconds in the largest two units that apply."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -154,7 +155,7 @@ def duration(seconds: float) -> str:
 
 
 def problems_text(problems: int | None) -> str:
-    """What exact match was measured on."""
+    """The problems that exact match was measured on."""
     return "held-out problems" if problems is None else f"{problems:,} held-out problems"
 
 

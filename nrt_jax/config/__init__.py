@@ -1,1 +1,1 @@
-"""The schema of every config file, one file a section; free of jax."""
+"""The schema of every config file, one file per section; imports no jax."""

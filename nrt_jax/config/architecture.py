@@ -1,4 +1,4 @@
-"""What a Llama or a Mistral is: the numbers that fix its architecture."""
+"""The numbers that fix the architecture of a Llama or Mistral decoder."""
 
 from typing import Annotated, Literal
 
@@ -19,7 +19,7 @@ class Llama3Scaling(Section):
     high_freq_factor: float = Field(default=4.0, gt=0)
     """Wavelengths below original_max_position_embeddings / high_freq_factor are left alone."""
     original_max_position_embeddings: Count = 8192
-    """Context length in tokens of the training before the scaling."""
+    """Context length in tokens that the model was trained with before the scaling."""
 
     @model_validator(mode="after")
     def _factors_differ(self) -> "Llama3Scaling":
@@ -35,7 +35,7 @@ class Architecture(Section):
     """Shape of one decoder; names and meanings are those of Hugging Face's `config.json`."""
 
     family: Literal["llama", "mistral"] = "llama"
-    """Which `model_type` the weights are read and written as."""
+    """`model_type` of the Hugging Face directories that are read and written."""
     vocab_size: Count = 32000
     """Rows of the embedding and of the head."""
     hidden_size: Count = 128
@@ -57,13 +57,13 @@ class Architecture(Section):
     rope_scaling: Llama3Scaling | None = None
     """Scaling of the rotary frequencies; null for none."""
     sliding_window: Count | None = None
-    """A token sees itself and this many minus one tokens before it; null for all of them."""
+    """A token attends to itself and to the sliding_window - 1 tokens before it; null for all."""
     tie_word_embeddings: bool = False
     """True when the head is the embedding."""
     initializer_range: float = Field(default=0.02, gt=0)
-    """Standard deviation of freshly drawn weights."""
+    """Standard deviation of random initial weights."""
     max_position_embeddings: Count = 4096
-    """Longest sequence in tokens that the model is meant for; kept for export."""
+    """Longest sequence in tokens that the model is made for; exports name it."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Architecture":

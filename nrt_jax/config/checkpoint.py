@@ -13,8 +13,8 @@ class CheckpointConfig(Section):
     every_steps: int = Field(default=100, ge=1)
     """Steps between saves; the last step is always saved."""
     keep_last: int = Field(default=2, ge=1)
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     best_metric: str | None = None
-    """Metric whose best checkpoint is kept too, such as eval/exact_match; null for none."""
+    """Metric, such as eval/exact_match, whose best checkpoint is kept too; null for none."""
     best_mode: Literal["max", "min"] = "max"
-    """Whether the best is the highest or the lowest."""
+    """Whether the highest or the lowest value is the best."""

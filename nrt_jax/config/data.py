@@ -1,4 +1,4 @@
-"""The `data` section of a run's config."""
+"""The `data` section: questions and reference answers, and how they become tokens."""
 
 import math
 from typing import Literal
@@ -9,24 +9,24 @@ from nrt_jax.config.load import ConfigPath, Section
 
 
 class ChainConfig(Section):
-    """The built-in task: additions modulo a small number, one after the other."""
+    """The built-in task: a chain of additions modulo a small number."""
 
     digits: int = Field(default=7, ge=2, le=100)
-    """How many digits a question adds up."""
+    """Digits that a question adds up."""
     modulus: int = Field(default=5, ge=2, le=10)
-    """The digits are below it and the answer is their sum modulo it."""
+    """Digits are below it, and the answer is their sum modulo it."""
     rows: int = Field(default=100_000, ge=1, le=2**31 - 1)
-    """Training rows before an epoch repeats; they are generated when asked for."""
+    """Training rows of an epoch; each is generated when it is read."""
     totals_rows: int = Field(default=0, ge=0)
-    """chain_documents: the first so many rows show running totals only (a curriculum)."""
+    """chain_documents: number of first rows that show only running totals (a curriculum)."""
     totals_share: float = Field(default=0.3, ge=0, le=1)
     """chain_documents: share of documents that show the running totals."""
     nothing_share: float = Field(default=0.3, ge=0, le=1)
     """chain_documents: share with nothing between question and answer."""
     noise_share: float = Field(default=0.2, ge=0, le=1)
-    """chain_documents: share with symbols without sense."""
+    """chain_documents: share with random symbols."""
     copy_share: float = Field(default=0.2, ge=0, le=1)
-    """chain_documents: share that copies a piece of the question."""
+    """chain_documents: share with a copied part of the question."""
 
     @model_validator(mode="after")
     def _shares_sum_to_one(self) -> "ChainConfig":
@@ -58,20 +58,20 @@ class DataConfig(Section):
     messages_field: str = "messages"
     """Field that holds a list of {role, content} turns; read where a chat template is used."""
     template: Literal["plain", "tulu", "tokenizer"] = "plain"
-    """plain: the prompt is the question as it is; tulu: the chat format of tulu-3; tokenizer: the
+    """plain: the prompt is the question, unchanged; tulu: the chat format of tulu-3; tokenizer: the
     chat template of the tokenizer's directory."""
     template_file: ConfigPath | None = None
-    """Jinja file with a chat template of your own, which is used in place of the template's."""
+    """Jinja file whose chat template replaces the one that `template` names."""
     add_bos: bool = True
-    """Start prompts with the beginning-of-sequence token, where the tokenizer has one; a chat
-    template that writes it itself does not make it two, and false takes it away."""
+    """Start prompts with the beginning-of-sequence token, if the tokenizer has one. Where a chat
+    template writes the token, no second one is added; false removes it."""
     tokenizer: ConfigPath | None = None
     """Directory with tokenizer.json and tokenizer_config.json; null for the model's own."""
     think_start: str = "<|think_start|>"
-    """Special token that opens the reasoning trace; where the tokenizer has none of the name, one
-    of its reserved tokens takes it, or else a token is added."""
+    """Special token that opens the reasoning trace. A name that the tokenizer lacks goes to one of
+    its reserved tokens, or else to a new token."""
     think_end: str = "<|think_end|>"
-    """Special token that closes the reasoning trace; found or made like think_start."""
+    """Special token that closes the reasoning trace; chosen as think_start is."""
     max_prompt_tokens: int = Field(default=4096, ge=1)
     """Rows with a longer prompt (beginning-of-sequence token included) are bad rows."""
     max_answer_tokens: int = Field(default=4093, ge=2)
@@ -79,7 +79,7 @@ class DataConfig(Section):
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Bad rows are counted and skipped up to this share of a file; beyond it the run stops."""
     shuffle: bool = True
-    """Draw each epoch in another order; false keeps the order of the source."""
+    """Shuffle the rows anew for every epoch; false keeps the order of the source."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of held-out rows, generated rows and shuffling."""
     chain: ChainConfig = ChainConfig()

@@ -9,7 +9,7 @@ class EvaluationConfig(Section):
     """Exact match on held-out examples while training."""
 
     every_steps: int = Field(default=100, ge=1)
-    """Steps between evaluations; before the first and after the last step there is always one."""
+    """Steps between evaluations; the first is before training and the last after the last step."""
     examples: int = Field(default=512, ge=0)
     """Held-out examples to answer; 0 for no evaluation."""
     max_answer_tokens: int = Field(default=64, ge=1)

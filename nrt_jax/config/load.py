@@ -34,7 +34,7 @@ S = TypeVar("S", bound=Section)
 
 
 class _Text(str):
-    """A string of a config, with the directory that relative paths in it start from."""
+    """A string of a config, with the directory that it starts from if it is a relative path."""
 
     directory: Path
 
@@ -51,7 +51,7 @@ ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
 
 
 class _Layer(NamedTuple):
-    """The values of some sources, merged, and for each key the source that set it last."""
+    """Merged values, and the source that set each key last."""
 
     values: dict[str, Any]
     sources: dict[tuple[str, ...], str]
@@ -106,7 +106,7 @@ def config_schema(schema: type[Section]) -> dict[str, Any]:
 
 
 def _read_file(path: Path, chain: tuple[Path, ...]) -> _Layer:
-    """The file with all that it extends; `chain` is the files that led here by `extends`."""
+    """The file merged onto those that it extends; `chain` holds the files that extend this one."""
     if path.resolve() in [link.resolve() for link in chain]:
         cycle = " -> ".join(str(link) for link in (*chain, path))
         raise InputError(f"{chain[-1]}: extends={path}: must not lead back to itself: {cycle}")
@@ -172,7 +172,7 @@ def _key_paths(values: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 # --- YAML ----------------------------------------------------------------------------------------
 # PyYAML reads YAML 1.1, in which 1e-5 and 08 are strings, 010 is 8, 1:30 is 90 and `no` is false.
-# These are the scalars of YAML 1.2; every other plain scalar is a string, for pydantic to judge.
+# These are the scalars of YAML 1.2; every other plain scalar is a string, which pydantic validates.
 
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
@@ -182,7 +182,7 @@ _INF_NAN = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what only YAML 1.2 reads as a number, and escapes control characters."""
+    """Quotes strings that only YAML 1.2 reads as numbers, and escapes control characters."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -196,7 +196,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT
 
 
 def _parse(text: str, directory: Path, name: str) -> Any:
-    """The plain value of a YAML document, each string with its directory."""
+    """The Python value of a YAML document, each string with its directory."""
     try:
         node = yaml.compose(text, Loader=yaml.BaseLoader)
         return None if node is None else _plain(node, directory)
@@ -257,7 +257,7 @@ def _scalar(text: str, directory: Path, *, quoted: bool) -> Any:
 
 
 def _describe(error: ValidationError, schema: type[Section], layer: _Layer, name: str) -> str:
-    """One line for the first mistake, an unknown key before others: it often explains the rest."""
+    """One line for the first mistake; unknown keys come first, since they often cause the rest."""
     details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     first = details[0]
     keys = _keys(first["loc"], layer.values)

@@ -11,7 +11,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 
 class MeshConfig(Section):
-    """Devices along each mesh axis; one of them may be -1 and takes what is left."""
+    """Devices along each mesh axis; one of them may be -1, for all devices that are left."""
 
     data: int = Field(default=-1, ge=-1)
     """Replicas of the weights, each with its own prompts."""
@@ -20,11 +20,11 @@ class MeshConfig(Section):
     tensor: int = Field(default=1, ge=-1)
     """Shards of the heads, the feed-forward and the vocabulary."""
     context: int = Field(default=1, ge=-1)
-    """Shards of the tokens of every row in training; rollouts gain nothing from it."""
+    """Shards of the tokens of every row in training; it does not speed up rollouts."""
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """Sizes of axes as on a command line, `fsdp=4,tensor=2`; those left out are 1."""
+    """The mesh that a command line names by sizes, `fsdp=4,tensor=2`; axes left out are 1."""
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(","):
         axis, _, size = part.partition("=")

@@ -1,4 +1,4 @@
-"""Which model to train, and how to compute it."""
+"""The `model` section: the model to train, and how it is computed."""
 
 from typing import Literal
 
@@ -11,7 +11,7 @@ AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 
 
 class ModelConfig(Section):
-    """A Hugging Face directory to start from, or an architecture to draw at random."""
+    """A directory to start from, or an architecture with random weights; how it is computed."""
 
     path: ConfigPath | None = None
     """Hugging Face directory (config.json and *.safetensors), or one that `nrt-jax import` made;
@@ -21,20 +21,20 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; the weights and the optimizer stay float32."""
     remat: Literal["none", "full", "dots", "offload"] = "none"
-    """What the backward pass recomputes in a layer: the attention scores and the gated activations
-    only; all; all but the products with weights; the same with these in the host's memory."""
+    """What the backward pass recomputes per layer. none: attention scores and gated activations;
+    full: everything; dots: everything but products with weights; offload: as dots, with these
+    products in host memory."""
     attention: AttentionChoice = "auto"
-    """What computes the attention in training: xla, with every score in memory; splash, the Pallas
-    kernels of TPUs; cudnn, those of NVIDIA GPUs, in bfloat16; auto, the platform's kernels where
-    they take the model, and xla elsewhere."""
+    """Implementation of the attention in training. xla: every score is in memory; splash: Pallas
+    kernels for TPUs; cudnn: kernels for NVIDIA GPUs, in bfloat16; auto: the platform's kernels if
+    they support the model, else xla."""
     logprob_chunk_tokens: int = Field(default=512, ge=1)
-    """Positions whose vocabulary-sized logits exist at the same time on a device."""
-
+    """Positions whose vocabulary-sized logits exist at the same time, per device."""
     vocab_multiple: int = Field(default=128, ge=1)
-    """The vocabulary is padded to a multiple of this, so that it divides over the mesh; the padding
-    is never sampled and in no softmax."""
+    """The vocabulary is padded to a multiple of this, so that it divides over the mesh; no padding
+    row is sampled or enters a softmax."""
     new_rows_from: str | None = None
-    """Token whose embedding and head rows think tokens that are new to the checkpoint start with;
+    """Token whose embedding and head rows are copied to think tokens that the checkpoint lacks;
     null for the end-of-sequence token."""
 
     @model_validator(mode="after")

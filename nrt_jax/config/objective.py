@@ -35,11 +35,12 @@ class ObjectiveConfig(Section):
     trace_covers: Literal["z", "z_and_end"] = "z"
     """Tokens of the trace term: the trace alone, or also the token that ends it."""
     format_where: FormatWhere = "all"
-    """Format loss on both think tokens of all traces, or on an end that was not emitted."""
+    """all: both think tokens of every trace are in the format loss; not_emitted: only the end of
+    traces that did not emit it."""
     format_coefficient: float = Field(default=0.3, ge=0)
     """Weight of the format loss (Eq. 11)."""
     length_constant: float = Field(default=4096.0, gt=0)
-    """Divides the token sums of the trace, answer-token and format terms alike."""
+    """Divides the token sums of the trace, answer-token and format terms."""
     kl_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the KL divergence from the reference policy."""
     entropy_coefficient: float = Field(default=0.0, ge=0)
@@ -49,15 +50,15 @@ class ObjectiveConfig(Section):
     token_ratio_cap: float = Field(default=2.0, ge=1)
     """r_k on the token term is truncated at this value."""
     importance_cap: float | None = Field(default=None, gt=0)
-    """Truncation of the weight between recomputed and sampler logprobs; null for no weight."""
+    """Largest importance weight between recomputed and sampler logprobs; null for no weight."""
     reward_policy: Literal["current", "sampling"] = "current"
     """Whose probabilities give R: the current weights, or those that sampled the traces."""
     old_logprobs: Literal["sampler", "recompute"] = "sampler"
-    """Source of the old logprobs of the ratio: the engine, or one more pass of the trainer."""
+    """Source of the ratio's old logprobs: the engine, or another forward pass of the trainer."""
 
     @model_validator(mode="after")
     def _importance_needs_two_logprobs(self) -> "ObjectiveConfig":
-        """The weight compares the trainer's old logprobs with the sampler's: it needs both."""
+        """The weight compares the trainer's old logprobs with the sampler's, so it needs both."""
         if self.importance_cap is not None and self.old_logprobs != "recompute":
             raise ValueError(
                 f"importance_cap={self.importance_cap:g} needs old_logprobs=recompute; "

@@ -13,7 +13,7 @@ class OptimizerConfig(Section):
     learning_rate: float = Field(default=1e-5, gt=0)
     """Highest learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """What follows the warm-up: no change, or a fall to zero at the last update."""
+    """What follows the warm-up: a constant rate, or a decay to zero at the last update."""
     warmup_ratio: float = Field(default=0.0, ge=0, le=1)
     """Share of the updates in which the rate rises linearly from zero."""
     beta1: float = Field(default=0.9, ge=0, lt=1)
@@ -23,9 +23,9 @@ class OptimizerConfig(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     """Added to the root of Adam's second moment."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """Decoupled decay of every weight, norms excepted."""
+    """Decoupled decay of every weight except those of norms."""
     clip_norm: float | None = Field(default=1.0, gt=0)
     """Largest global norm of the gradient; null for no clip."""
     offload: bool = False
-    """Keep the moments in the memory of the hosts between updates: 8 bytes a weight less on the
-    devices, for a transfer of as much in both directions at each update."""
+    """Keep the moments in host memory between updates. It saves 8 bytes per weight on the devices
+    and transfers as many in both directions at each update."""

@@ -1,4 +1,4 @@
-"""The whole config of a run, and the rules that hold between its sections."""
+"""The whole config of a run, and the rules between its sections."""
 
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ class RunConfig(Section):
     method: Literal["nrt", "sft"] = "nrt"
     """nrt samples traces and learns from them; sft is cross-entropy of the answer after x."""
     run_dir: Path = Path("runs/default")
-    """Everything the run writes; an existing run in it is continued."""
+    """Directory of everything that the run writes; an existing run in it is continued."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Fixes the initial weights, the order of the data and every sampled token."""
     model: ModelConfig
@@ -92,8 +92,7 @@ class RunConfig(Section):
     def _rollouts_fit_the_loss(self) -> "RunConfig":
         if self.method == "sft":
             return self
-        room = self.rollout.max_response_tokens - self.data.max_answer_tokens
-        if room < 3:
+        if self.rollout.max_response_tokens - self.data.max_answer_tokens < 3:
             raise ValueError(
                 f"rollout.max_response_tokens {self.rollout.max_response_tokens} holds no trace "
                 f"beside an answer of data.max_answer_tokens {self.data.max_answer_tokens}; "

@@ -6,10 +6,10 @@ from nrt_jax.config.load import Section
 
 
 class ServingConfig(Section):
-    """`nrt-jax serve CHECKPOINT [field=value ...]`: where it listens, and what it takes on."""
+    """`nrt-jax serve CHECKPOINT [field=value ...]`: where it listens, and how much it accepts."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
-    """Address of both servers; 0.0.0.0 opens them to the network, where nothing protects them."""
+    """Address of both servers; 0.0.0.0 opens them to the network, without protection."""
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP server; 0 takes a free one, which the first line of output names."""
     grpc_port: int | None = Field(default=9000, ge=0, le=65535)
@@ -19,7 +19,7 @@ class ServingConfig(Section):
     slots: int = Field(default=16, ge=1)
     """Sequences that the HTTP server decodes at the same time."""
     decode_steps: int = Field(default=8, ge=1, le=1024)
-    """Tokens decoded at a stretch, and streamed together; more are faster for all."""
+    """Tokens that are decoded and streamed together; more raise the throughput."""
     grpc_slots: int = Field(default=4, ge=1)
     """Sequences that the gRPC server decodes at the same time, in a cache of their own."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
@@ -30,20 +30,20 @@ class ServingConfig(Section):
     null for the run's rollout.max_response_tokens, or data.max_answer_tokens where it does not
     reason."""
     top_logprobs: int = Field(default=5, ge=0, le=20)
-    """Most alternatives a token that a request may ask the logprobs of."""
+    """Most alternatives per token whose logprobs a request may ask for."""
     max_sequences: int = Field(default=128, ge=1)
     """Most sequences of one request: its prompts times n."""
     max_concurrent_requests: int = Field(default=64, ge=1)
-    """Requests that are worked on at the same time."""
+    """Requests answered at the same time."""
     queue: int = Field(default=256, ge=0)
-    """Requests that may wait until one of those ends; another is refused with status 429."""
+    """Further requests that may wait; those beyond are refused with status 429."""
     grpc_queue: int = Field(default=64, ge=1)
-    """gRPC requests in work or waiting; another is refused with RESOURCE_EXHAUSTED."""
+    """gRPC requests running or waiting; those beyond are refused with RESOURCE_EXHAUSTED."""
     max_body_bytes: int = Field(default=4 * 1024 * 1024, ge=1024)
     """Largest body of a request, in bytes."""
     request_timeout_s: float = Field(default=600.0, gt=0)
-    """A request that is not answered after so many seconds is given up, with status 504."""
+    """Seconds after which a request without an answer ends with status 504."""
     drain_s: float = Field(default=30.0, ge=0)
-    """After SIGTERM, seconds in which the requests under way may end."""
+    """Seconds after SIGTERM in which running requests may end."""
     seed: int = Field(default=0, ge=0, lt=2**31)
-    """Start of the seeds that are drawn for requests without one."""
+    """Seed from which the seeds of requests without one are drawn."""

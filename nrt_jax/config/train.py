@@ -9,13 +9,13 @@ class TrainConfig(Section):
     """Sizes and length of the run."""
 
     steps: int = Field(default=100, ge=1)
-    """Batches to train on; each is one rollout and batch_prompts / mini_batch_prompts updates."""
+    """Steps of training; each is one rollout and batch_prompts / mini_batch_prompts updates."""
     batch_prompts: int = Field(default=256, ge=1)
     """Prompts that share one rollout (SFT: rows of one update's batch)."""
     mini_batch_prompts: int = Field(default=64, ge=1)
     """Prompts of one update; divides batch_prompts."""
     micro_batch_prompts: int = Field(default=8, ge=1)
-    """Prompts whose activations exist at once; divides mini_batch_prompts, changes no number."""
+    """Prompts whose activations exist at once; divides mini_batch_prompts, changes no result."""
     packing: bool = True
     """Put short branches, and prompts, into one row; false for a row each. Changes no number."""
     batch_shapes: int = Field(default=16, ge=2)

@@ -146,5 +146,5 @@ def test_unknown_estimator_lists_the_known_ones():
         arguments = {"estimator": "gropo"}
         if function is zero_std:
             arguments |= {"reward_PK": REWARD, "baseline_P": BASELINE}
-        with pytest.raises(ValueError, match=r"'gropo'.*grpo, grpo_unclipped, rloo, clip01"):
+        with pytest.raises(ValueError, match=f"'gropo'.*{', '.join(ESTIMATORS)}"):
             function(**arguments)

