@@ -1,4 +1,4 @@
-"""Checkpoints: saved in the background, kept by age and by merit, restored past damage."""
+"""Checkpoints: saved in the background, kept by age and by metric, restored despite damage."""
 
 import logging
 import math
@@ -20,7 +20,7 @@ from nrt_jax.errors import InputError, RunFailed
 
 log = logging.getLogger(__name__)
 
-Scores = dict[int, float]
+MetricByStep = dict[int, float]
 """The value of best_metric by step, for the checkpoints that have one."""
 
 
@@ -34,12 +34,12 @@ class Restored(NamedTuple):
 
 
 class _Damaged(Exception):
-    """A checkpoint that cannot be read, or holds other bits than were saved."""
+    """A checkpoint that cannot be read, or whose bits differ from those that were saved."""
 
 
 @contextmanager
 def _damage() -> Iterator[None]:
-    """Whatever damage does to a reader, as one exception and without the reader's own messages."""
+    """Turn whatever a reader raises for a damaged file into _Damaged, without Orbax's messages."""
     with without_messages():
         try:
             yield
@@ -47,13 +47,16 @@ def _damage() -> Iterator[None]:
             raise _Damaged(_one_line(error)) from error
 
 
-class _KeepLatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keep the newest `keep_last`, and the best by `best_metric` among those that have it."""
+class _KeepBest(checkpoint_managers.PreservationPolicy):
+    """Keep the best by `best_metric` among the checkpoints that have it.
 
-    def __init__(self, config: CheckpointConfig, scores: Scores):
-        self._keep_last = config.keep_last
-        self._sign = 1 if config.best_mode == "max" else -1
-        self._scores = scores
+    Orbax's BestN forgets at a restart the metrics of earlier checkpoints, unless the manager reads
+    all of them when it is opened; it then fails where one is damaged.
+    """
+
+    def __init__(self, mode: str, metric_by_step: MetricByStep):
+        self._sign = 1 if mode == "max" else -1
+        self._metric_by_step = metric_by_step
 
     def should_preserve(
         self,
@@ -61,30 +64,38 @@ class _KeepLatestAndBest(checkpoint_managers.PreservationPolicy):
         *,
         context: checkpoint_managers.PreservationContext,
     ) -> list[bool]:
+        metrics = self._metric_by_step
         steps = [info.step for info in checkpoints]
-        keep = set(steps[-self._keep_last :])
-        scored = [(self._sign * self._scores[step], step) for step in steps if step in self._scores]
-        if scored:
-            keep.add(max(scored)[1])
-        return [step in keep for step in steps]
+        # Of equal ones the newest.
+        best = max(
+            (step for step in steps if step in metrics),
+            key=lambda step: (self._sign * metrics[step], step),
+            default=None,
+        )
+        return [step == best for step in steps]
 
 
 class Checkpoints:
     """The checkpoints of one run: `state` (arrays) and `progress` (JSON) under one step number.
 
-    With `writable` what a killed process left half-written is removed; without, nothing in the
-    directory changes, so that a run may be read while it trains.
+    With `writable` the half-written checkpoints of a killed process are removed; without it nothing
+    in the directory changes, so that a run can be read while it trains.
     """
 
     def __init__(self, directory: Path, config: CheckpointConfig, *, writable: bool):
         silence_abandoned_io()
         self._best_metric = config.best_metric
-        self._scores: Scores = {}
+        self._metric_by_step: MetricByStep = {}
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_KeepLatestAndBest(config, self._scores),
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(
+                [
+                    checkpoint_managers.LatestN(config.keep_last),
+                    _KeepBest(config.best_mode, self._metric_by_step),
+                ]
+            ),
             create=writable,
             cleanup_tmp_directories=writable,
-            # The manager would read files of every checkpoint, and fail where one is damaged.
+            # Otherwise the manager reads files of every checkpoint, and fails where one is damaged.
             lightweight_initialize=True,
         )
         handlers = {
@@ -95,24 +106,28 @@ class Checkpoints:
             directory.absolute(), options=options, item_handlers=handlers
         )
         for step in self.steps if writable and config.best_metric else ():
-            self._score(step, self._saved_metrics(step))
+            self._note_metric(step, self._saved_metrics(step))
 
     @property
     def steps(self) -> list[int]:
         """Steps that have a complete checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
+    def path(self, step: int) -> Path:
+        """The directory of a checkpoint."""
+        return Path(self._manager.directory) / str(step)
+
     def save(
         self, step: int, state: TrainState, progress: dict[str, Any], metrics: Mapping[str, float]
     ) -> None:
         """Copy the state and write it in the background; a step that exists is left alone.
 
-        `metrics` are those measured with exactly these weights. Older checkpoints are removed when
-        this one is complete. Raises RunFailed when this save or the one before cannot be written.
+        `metrics` were measured with exactly these weights. Older checkpoints are removed when this
+        one is complete. Raises RunFailed when this save or the one before it cannot be written.
         """
         if step in self.steps:
             return
-        self._score(step, metrics)
+        self._note_metric(step, metrics)
         progress = progress | {"metrics": dict(metrics), "fingerprints": fingerprints(state)}
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(state), progress=ocp.args.JsonSave(progress)
@@ -125,10 +140,10 @@ class Checkpoints:
     def restore_newest(self, target: Any) -> Restored | None:
         """The newest readable checkpoint, in the shapes and shardings of `target`.
 
-        `target` is a TrainState, or a dict with some of its fields, which alone are read.
-        A damaged one is named in a warning, and the one before is tried. None when there is no
-        checkpoint; InputError when there are some and none can be read, or when the newest that
-        can be is of another model.
+        `target` is a TrainState, or a dict with some of its fields; then only these are read. A
+        warning names each damaged checkpoint, and the one before it is tried. Returns None when
+        there is no checkpoint. Raises InputError when none of them can be read, or when the newest
+        readable one is of another model.
         """
         reasons: dict[int, str] = {}
         for step in reversed(self.steps):
@@ -149,23 +164,23 @@ class Checkpoints:
         return None
 
     def restore(self, step: int, target: Any) -> Restored:
-        """One checkpoint, as from `restore_newest`; InputError when it cannot be read."""
+        """Restore one checkpoint like `restore_newest`; InputError when it cannot be read."""
         try:
             return self._restore(step, target)
         except _Damaged as damage:
             raise InputError(
-                f"{self._manager.directory / str(step)}: cannot be read ({damage}); "
+                f"{self.path(step)}: cannot be read ({damage}); "
                 f"use another of the checkpoints {self.steps}"
             ) from damage
 
     def remove_after(self, step: int) -> None:
-        """Remove the checkpoints of later steps: damaged ones, which are written anew."""
+        """Remove the checkpoints of later steps: they are damaged, and will be written again."""
         for later in [later for later in self.steps if later > step]:
             self._manager.delete(later)
-            self._scores.pop(later, None)
+            self._metric_by_step.pop(later, None)
 
     def close(self) -> None:
-        """Wait for the writes under way; RunFailed when one of them went wrong."""
+        """Wait for writes in progress; RunFailed when one of them failed."""
         try:
             self._manager.close()
         except Exception as error:
@@ -201,22 +216,22 @@ class Checkpoints:
         for name in (*wanted, *saved):
             if saved.get(name) != wanted.get(name):
                 raise InputError(
-                    f"{self._manager.directory / str(step)}: {name}: {_said(saved.get(name))} in "
-                    f"the checkpoint, {_said(wanted.get(name))} in this model and optimizer; "
+                    f"{self.path(step)}: {name}: {_described(saved.get(name))} in "
+                    f"the checkpoint, {_described(wanted.get(name))} in this model and optimizer; "
                     "continue with those of that run, or choose another run_dir"
                 )
 
-    def _score(self, step: int, metrics: Mapping[str, float]) -> None:
+    def _note_metric(self, step: int, metrics: Mapping[str, float]) -> None:
         value = metrics.get(self._best_metric) if self._best_metric else None
         if value is not None and math.isfinite(value):
-            self._scores[step] = value
+            self._metric_by_step[step] = value
 
     def _saved_metrics(self, step: int) -> Mapping[str, float]:
         only = ocp.args.Composite(progress=ocp.args.JsonRestore())
         try:
             with _damage():
                 return dict(self._manager.restore(step, args=only)["progress"]["metrics"])
-        except _Damaged:  # it cannot be the best; whoever restores it is told
+        except _Damaged:  # it cannot be the best; restoring it reports the damage
             return {}
 
     def _failure(self, error: Exception) -> RunFailed:
@@ -242,11 +257,11 @@ def _shapes(tree: Any) -> _Shapes:
     return {name: tuple(leaf.shape) for name, leaf in by_path(tree).items()}
 
 
-def _said(shape: tuple[int, ...] | None) -> str:
+def _described(shape: tuple[int, ...] | None) -> str:
     return "is not" if shape is None else f"has shape {shape}"
 
 
 def _one_line(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
-    # What went wrong is said first or, after the names of nested files, last.
+    # The cause stands first or, after the names of nested files, last.
     return text if len(text) <= 200 else f"{text[:98]} ... {text[-97:]}"
