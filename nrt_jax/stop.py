@@ -1,14 +1,14 @@
-"""SIGTERM: a clean end that the same command continues from."""
+"""SIGTERM: finish the step, save and exit; the same command continues the run."""
 
 import signal
 from types import FrameType, TracebackType
 
 
 class StopRequest:
-    """Turns SIGTERM into a request while it is entered; the process is never cut off by it.
+    """While entered, turns SIGTERM into a request to stop.
 
-    Until the loop asks for signals to wait, there is nothing to save and SystemExit(0) ends the
-    program at once; from then on the signal is remembered in `requested`.
+    Before the loop calls `wait_for_the_step` there is nothing to save, and SIGTERM raises
+    SystemExit(0) at once. From then on it only sets `requested`.
     """
 
     def __init__(self) -> None:
@@ -25,11 +25,11 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A second signal must not turn the clean end that the first one asked for into a kill.
+        # After a first SIGTERM, a second one must not kill the process while it exits.
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.requested else self._before)
 
     def wait_for_the_step(self) -> None:
-        """From here on the step under way is finished and saved first."""
+        """From now on, finish and save the current step before stopping."""
         self._waits = True
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""Files that a kill or a full disk cannot leave in a state that the next start cannot use."""
+"""Writes that leave a usable file behind when the process is killed or the disk is full."""
 
 import io
 import os
@@ -8,7 +8,7 @@ PART_SUFFIX = ".part"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that no reader, and no restart after a crash, ever sees half of it.
+    """Write a file so that no reader, and no restart after a crash, ever sees a part of it.
 
     Raises OSError with the name of the file.
     """
@@ -24,16 +24,16 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def open_to_append(path: Path) -> io.FileIO:
-    """Open without a buffer: nothing is left to write, and to fail, when the file is closed."""
+    """Open without a buffer, so that closing the file writes nothing and cannot fail."""
     return io.FileIO(path, "a")
 
 
 def append(file: io.FileIO, content: bytes) -> None:
-    """Write all of `content`; on a full disk part of it may be written before the OSError."""
+    """Write all of `content`; on a full disk a part may be written before OSError is raised."""
     rest = memoryview(content)
     try:
         while rest:
             rest = rest[file.write(rest) :]
     except OSError as error:
-        # The system does not say which file it was.
+        # The system's error does not name the file.
         raise OSError(error.errno, error.strerror, str(file.name)) from error

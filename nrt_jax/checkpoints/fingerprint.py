@@ -1,4 +1,4 @@
-"""A number that tells whether an array is bit for bit the one that was saved."""
+"""Checksums that tell whether an array is bit for bit the one that was saved."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from nrt_jax.models.sharding import on_device
 def fingerprints(state: Any) -> dict[str, int]:
     """One 32-bit number for each array of a state, or of a part of one, by its dotted path.
 
-    The same on any mesh. Arrays in the hosts' memory are brought to the devices one by one.
+    The number is the same on any mesh. Arrays in host memory are copied to the devices one by one.
     """
     leaves = by_path(state)
     on_hosts = {name for name, leaf in leaves.items() if _on_host(leaf)}
@@ -29,7 +29,7 @@ def _on_host(leaf: Any) -> bool:
 
 
 def by_path(tree: Any) -> dict[str, Any]:
-    """The leaves by their dotted path, which a named tuple and a dictionary share."""
+    """Leaves by their dotted path, which is the same for a named tuple and for a dictionary."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))
     return {jax.tree_util.keystr(p, simple=True, separator="."): leaf for p, leaf in leaves}
 
@@ -40,9 +40,10 @@ def _of_each(leaves: dict[str, Any]) -> dict[str, UInt32[Array, ""]]:
 
 
 def _fingerprint(leaf: Array) -> UInt32[Array, ""]:
-    """sum_i (2 i + 1) bits_i mod 2^32 over the elements: an odd factor lets no change vanish.
+    """sum_i (2 i + 1) bits_i mod 2^32 over the elements.
 
-    Integers add up alike in every order, so no sharding changes the sum.
+    Odd factors are invertible mod 2^32, so a change of one element always changes the sum. Integer
+    addition does not depend on the order, so no sharding changes the sum.
     """
     unsigned = {2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
     bits = lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32)

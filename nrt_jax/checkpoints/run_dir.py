@@ -21,7 +21,7 @@ from nrt_jax.errors import InputError
 VERSIONS_FILE, LOCK_FILE = "versions.json", "lock"
 CHECKPOINTS = "checkpoints"
 _OF_A_NEW_RUN = {LOCK_FILE, CONFIG_FILE + PART_SUFFIX}
-"""What a run that was killed in its first moments may have left."""
+"""Files of a run that was killed before its config was written."""
 FREE_TO_CHANGE = (
     "run_dir",
     "checkpoint.",
@@ -36,15 +36,15 @@ FREE_TO_CHANGE = (
     "train.packing",
     "train.batch_shapes",
 )
-"""Settings that a continued run may have otherwise, on other devices for instance: they change no
-weight but by rounding."""
+"""Settings that may differ when a run continues, for example on other devices: they change no
+weight beyond rounding."""
 
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make the run directory, and keep it to this process; the lock ends with the process.
+    """Make the run directory and lock it; the lock ends with the process.
 
-    Raises InputError when it cannot be written, when it holds something else than a run, or when
+    Raises InputError when the directory cannot be written, when it holds files but no run, or when
     another process trains in it.
     """
     try:
@@ -72,10 +72,10 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def prepare(config: RunConfig) -> None:
-    """Write what the run is; the directory is locked.
+    """Write the config and the versions of packages and devices; the directory is locked.
 
-    Raises InputError when a setting that fixes the weights differs from those of the checkpoints
-    that are there.
+    Raises InputError when there are checkpoints of another config, unless only settings differ that
+    change no weight.
     """
     saved = config.run_dir / CONFIG_FILE
     checkpoints = config.run_dir / CHECKPOINTS
@@ -87,7 +87,7 @@ def prepare(config: RunConfig) -> None:
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether a run in this directory has saved its state."""
+    """Whether the directory has a checkpoint."""
     return any(saved.name.isdigit() for saved in (directory / CHECKPOINTS).glob("*"))
 
 
@@ -121,12 +121,20 @@ def _versions() -> dict[str, Any]:
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "devices": [str(device) for device in jax.devices()],
-        "packages": {name: importlib.metadata.version(name) for name in names},
+        "packages": {name: _version(name) for name in names},
     }
 
 
+def _version(package: str) -> str | None:
+    """Of an installed package; None for an extra that is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def _git_revision() -> str | None:
-    """Revision of the checkout that the package runs from, with a mark when it has changes."""
+    """Git revision of the package's checkout, marked -dirty when it has changes."""
     where = Path(nrt_jax.__file__).parent
     command = ["git", "-C", str(where), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

@@ -1,4 +1,4 @@
-"""Groups that wait for their update, as text in a checkpoint: exact to the bit."""
+"""Prefetched groups as text in a checkpoint, exact to the bit."""
 
 import base64
 import io
@@ -12,7 +12,7 @@ NO_TOKEN = -1
 
 
 def pack_groups(groups: Sequence[Group]) -> str:
-    """Everything but the examples, which the data's own position gives back."""
+    """Encode everything but the examples, which the saved data position gives back."""
     traces = [trace for group in groups for trace in group.traces]
     arrays = {
         "traces": np.asarray([len(group.traces) for group in groups]),
@@ -34,7 +34,7 @@ def pack_groups(groups: Sequence[Group]) -> str:
 
 
 def unpack_groups(text: str, examples: Sequence[TokenizedExample]) -> list[Group]:
-    """The groups of `pack_groups`, with their examples in the same order."""
+    """Decode `pack_groups`, given the examples in the same order."""
     saved = read_arrays(text)
     starts = np.cumsum(saved["lengths"])[:-1]
     rows = zip(
@@ -50,17 +50,17 @@ def unpack_groups(text: str, examples: Sequence[TokenizedExample]) -> list[Group
     )
     return [
         Group(
-            example,
-            tuple(next(traces) for _ in range(saved["traces"][p])),
-            int(saved["versions"][p]),
-            saved["rewards"][p] if "rewards" in saved else None,
-            float(saved["baselines"][p]),
+            example=example,
+            traces=tuple(next(traces) for _ in range(saved["traces"][p])),
+            version=int(saved["versions"][p]),
+            rewards=saved["rewards"][p] if "rewards" in saved else None,
+            baseline=float(saved["baselines"][p]),
         )
         for p, example in enumerate(examples)
     ]
 
 
 def read_arrays(text: str) -> dict[str, np.ndarray]:
-    """The arrays of a packed text; raises when a bit of it is not as it was written."""
+    """The arrays of an encoded text; raises when one bit of it has changed."""
     with np.load(io.BytesIO(base64.b64decode(text, validate=True))) as saved:
         return dict(saved)

@@ -1,4 +1,4 @@
-"""What a training step carries from one update to the next, and how it is first made."""
+"""The state that one update hands to the next: weights, moments and counters."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     updates: Int[Array, ""]
-    """Updates asked for, skipped ones included."""
+    """Updates so far, skipped ones included."""
     skipped: Int[Array, ""]
     """Updates skipped because a gradient was not finite."""
     skipped_in_row: Int[Array, ""]
@@ -26,8 +26,8 @@ class TrainState(NamedTuple):
 def state_shardings(
     optimizer: optax.GradientTransformation, params: Any, mesh: Mesh, *, offload: bool = False
 ) -> TrainState:
-    """Moments are laid out like the weights they belong to, with `offload` in the memory of the
-    hosts; counters are on every device."""
+    """Shard moments like their weights, and replicate counters; `offload` keeps the moments in host
+    memory."""
     everywhere = replicated(mesh)
     shardings = jax.tree.map(lambda weight: weight.sharding, params)
     opt_state = optax.tree_utils.tree_map_params(
@@ -37,22 +37,42 @@ def state_shardings(
         shardings,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(shardings, opt_state, everywhere, everywhere, everywhere)
+    return TrainState(
+        params=shardings,
+        opt_state=opt_state,
+        updates=everywhere,
+        skipped=everywhere,
+        skipped_in_row=everywhere,
+    )
 
 
 def init_state(
     optimizer: optax.GradientTransformation, params: Any, shardings: TrainState
 ) -> TrainState:
     """State before the first update."""
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    zeros = [jax.device_put(jnp.zeros((), jnp.int32), s) for s in shardings[2:]]
-    return TrainState(params, opt_state, *zeros)
+
+    def zero(sharding: Any) -> Int[Array, ""]:
+        return jax.device_put(jnp.zeros((), jnp.int32), sharding)
+
+    return TrainState(
+        params=params,
+        opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
+        updates=zero(shardings.updates),
+        skipped=zero(shardings.skipped),
+        skipped_in_row=zero(shardings.skipped_in_row),
+    )
 
 
 def abstract_state(
     optimizer: optax.GradientTransformation, params: Any, shardings: TrainState
 ) -> TrainState:
-    """Shapes, dtypes and shardings of a state whose weights are like `params` (abstract or not)."""
+    """Shapes, dtypes and shardings of a state with weights like `params` (abstract or not)."""
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    state = TrainState(params, jax.eval_shape(optimizer.init, params), count, count, count)
+    state = TrainState(
+        params=params,
+        opt_state=jax.eval_shape(optimizer.init, params),
+        updates=count,
+        skipped=count,
+        skipped_in_row=count,
+    )
     return jax.tree.map(lambda leaf, s: leaf.update(sharding=s), state, shardings)

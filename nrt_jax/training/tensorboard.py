@@ -1,4 +1,8 @@
-"""TensorBoard's event files, written at once: a killed run loses no step that it has saved."""
+"""TensorBoard's event files, written synchronously.
+
+tensorboardX's own writer hands events to a thread, where a killed run loses them and the error of a
+full disk is lost with the thread.
+"""
 
 import os
 import socket
@@ -15,7 +19,7 @@ from nrt_jax.checkpoints.files import append, open_to_append
 
 
 class EventFile:
-    """One process's event file; it hides the events that earlier ones have from `step` on."""
+    """The event file of one process; TensorBoard ignores earlier files' events from `step` on."""
 
     def __init__(self, directory: Path, step: int):
         directory.mkdir(exist_ok=True)
@@ -26,7 +30,7 @@ class EventFile:
         self._write(Event(wall_time=time.time(), step=step, session_log=start))
 
     def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
-        """The scalars of one step; raises OSError with the name of the file."""
+        """Write the scalars of one step; raises OSError with the name of the file."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         self._write(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
@@ -35,7 +39,7 @@ class EventFile:
         self._file.close()
 
     def _write(self, event: Event) -> None:
-        """A record is length, checksum of the length, data, checksum of the data."""
+        """Write a record: length, checksum of the length, data, checksum of the data."""
         data = event.SerializeToString()
         length = struct.pack("<Q", len(data))
         append(self._file, length + _checksum(length) + data + _checksum(data))
