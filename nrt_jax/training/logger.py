@@ -1,4 +1,4 @@
-"""Where measurements go: metrics.jsonl, TensorBoard, Weights & Biases, the terminal."""
+"""Write metrics to metrics.jsonl, TensorBoard, Weights & Biases and the terminal."""
 
 import json
 import os
@@ -24,21 +24,21 @@ SHOWN = ("loss/total", "reward/mean", "trace/tokens", "eval/exact_match", "speed
 
 
 def keep_up_to(path: Path, step: int) -> None:
-    """Drop the lines of later steps, and what a kill cut short, in one atomic rename."""
+    """Drop the lines of later steps and an incomplete last line, in one atomic rename."""
     if not path.exists():
         return
-    kept = b""
+    kept = []
     # Not splitlines: samples may hold the other line separators of Unicode.
     for line in path.read_bytes().split(b"\n"):
         line_step = _step_of(line)
         if line_step is None or line_step > step:
             break
-        kept += line + b"\n"
-    write_atomically(path, kept)
+        kept.append(line + b"\n")
+    write_atomically(path, b"".join(kept))
 
 
 def _step_of(line: bytes) -> int | None:
-    """The step of a whole line; None for half of one."""
+    """The step of a complete line; None for an incomplete one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, TypeError, KeyError):
@@ -66,33 +66,37 @@ class PhaseTimer:
 
 
 class MetricsWriter:
-    """Appends to a run's files from `step` on; later lines of an earlier try are dropped first.
+    """Appends metrics to the files of a run, and times the phases of its steps.
 
-    `step` is -1 for a run that starts over. Writing raises OSError with the name of the file.
+    Lines after step `after` are dropped first: a killed process wrote them, and these steps are
+    taken again. -1 drops all lines. Writing raises OSError with the name of the file.
     """
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, step: int, total: int, resolved: dict):
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, *, after: int, total: int, resolved: dict
+    ):
+        self.timer = PhaseTimer()
         self._every, self._total = config.every_steps, total
         for name in (METRICS_FILE, SAMPLES_FILE):
-            keep_up_to(run_dir / name, step)
+            keep_up_to(run_dir / name, after)
         self._wandb = _open_wandb(config.wandb_project, run_dir, resolved)
         with ExitStack() as opened:
             self._metrics = opened.enter_context(open_to_append(run_dir / METRICS_FILE))
             self._samples = opened.enter_context(open_to_append(run_dir / SAMPLES_FILE))
             self._events: EventFile | None = None
             if config.tensorboard:
-                events = EventFile(run_dir / "tensorboard", step + 1)
+                events = EventFile(run_dir / "tensorboard", after + 1)
                 self._events = opened.enter_context(closing(events))
             if self._wandb is not None:
                 opened.callback(self._wandb.finish)
             self._bar: tqdm | None = None
             if sys.stderr.isatty():
-                bar = tqdm(total=total, initial=max(step, 0), unit="step", dynamic_ncols=True)
+                bar = tqdm(total=total, initial=max(after, 0), unit="step", dynamic_ncols=True)
                 self._bar = opened.enter_context(closing(bar))
             self._opened = opened.pop_all()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """One line of metrics; numbers are written with full precision."""
+        """Write one line of metrics, numbers with full precision."""
         row = {"step": step} | {name: _number(value) for name, value in metrics.items()}
         append(self._metrics, json.dumps(row).encode() + b"\n")
         scalars = {name: value for name, value in row.items() if name != "step"}
@@ -103,7 +107,7 @@ class MetricsWriter:
         self._show(step, row)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
-        """Traces and answers of one evaluation."""
+        """Write the traces and answers of one evaluation."""
         lines = [json.dumps({"step": step} | sample, ensure_ascii=False) for sample in samples]
         append(self._samples, "".join(line + "\n" for line in lines).encode())
 
@@ -117,7 +121,7 @@ class MetricsWriter:
             print(f"step {step}/{self._total}  {text}", flush=True)
 
     def sync(self) -> None:
-        """Force what was written to the disk; called before a checkpoint is saved."""
+        """Force written lines to the disk; called before a checkpoint is saved."""
         for file in (self._metrics, self._samples):
             os.fsync(file.fileno())
 

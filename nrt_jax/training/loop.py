@@ -1,13 +1,24 @@
-"""`nrt-jax train`: open the run and hand it to its method's loop."""
+"""`nrt-jax train`: open the run, and let the loop of its method train it."""
 
 from nrt_jax.config.run import RunConfig
+from nrt_jax.engine.generate import generate
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.nrt import train_nrt
-from nrt_jax.training.setup import open_run
+from nrt_jax.training.rollouts import Generate
+from nrt_jax.training.setup import setup
 from nrt_jax.training.sft import train_sft
 
 
-def train(config: RunConfig, stop: StopRequest | None = None) -> None:
-    """Train, or continue, the run of a config; `stop` is asked after every step."""
-    with open_run(config, stop or StopRequest()) as run, run.memory.explained():
-        {"nrt": train_nrt, "sft": train_sft}[config.method](run)
+def train(
+    config: RunConfig, stop: StopRequest | None = None, generate: Generate = generate
+) -> None:
+    """Train, or continue, the run of a config; `generate` drives the engine of the rollouts.
+
+    After every step `stop` is asked whether to end.
+    """
+    stop = stop or StopRequest()
+    with setup(config) as run, run.memory.explained():
+        if config.method == "sft":
+            train_sft(run, stop)
+        else:
+            train_nrt(run, stop, generate)

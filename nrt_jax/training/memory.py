@@ -1,4 +1,4 @@
-"""What a step takes of a device's memory, and what to change where it does not fit."""
+"""Device memory of a training step: what each part takes, and what to change when it runs out."""
 
 import logging
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ WEIGHTS, MOMENTS = "weights", "optimizer moments"
 GRADIENT, ACTIVATIONS = "gradient", "activations and temporaries"
 
 REMEDIES = {
-    WEIGHTS: "spread them over more devices with mesh.fsdp or mesh.tensor",
-    MOMENTS: "set optimizer.offload=true, or spread them over more devices with mesh.fsdp",
-    GRADIENT: "spread it over more devices with mesh.fsdp or mesh.tensor",
+    WEIGHTS: "shard them over more devices with mesh.fsdp or mesh.tensor",
+    MOMENTS: "set optimizer.offload=true, or shard them over more devices with mesh.fsdp",
+    GRADIENT: "shard it over more devices with mesh.fsdp or mesh.tensor",
     ACTIVATIONS: "lower train.micro_batch_prompts, set model.remat=full, "
-    "lower model.logprob_chunk_tokens, or spread tokens with mesh.context",
+    "lower model.logprob_chunk_tokens, or shard tokens with mesh.context",
 }
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of their shapes with shardings."""
+    """Bytes of a tree of arrays, or of abstract arrays with shardings, on one device."""
     return sum(
         np.dtype(leaf.dtype).itemsize * int(np.prod(leaf.sharding.shard_shape(leaf.shape)))
         for leaf in jax.tree.leaves(tree)
@@ -36,7 +36,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 class DeviceMemory:
-    """Bytes of each part of a step on one device, as far as they are known."""
+    """Bytes of each part of a step on one device; of the activations once a program is compiled."""
 
     def __init__(self, state: TrainState):
         weights = bytes_per_device(state.params)
@@ -46,12 +46,12 @@ class DeviceMemory:
             GRADIENT: weights,
         }
 
-    def tell(self) -> None:
-        """Say what is known."""
-        log.info("memory a device: %s", self._told())
+    def log_parts(self) -> None:
+        """Log the parts known so far."""
+        log.info("memory per device: %s", self._described())
 
     def add_program(self, name: str, compiled: jax.stages.Compiled) -> None:
-        """Tell what a compiled program takes, by XLA's own analysis of it."""
+        """Log the memory of a compiled program, by XLA's own analysis."""
         analysis = compiled.memory_analysis()
         if analysis is None:
             return
@@ -59,20 +59,20 @@ class DeviceMemory:
         self.parts[ACTIVATIONS] = max(temporaries, self.parts.get(ACTIVATIONS, 0))
         state = sum(size for part, size in self.parts.items() if part != ACTIVATIONS)
         log.info(
-            "memory a device: %s: %s of temporaries, %s with the state",
+            "memory per device: %s: %s of temporaries, %s with the state",
             name,
             gibibytes(temporaries),
             gibibytes(temporaries + state),
         )
 
-    def _told(self) -> str:
+    def _described(self) -> str:
         return ", ".join(f"{part} {gibibytes(size)}" for part, size in self.parts.items())
 
     @contextmanager
     def explained(self) -> Iterator[None]:
-        """RunFailed in the place of jax's error when a device has no memory left.
+        """Raise RunFailed instead of jax's error when a device runs out of memory.
 
-        It names the largest part and what makes it smaller.
+        The message names the largest part and the settings that shrink it.
         """
         try:
             yield
@@ -83,10 +83,10 @@ class DeviceMemory:
             first_line = str(error).splitlines()[0]
             raise RunFailed(
                 f"out of memory: the largest part of a device's memory is {largest} "
-                f"({self._told()}); {REMEDIES[largest]} [{first_line}]"
+                f"({self._described()}); {REMEDIES[largest]} [{first_line}]"
             ) from error
 
 
 def gibibytes(size: int) -> str:
-    """A number of bytes to read."""
+    """A number of bytes as readable text."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 100 else f"{size / 2**20:.2f} MiB"

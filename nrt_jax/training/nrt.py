@@ -4,66 +4,57 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.checkpoints.train_state import TrainState
+from nrt_jax.stop import StopRequest
+from nrt_jax.training.batch import TrainBatch
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Packer, packing_metrics
-from nrt_jax.training.rollouts import (
-    MiniBatch,
-    make_batches,
-    rollout_engine,
-    rollout_metrics,
-    sample_groups,
-)
+from nrt_jax.training.progress import Prefetched
+from nrt_jax.training.rollouts import Generate, MiniBatch, Sampler, make_batches, rollout_metrics
 from nrt_jax.training.scoring import Scorer, make_scorer
-from nrt_jax.training.setup import Ahead, Run, mean_over_updates
+from nrt_jax.training.setup import Run
+from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
 
 
-def train_nrt(run: Run) -> None:
-    """Take examples, sample K traces each, build the batch, update; the frame logs and saves."""
-    engine, step_functions = rollout_engine(run), make_step_functions(run)
-    if run.config.rollout.staleness:
-        return _train_one_ahead(run, engine, step_functions)
-    for step in run.steps():
-        with run.timer("data"):
-            examples = next(run.batches)
-        with run.timer("generate"):
-            groups = sample_groups(run, engine, run.engine_weights(), examples, step)
-            batches = make_batches(run, groups)
-        with run.timer("update"):
-            run.state, updates = step_functions.run_mini_batches(run, batches)
-            metrics = _step_metrics(updates, batches, run.packer)
-        run.finish_step(metrics | rollout_metrics(run, engine, groups, step))
+def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
+    """Take examples, sample K traces of each, build the batch, update; log, evaluate and save.
 
-
-def _train_one_ahead(run: Run, engine: DecoderEngine, step_functions: "StepFunctions") -> None:
-    """The same, but the next step's rollouts are driven while this step's update runs.
-
-    jax dispatches the update and returns at once. The rollouts follow it on the same devices, or
-    run beside it on devices of their own; its metrics are read when they are done.
+    With `rollout.staleness` the groups of the next step are sampled while the update runs, with the
+    weights from before it. jax dispatches an update and returns at once, so the rollouts follow it
+    on the same devices, or run beside it on devices of their own; its metrics are read afterwards.
     """
-    for step in run.steps():
-        # Of this step: the first, or one that follows what was the run's last.
-        run.ahead = run.ahead or _sample_ahead(run, engine, step)
-        groups = run.ahead.groups
-        batches = make_batches(run, groups)
-        with run.timer("update"):
-            # The weights of the next rollouts: the update consumes the training's.
-            run.engine_weights()
-            run.state, updates = step_functions.run_mini_batches(run, batches)
-        last = step == run.config.train.steps
-        run.ahead = None if last else _sample_ahead(run, engine, step + 1)
-        with run.timer("update"):
-            metrics = _step_metrics(updates, batches, run.packer)
-        run.finish_step(metrics | rollout_metrics(run, engine, groups, step))
+    config, progress, timer = run.config, run.progress, run.logger.timer
+    assert run.engines.traces is not None, "nrt samples traces"
+    sampler = Sampler(config, run.policy.tokenizer, run.engines.traces, generate)
+    functions = make_step_functions(run)
+    for step in steps(run, stop):
+        # Prefetched in the step before or restored with the checkpoint, otherwise sampled now.
+        groups = (progress.prefetched or _sample(run, sampler, step)).groups
+        with timer("batch"):
+            batches = make_batches(groups, run.data.packer, config, run.policy.tokenizer)
+        with timer("update"):
+            # The update consumes the weights; the engines take theirs before it.
+            weights_metrics = run.engines.weights(progress).metrics
+            minis = [run.policy.to_device(mini.micro_batches) for mini in batches]
+            progress.state, updates = functions.run_mini_batches(progress.state, minis)
+        prefetches = config.rollout.staleness > 0 and step < config.train.steps
+        progress.prefetched = _sample(run, sampler, step + 1) if prefetches else None
+        with timer("update"):
+            metrics = _step_metrics(updates, batches, run.data.packer)
+        metrics |= rollout_metrics(sampler, groups, step)
+        finish_step(run, metrics | dict(weights_metrics))
 
 
-def _sample_ahead(run: Run, engine: DecoderEngine, step: int) -> Ahead:
-    with run.timer("data"):
-        position, examples = run.batches.get_state(), next(run.batches)
-    with run.timer("generate"):
-        return Ahead(position, sample_groups(run, engine, run.engine_weights(), examples, step))
+def _sample(run: Run, sampler: Sampler, step: int) -> Prefetched:
+    """Take the examples of a step, and sample their traces with the newest weights."""
+    batches, timer = run.data.batches, run.logger.timer
+    with timer("data"):
+        position, examples = batches.get_state(), next(batches)
+    with timer("generate"):
+        weights = run.engines.weights(run.progress)
+        return Prefetched(position, sampler.sample(weights, examples, step))
 
 
 @dataclass(frozen=True)
@@ -74,11 +65,9 @@ class StepFunctions:
     score: Scorer
 
     def run_mini_batches(
-        self, run: Run, batches: Sequence[MiniBatch]
-    ) -> tuple[Any, list[dict[str, Any]]]:
-        """Score what the sampling policy must judge, then one update a mini-batch."""
-        state = run.state
-        minis = [[run.to_device(micro) for micro in mini.micro_batches] for mini in batches]
+        self, state: TrainState, minis: Sequence[Sequence[TrainBatch]]
+    ) -> tuple[TrainState, list[dict[str, Any]]]:
+        """Score what needs the sampling policy, then make one update per mini-batch."""
         scored = [[self.score(state.params, micro) for micro in mini] for mini in minis]
         updates = []
         for mini, scores in zip(minis, scored, strict=True):
@@ -88,15 +77,15 @@ class StepFunctions:
 
 
 def make_step_functions(run: Run) -> StepFunctions:
-    """Compile-ready update and scoring for the run's sizes."""
-    config = run.config
+    """Update and scoring for the sizes of the run, compiled at their first call."""
+    config, policy = run.config, run.policy
     settings = NrtSettings(
-        run.model.definition,
-        config.objective,
-        run.tokenizer.think_start_id,
-        run.tokenizer.think_end_id,
-        config.rollout.temperature,
-        config.model.logprob_chunk_tokens,
+        definition=policy.model.definition,
+        objective=config.objective,
+        think_start=policy.tokenizer.think_start_id,
+        think_end=policy.tokenizer.think_end_id,
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.model.logprob_chunk_tokens,
     )
     train = config.train
     sequences = train.mini_batch_prompts * config.rollout.traces_per_prompt
@@ -105,11 +94,11 @@ def make_step_functions(run: Run) -> StepFunctions:
         return nrt_loss(params, *batch, sequences=sequences, settings=settings)
 
     return StepFunctions(
-        update=Update(loss_fn, run.optimizer, run.shardings, run.memory.add_program),
+        update=Update(loss_fn, policy.optimizer, policy.shardings, run.memory.add_program),
         score=make_scorer(
             settings,
             several_updates=train.batch_prompts > train.mini_batch_prompts,
-            reference=run.reference_params,
+            reference=policy.reference_params,
         ),
     )
 
@@ -117,20 +106,21 @@ def make_step_functions(run: Run) -> StepFunctions:
 def _step_metrics(
     updates: list[dict[str, Any]], batches: Sequence[MiniBatch], packer: Packer
 ) -> dict[str, float]:
-    """Those of the updates, and how well the groups filled their rows."""
+    """Metrics of the updates, and how well the groups fill their rows."""
     plans = [plan for mini in batches for plan in mini.plans]
     return _mean_metrics(updates, [mini.kept for mini in batches]) | packing_metrics(plans, packer)
 
 
 def _mean_metrics(updates: list[dict[str, Any]], kept: list[bool]) -> dict[str, float]:
-    """Means over the updates; the mismatch is that of the first, before the weights moved.
+    """Means over the updates; `mismatch/` of the first, before the weights changed.
 
-    An update without any group has a loss and a gradient of 0, and nothing to say of the policy.
+    An update without any group has a loss and a gradient of 0. It counts in their means, and in
+    no other.
     """
     metrics = mean_over_updates(updates)
-    telling = [update for update, any_group in zip(updates, kept, strict=True) if any_group]
-    telling = telling or updates
-    policy, first = mean_over_updates(telling), mean_over_updates(telling[:1])
+    with_groups = [update for update, any_group in zip(updates, kept, strict=True) if any_group]
+    with_groups = with_groups or updates
+    policy, first = mean_over_updates(with_groups), mean_over_updates(with_groups[:1])
     of_all = ("loss/", "update/")
     metrics |= {name: policy[name] for name in policy if not name.startswith(of_all)}
     return metrics | {name: first[name] for name in first if name.startswith("mismatch/")}

@@ -1,17 +1,20 @@
-"""Examples to groups of traces, groups to a batch, and what is told about them.
+"""Examples to groups of traces, groups to batches, and the metrics of both.
 
-Letters: P prompts, K traces a prompt.
+Letters: P prompts, K traces per prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from nrt_jax.config.run import RunConfig
+from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import DecoderEngine
 from nrt_jax.engine.generate import generate, generate_and_score
-from nrt_jax.engine.make import trace_engine
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.engine.weight_sync import EngineWeights
@@ -21,61 +24,77 @@ from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
 from nrt_jax.training.loss_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
-from nrt_jax.training.setup import Run
-from nrt_jax.types import Group, TokenizedExample
+from nrt_jax.training.setup import SAMPLING_STREAM
+from nrt_jax.types import Group, TokenizedExample, Trace
+
+Generate = Callable[..., list[tuple[Trace, ...]]]
+"""Samples the traces of requests, called like `engine.generate.generate`."""
 
 
-def rollout_engine(run: Run) -> DecoderEngine:
-    """The engine that evaluation samples traces with, so that its programs are compiled once."""
-    if run.answerer is not None and run.answerer.trace_engine is not None:
-        return run.answerer.trace_engine
-    return trace_engine(run.config, run.engine_model, run.tokenizer)
+@dataclass(frozen=True)
+class Sampler:
+    """Samples the groups of a step.
+
+    A trace is a function of the run's seed, the step, the prompt, k and the weights alone.
+    """
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    engine: DecoderEngine
+    generate: Generate = generate
+
+    def sample(
+        self, weights: EngineWeights, examples: Sequence[TokenizedExample], step: int
+    ) -> list[Group]:
+        """K traces of each example, all of them drawn with the same weights."""
+        rollout, key = self.config.rollout, sampling_key(self.config.seed, step)
+        requests = [self._request(example) for example in examples]
+        if not rollout.drop_zero_std_groups:
+            groups = self.generate(
+                self.engine, weights.params, requests, key, steps=rollout.decode_steps
+            )
+            return [Group(e, t, weights.version) for e, t in zip(examples, groups, strict=True)]
+        groups, logprobs = generate_and_score(
+            self.engine, weights.params, requests, key, steps=rollout.decode_steps
+        )
+        rewards = score_rewards(logprobs, self.config.objective)
+        return [
+            Group(
+                example=example,
+                traces=traces,
+                version=weights.version,
+                rewards=reward_K,
+                baseline=float(baseline),
+            )
+            for example, traces, reward_K, baseline in zip(examples, groups, *rewards, strict=True)
+        ]
+
+    def _request(self, example: TokenizedExample) -> Request:
+        """Limit the trace so that t_start, z, t_end and y* fit max_response_tokens."""
+        rollout, tokenizer = self.config.rollout, self.tokenizer
+        longest_trace = rollout.max_response_tokens - len(example.answer_tokens) - 2
+        suffix = None
+        if rollout.drop_zero_std_groups:
+            suffix = np.append(np.int32(tokenizer.think_end_id), example.answer_tokens)
+        return Request(
+            prompt_tokens=np.append(example.prompt_tokens, np.int32(tokenizer.think_start_id)),
+            stream=example.example.index,
+            copies=rollout.traces_per_prompt,
+            max_tokens=min(rollout.max_trace_tokens, longest_trace),
+            sampling=Sampling(
+                temperature=rollout.temperature,
+                top_p=rollout.top_p,
+                top_k=rollout.top_k,
+                min_p=rollout.min_p,
+                repetition_penalty=rollout.repetition_penalty,
+            ),
+            suffix_tokens=suffix,
+        )
 
 
-def sample_groups(
-    run: Run,
-    engine: DecoderEngine,
-    weights: EngineWeights,
-    examples: Sequence[TokenizedExample],
-    step: int,
-) -> list[Group]:
-    """K traces of every example for one step, all of them drawn with the same weights."""
-    rollout, key = run.config.rollout, run.sampling_key(step)
-    requests = [_request(run, example) for example in examples]
-    if not rollout.drop_zero_std_groups:
-        traces = generate(engine, weights.params, requests, key, steps=rollout.decode_steps)
-        return [Group(e, t, weights.version) for e, t in zip(examples, traces, strict=True)]
-    traces, scores = generate_and_score(
-        engine, weights.params, requests, key, steps=rollout.decode_steps
-    )
-    judged = score_rewards(scores, run.config.objective)
-    return [
-        Group(example, group, weights.version, reward_K, float(baseline))
-        for example, group, reward_K, baseline in zip(examples, traces, *judged, strict=True)
-    ]
-
-
-def _request(run: Run, example: TokenizedExample) -> Request:
-    """A long answer leaves room for itself: t_start, z, t_end and y* fit the response."""
-    rollout, tokenizer = run.config.rollout, run.tokenizer
-    room = rollout.max_response_tokens - len(example.answer_tokens) - 2
-    suffix = None
-    if rollout.drop_zero_std_groups:
-        suffix = np.concatenate([[tokenizer.think_end_id], example.answer_tokens]).astype(np.int32)
-    return Request(
-        np.append(example.prompt_tokens, tokenizer.think_start_id).astype(np.int32),
-        example.example.index,
-        rollout.traces_per_prompt,
-        min(rollout.max_trace_tokens, room),
-        Sampling(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            repetition_penalty=rollout.repetition_penalty,
-        ),
-        suffix,
-    )
+def sampling_key(seed: int, step: int) -> jax.Array:
+    """Key of a step's rollouts, from the run's seed and the step alone."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SAMPLING_STREAM), step)
 
 
 class MiniBatch(NamedTuple):
@@ -84,18 +103,20 @@ class MiniBatch(NamedTuple):
     micro_batches: list[TrainBatch]
     plans: list[Plan]
     kept: bool
-    """Whether the loss is of any group."""
+    """False when every group was dropped: the arrays then hold one that has no part in the loss."""
 
 
-def make_batches(run: Run, groups: Sequence[Group]) -> list[MiniBatch]:
-    """The groups as arrays; those with zero std, where they are dropped, take no place."""
+def make_batches(
+    groups: Sequence[Group], packer: Packer, config: RunConfig, tokenizer: Tokenizer
+) -> list[MiniBatch]:
+    """The groups as arrays; a group with zero std, where these are dropped, takes no row."""
     kept_P = np.ones(len(groups), bool)
-    if run.config.rollout.drop_zero_std_groups:
-        kept_P = ~np.asarray(zero_std(*_rewards(groups), run.config.objective.estimator))
-    size = run.config.train.mini_batch_prompts
-    think = {"think_start": run.tokenizer.think_start_id, "think_end": run.tokenizer.think_end_id}
+    if config.rollout.drop_zero_std_groups:
+        kept_P = ~np.asarray(zero_std(*_rewards(groups), config.objective.estimator))
+    size = config.train.mini_batch_prompts
+    think = {"think_start": tokenizer.think_start_id, "think_end": tokenizer.think_end_id}
     return [
-        mini_batch(groups[start : start + size], kept_P[start : start + size], run.packer, **think)
+        mini_batch(groups[start : start + size], kept_P[start : start + size], packer, **think)
         for start in range(0, len(groups), size)
     ]
 
@@ -109,7 +130,7 @@ def mini_batch(
     think_end: int,
 ) -> MiniBatch:
     """Arrays of the groups that are kept; where none is, of one that has no part in the loss."""
-    # An update of no groups would have no shape.
+    # An update needs at least one group for the shapes of its arrays.
     chosen = [group for group, kept in zip(groups, kept_P, strict=True) if kept] or groups[:1]
     kept, plans = bool(kept_P.any()), packer.plan([group_lengths(group) for group in chosen])
     how = {"think_start": think_start, "think_end": think_end, "kept": kept}
@@ -125,40 +146,38 @@ def _rewards(
     )
 
 
-def rollout_metrics(
-    run: Run, engine: DecoderEngine, groups: Sequence[Group], step: int
-) -> dict[str, float]:
-    """Length and endings of the traces, the age of the weights that drew them, what was dropped,
-    and how many programs the engine compiled so far.
+def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dict[str, float]:
+    """Lengths and ends of the traces, the age of the weights that drew them, the share of dropped
+    groups, and how many programs the engine has compiled so far.
 
-    Where groups were scored when they were sampled, `reward/` is of all of them by these scores.
+    Where groups are scored when they are sampled, `reward/` is over all groups by these scores.
     """
+    config = sampler.config
     staleness = max(step - 1 - group.version for group in groups)
-    assert 0 <= staleness <= run.config.rollout.staleness, "older weights than the config allows"
-    metrics = _trace_metrics(run, groups) | dict(run.engine_weights().metrics)
+    assert 0 <= staleness <= config.rollout.staleness, "older weights than the config allows"
+    metrics = _trace_metrics(groups, sampler.tokenizer)
     metrics["rollout/staleness"] = float(staleness)
-    metrics["speed/programs"] = float(sum(engine.compiled.values()))
-    if run.config.rollout.drop_zero_std_groups:
-        means = reward_means(*_rewards(groups), np.ones(len(groups), bool), run.config.objective)
+    metrics["speed/programs"] = float(sum(sampler.engine.compiled.values()))
+    if config.rollout.drop_zero_std_groups:
+        means = reward_means(*_rewards(groups), np.ones(len(groups), bool), config.objective)
         metrics |= {name: float(total / count) for name, (total, count) in means.items()}
         metrics["rollout/dropped_share"] = metrics["reward/no_spread_share"]
     return metrics
 
 
-def _trace_metrics(run: Run, groups: Sequence[Group]) -> dict[str, float]:
+def _trace_metrics(groups: Sequence[Group], tokenizer: Tokenizer) -> dict[str, float]:
     traces = [trace for group in groups for trace in group.traces]
     lengths = np.asarray([len(trace.tokens) for trace in traces])
-    names = [end_name(run.tokenizer, trace) for trace in traces]
-    think_end = run.tokenizer.token(run.tokenizer.think_end_id)
-    other = sum(name not in (think_end, "length") for name in names)
+    ends = [end_name(tokenizer, trace) for trace in traces]
+    think_end = tokenizer.token(tokenizer.think_end_id)
+    others = sum(end not in (think_end, "length") for end in ends)
     prompt_tokens = sum(len(group.example.prompt_tokens) for group in groups)
-    answer_tokens = sum(len(group.example.answer_tokens) for group in groups)
-    per_group = run.config.rollout.traces_per_prompt
+    answer_tokens = sum(len(g.example.answer_tokens) * len(g.traces) for g in groups)
     return {
         "trace/tokens": float(lengths.mean()),
         "trace/tokens_max": float(lengths.max()),
-        "trace/end_think_end_share": names.count(think_end) / len(names),
-        "trace/end_length_share": names.count("length") / len(names),
-        "trace/end_other_share": other / len(names),
-        "speed/tokens": float(lengths.sum() + prompt_tokens + per_group * answer_tokens),
+        "trace/end_think_end_share": ends.count(think_end) / len(ends),
+        "trace/end_length_share": ends.count("length") / len(ends),
+        "trace/end_other_share": others / len(ends),
+        "speed/tokens": float(lengths.sum() + prompt_tokens + answer_tokens),
     }

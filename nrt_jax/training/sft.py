@@ -14,45 +14,48 @@ from jaxtyping import Array, Float
 from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.objective.losses import sft_loss
 from nrt_jax.objective.masked import masked_count, masked_sum
+from nrt_jax.stop import StopRequest
 from nrt_jax.training.batch import SftBatch, flat_rows, sft_batch, sft_lengths
 from nrt_jax.training.packing import packing_metrics
-from nrt_jax.training.setup import Run, mean_over_updates
+from nrt_jax.training.setup import Run
+from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Metrics, Update
 
 
-def train_sft(run: Run) -> None:
-    """Take examples, lay them out, update; the frame logs, evaluates and saves."""
-    config = run.config.train
+def train_sft(run: Run, stop: StopRequest) -> None:
+    """Take examples, build the batch, update; log, evaluate and save."""
+    config, progress, packer = run.config.train, run.progress, run.data.packer
+    timer = run.logger.timer
     update = make_sft_update(run)
-    for _ in run.steps():
-        with run.timer("data"):
-            examples = next(run.batches)
+    for _ in steps(run, stop):
+        with timer("data"):
+            examples = next(run.data.batches)
             minis = [
                 examples[start : start + config.mini_batch_prompts]
                 for start in range(0, config.batch_prompts, config.mini_batch_prompts)
             ]
-            plans = [run.packer.plan([sft_lengths(e) for e in mini]) for mini in minis]
+            plans = [packer.plan([sft_lengths(e) for e in mini]) for mini in minis]
         updates = []
-        with run.timer("update"):
+        with timer("update"):
             for mini, of_mini in zip(minis, plans, strict=True):
-                batches = [run.to_device(sft_batch(mini, plan)) for plan in of_mini]
+                batches = [run.policy.to_device(sft_batch(mini, plan)) for plan in of_mini]
                 answer_tokens = sum(len(example.answer_tokens) for example in mini)
-                run.state, metrics = update(run.state, batches, answer_tokens)
+                progress.state, metrics = update(progress.state, batches, answer_tokens)
                 updates.append(metrics)
             metrics = mean_over_updates(updates)
         tokens = sum(len(e.prompt_tokens) + len(e.answer_tokens) for e in examples)
-        metrics |= packing_metrics([plan for of_mini in plans for plan in of_mini], run.packer)
-        run.finish_step(metrics | {"speed/tokens": float(tokens)})
+        metrics |= packing_metrics([plan for of_mini in plans for plan in of_mini], packer)
+        finish_step(run, metrics | {"speed/tokens": float(tokens)})
 
 
 def make_sft_update(run: Run) -> Callable[..., Any]:
     """An update of one mini-batch; its loss is the mean over all its answer tokens."""
-    model, chunk_tokens = run.model, run.config.model.logprob_chunk_tokens
+    policy, chunk_tokens = run.policy, run.config.model.logprob_chunk_tokens
 
     def loss_fn(params: Any, batch: tuple[SftBatch, Array]) -> tuple[Array, Metrics]:
-        return sft_loss_of_rows(params, *batch, model.definition, chunk_tokens)
+        return sft_loss_of_rows(params, *batch, policy.model.definition, chunk_tokens)
 
-    update = Update(loss_fn, run.optimizer, run.shardings, run.memory.add_program)
+    update = Update(loss_fn, policy.optimizer, policy.shardings, run.memory.add_program)
 
     def update_mini_batch(state: TrainState, batches: list[SftBatch], answer_tokens: int) -> Any:
         total = np.float32(answer_tokens)

@@ -98,8 +98,8 @@ class Outcome:
 
     @property
     def told(self) -> list[str]:
-        """Lines of errors and warnings, without those that every run has: what memory it takes."""
-        usual = "nrt-jax: INFO: memory a device: "
+        """Lines of errors and warnings, without the memory that every run reports."""
+        usual = "nrt-jax: INFO: memory per device: "
         return [line for line in self.err.splitlines() if not line.startswith(usual)]
 
     @property

@@ -25,7 +25,8 @@ def row(step: int, **values) -> bytes:
 
 
 def open_writer(directory: Path, step: int = -1, **logging) -> MetricsWriter:
-    return MetricsWriter(directory, LoggingConfig(**logging), step, TOTAL, {})
+    config = LoggingConfig(**logging)
+    return MetricsWriter(directory, config, after=step, total=TOTAL, resolved={})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ import pytest
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.stop import StopRequest
-from nrt_jax.training import rollouts
-from nrt_jax.training.setup import Run, open_run
+from nrt_jax.training.rollouts import Sampler
+from nrt_jax.training.setup import Run, setup, training_batches
+from nrt_jax.types import Example, TokenizedExample
 
 SIZES = (
     "train.batch_prompts=8",
@@ -25,19 +26,34 @@ SIZES = (
 
 
 @pytest.fixture
-def opened(tiny_config, tmp_path) -> Iterator[Callable[..., Run]]:
-    """A run on the eight devices of this process, before its first step."""
+def config(tiny_config, tmp_path) -> Callable[..., RunConfig]:
+    """A config for the eight devices of this process."""
+
+    def load(*overrides: str) -> RunConfig:
+        words = (f"run_dir={tmp_path / 'run'}", *SIZES, *overrides)
+        return load_config(RunConfig, [tiny_config], words)
+
+    return load
+
+
+@pytest.fixture
+def opened(config) -> Iterator[Callable[..., Run]]:
+    """A run before its first step."""
     with ExitStack() as stack:
-
-        def run(*overrides: str) -> Run:
-            words = (f"run_dir={tmp_path / 'run'}", *SIZES, *overrides)
-            config = load_config(RunConfig, [tiny_config], words)
-            return stack.enter_context(open_run(config, StopRequest()))
-
-        yield run
+        yield lambda *overrides: stack.enter_context(setup(config(*overrides)))
 
 
-def test_how_traces_are_drawn(opened, monkeypatch):
+def sampler(run: Run, **changes) -> Sampler:
+    assert run.engines.traces is not None
+    return Sampler(run.config, run.policy.tokenizer, run.engines.traces, **changes)
+
+
+def example(index: int, answer_tokens: int) -> TokenizedExample:
+    answer = np.full(answer_tokens, 5, np.int32)
+    return TokenizedExample(Example(index, "q", "a"), np.asarray([1, 4, 3], np.int32), answer)
+
+
+def test_how_traces_are_drawn(opened):
     run = opened(
         "objective.old_logprobs=recompute",
         "rollout.temperature=0.8",
@@ -50,63 +66,96 @@ def test_how_traces_are_drawn(opened, monkeypatch):
         "rollout.cache_dtype=int8",
         "rollout.stop_tokens=['=', '3']",
         "rollout.traces_per_prompt=5",
+        "rollout.max_trace_tokens=4",
+        "rollout.max_response_tokens=9",
     )
-    engine, examples = rollouts.rollout_engine(run), next(run.batches)
     calls = []
 
     def generate(engine, params, requests, key, *, steps):
         calls.append((params, requests, steps))
         return [() for _ in requests]
 
-    monkeypatch.setattr(rollouts, "generate", generate)
-    groups = rollouts.sample_groups(run, engine, run.engine_weights(), examples, 1)
+    tokenizer, engine = run.policy.tokenizer, run.engines.traces
+    examples = [example(index, length) for index, length in enumerate((1, 2, 4, 5), start=6)]
+    groups = sampler(run, generate=generate).sample(run.engines.weights(run.progress), examples, 1)
     ((params, requests, steps),) = calls
-    assert params is run.state.params
+    assert params is run.progress.state.params
     assert steps == 3
-    for request, group, example in zip(requests, groups, examples, strict=True):
+    for request, group, row in zip(requests, groups, examples, strict=True):
         assert request.sampling == Sampling(0.8, 0.9, 7, 0.01, 1.2)
         assert request.copies == 5
-        assert request.prompt_tokens.tolist() == [
-            *example.prompt_tokens.tolist(),
-            run.tokenizer.think_start_id,
-        ]
+        assert request.stream == row.example.index
+        assert request.prompt_tokens.dtype == np.int32
+        assert request.prompt_tokens.tolist() == [1, 4, 3, tokenizer.think_start_id]
         assert request.suffix_tokens is None
-        assert (group.example, group.version) == (example, 0)
+        assert (group.example, group.version) == (row, 0)
+    # t_start, z, t_end and the answer are at most nine tokens, and z alone at most four.
+    assert [request.max_tokens for request in requests] == [4, 4, 3, 2]
     assert engine.prefill_chunk == 32
-    ours = {run.tokenizer.find(name) for name in ("=", "3")}
-    assert engine.stop_ids == run.tokenizer.special_ids | ours
+    ours = {tokenizer.find(name) for name in ("=", "3")}
+    assert engine.stop_ids == tokenizer.special_ids | ours
     layer = engine.init_decode_state().layers[0]
     assert jnp.dtype("int8") in {leaf.dtype for leaf in jax.tree.leaves(layer)}
 
 
+def test_each_step_and_each_seed_draw_traces_of_their_own(opened):
+    run = opened("rollout.traces_per_prompt=8")
+    weights, examples = run.engines.weights(run.progress), [example(0, 1), example(1, 1)]
+
+    def tokens(step: int, seed: int = 0) -> list[list[int]]:
+        config = run.config.model_copy(update={"seed": seed})
+        groups = replace(sampler(run), config=config).sample(weights, examples, step)
+        return [trace.tokens.tolist() for group in groups for trace in group.traces]
+
+    first = tokens(1)
+    assert tokens(1) == first
+    assert len({str(drawn) for drawn in (first, tokens(2), tokens(3), tokens(1, seed=1))}) == 4
+
+
+def test_another_seed_reads_the_data_in_another_order(config):
+    examples = [example(index, 1) for index in range(24)]
+
+    def order(*overrides: str) -> list[int]:
+        batches = training_batches(config(*overrides), examples)
+        return [row.example.index for _ in range(3) for row in next(batches)]
+
+    first = order()
+    assert sorted(first) == list(range(24))
+    assert order() == first
+    assert len({str(drawn) for drawn in (first, order("seed=1"), order("data.seed=2"))}) == 3
+
+
 def test_the_engines_weights_are_the_trainings_own(opened):
     run = opened()
-    weights = run.engine_weights()
-    assert weights.params is run.state.params
+    weights = run.engines.weights(run.progress)
+    assert weights.params is run.progress.state.params
     assert weights.metrics["weights/bytes"] == 0
-    assert rollouts.rollout_engine(run).mesh is run.model.mesh
+    assert run.engines.traces.mesh is run.policy.model.mesh
+
+
+def test_training_and_evaluation_share_an_engine(opened):
+    run = opened("evaluation.examples=1")
+    assert run.engines.traces is run.engines.answerer.trace_engine
 
 
 def test_a_mesh_and_a_dtype_of_their_own(opened):
     run = opened("mesh={data: 1, fsdp: 8}", "rollout.mesh={data: 8}", "rollout.dtype=bfloat16")
-    assert rollouts.rollout_engine(run).mesh.shape == {
-        "data": 8,
-        "fsdp": 1,
-        "tensor": 1,
-        "context": 1,
-    }
-    first = run.engine_weights()
+    engines, progress = run.engines, run.progress
+    assert engines.traces.mesh.shape == {"data": 8, "fsdp": 1, "tensor": 1, "context": 1}
+    first = engines.weights(progress)
     embedding = first.params["embedding"]
     assert embedding.dtype == jnp.bfloat16
     assert embedding.sharding.is_fully_replicated
     assert first.params["final_norm"]["scale"].dtype == jnp.float32
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(first.params)]
     assert first.metrics["weights/bytes"] == sum(sizes)
-    assert run.engine_weights() is first, "once a version"
-    # What finish_step and an update do.
-    run.state = run.state._replace(params=jax.tree.map(lambda w: 2 * w, run.state.params))
-    run.step = 1
-    second = run.engine_weights()
+    assert engines.weights(progress) is first, "once a version"
+    # What an update and finish_step do.
+    progress.state = progress.state._replace(
+        params=jax.tree.map(lambda w: 2 * w, progress.state.params)
+    )
+    progress.step = 1
+    second = engines.weights(progress)
     assert (first.version, second.version) == (0, 1)
     np.testing.assert_array_equal(
         np.asarray(second.params["embedding"]), 2 * np.asarray(first.params["embedding"])
@@ -115,9 +164,9 @@ def test_a_mesh_and_a_dtype_of_their_own(opened):
 
 def test_devices_of_their_own(opened):
     run = opened("rollout.devices=4")
-    engine = rollouts.rollout_engine(run)
-    assert engine.mesh.devices.flatten().tolist() == jax.devices()[-4:]
-    assert run.model.mesh.devices.flatten().tolist() == jax.devices()[:-4]
-    embedding = run.engine_weights().params["embedding"]
+    assert run.engines.traces.mesh.devices.flatten().tolist() == jax.devices()[-4:]
+    assert run.policy.model.mesh.devices.flatten().tolist() == jax.devices()[:-4]
+    embedding = run.engines.weights(run.progress).params["embedding"]
     assert embedding.sharding.device_set == set(jax.devices()[-4:])
-    assert run.state.params["embedding"].sharding.device_set == set(jax.devices()[:-4])
+    trained = run.progress.state.params["embedding"]
+    assert trained.sharding.device_set == set(jax.devices()[:-4])

@@ -1,4 +1,4 @@
-"""Rollouts one step ahead: whose weights draw them, in which order, and across a kill."""
+"""Prefetched rollouts: whose weights draw them, in which order, and across a kill."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from nrt_jax.training.forward import (
 )
 from nrt_jax.training.loop import train
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.setup import Run
+from nrt_jax.training.rollouts import Sampler
 from tests.training import worlds
 from tests.training.runs import assert_same
 from tests.training.test_resume import finish, stop_at
@@ -44,22 +44,23 @@ class Watched:
         self.groups: dict[int, list] = {}
         self.weights: dict[int, Any] = {}
         self.settings: NrtSettings | None = None
+        self.finished = 0
         self._watch(monkeypatch)
         train(config)
 
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        sample, read, finish_step = nrt.sample_groups, nrt._step_metrics, Run.finish_step
+        sample, read, finish_step = Sampler.sample, nrt._step_metrics, nrt.finish_step
         update = nrt.StepFunctions.run_mini_batches
 
-        def sample_groups(run, engine, weights, examples, step):
+        def sample_groups(sampler, weights, examples, step):
             self.events.append(f"sample {step}")
-            self.weights.setdefault(run.step, jax.tree.map(np.array, weights.params))
-            self.groups[step] = sample(run, engine, weights, examples, step)
+            self.weights.setdefault(weights.version, jax.tree.map(np.array, weights.params))
+            self.groups[step] = sample(sampler, weights, examples, step)
             return self.groups[step]
 
-        def run_mini_batches(functions, run, batch):
-            self.events.append(f"update {run.step + 1}")
-            return update(functions, run, batch)
+        def run_mini_batches(functions, state, minis):
+            self.events.append(f"update {self.finished + 1}")
+            return update(functions, state, minis)
 
         def step_metrics(*args):
             self.events.append("read")
@@ -67,16 +68,22 @@ class Watched:
 
         def finish(run, metrics):
             finish_step(run, metrics)
-            self.weights[run.step] = jax.tree.map(np.array, run.state.params)
-            tokenizer = run.tokenizer
-            think = tokenizer.think_start_id, tokenizer.think_end_id
-            objective = run.config.objective
-            self.settings = NrtSettings(run.model.definition, objective, *think, 1.0, 2048)
+            self.finished = run.progress.step
+            self.weights[self.finished] = jax.tree.map(np.array, run.progress.state.params)
+            tokenizer = run.policy.tokenizer
+            self.settings = NrtSettings(
+                definition=run.policy.model.definition,
+                objective=run.config.objective,
+                think_start=tokenizer.think_start_id,
+                think_end=tokenizer.think_end_id,
+                temperature=1.0,
+                chunk_tokens=2048,
+            )
 
-        monkeypatch.setattr(nrt, "sample_groups", sample_groups)
+        monkeypatch.setattr(Sampler, "sample", sample_groups)
         monkeypatch.setattr(nrt, "_step_metrics", step_metrics)
         monkeypatch.setattr(nrt.StepFunctions, "run_mini_batches", run_mini_batches)
-        monkeypatch.setattr(Run, "finish_step", finish)
+        monkeypatch.setattr(nrt, "finish_step", finish)
 
     def gap(self, step: int, version: int) -> float:
         """Largest difference of a step's sampled logprobs from those under a version's weights."""

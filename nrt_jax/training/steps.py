@@ -1,0 +1,113 @@
+"""Around the steps of both methods: count them, log, evaluate, save, and stop cleanly."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from nrt_jax.errors import InputError, RunFailed
+from nrt_jax.evaluation.held_out import evaluate
+from nrt_jax.stop import StopRequest
+from nrt_jax.training.progress import save_progress
+from nrt_jax.training.setup import EVALUATION_STREAM, Run
+
+log = logging.getLogger(__name__)
+
+
+def steps(run: Run, stop: StopRequest) -> Iterator[int]:
+    """Yield the numbers of the remaining steps, from 1, and save after the last of them.
+
+    A new run is evaluated before its first step. After SIGTERM the current step is the last.
+    """
+    progress, last = run.progress, run.config.train.steps
+    stop.wait_for_the_step()
+    if not progress.step and not stop.requested:
+        _evaluate(run)
+    while progress.step < last and not stop.requested:
+        yield progress.step + 1
+    if progress.step:
+        _save(run)
+    if progress.step < last:
+        log.info("stopped after step %d; the same command continues the run", progress.step)
+
+
+def finish_step(run: Run, metrics: Mapping[str, float]) -> None:
+    """Count the step, write its metrics, then evaluate and save if it is due.
+
+    `speed/tokens`, the tokens of the step, becomes `speed/tokens_per_second`.
+    """
+    config, progress, logger = run.config, run.progress, run.logger
+    progress.step += 1
+    times = logger.timer.take()
+    progress.metrics = {**metrics, **times}
+    tokens = progress.metrics.pop("speed/tokens")
+    progress.metrics["speed/tokens_per_second"] = tokens / sum(times.values())
+    logger.write(progress.step, progress.metrics)
+    _check_finite(progress.step, metrics, config.train.max_skipped_updates)
+    _check_best_metric(config.checkpoint.best_metric, progress.metrics, of_evaluation=False)
+    last = progress.step == config.train.steps
+    if last or progress.step % config.evaluation.every_steps == 0:
+        _evaluate(run)
+    if last or progress.step % config.checkpoint.every_steps == 0:
+        _save(run)
+
+
+def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of a step from those of its updates: the mean; of maxima and counts the largest.
+
+    Device scalars are fetched together, which waits for the updates.
+    """
+    rows = [{name: float(value) for name, value in row.items()} for row in jax.device_get(updates)]
+    merged = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    merged |= {n: max(row[n] for row in rows) for n in rows[0] if n.endswith("_max")}
+    merged["update/skipped"] = rows[-1]["update/skipped"]
+    merged["update/skipped_in_row"] = max(row["update/skipped_in_row"] for row in rows)
+    return merged
+
+
+def _evaluate(run: Run) -> None:
+    config, progress, logger = run.config, run.progress, run.logger
+    answerer = run.engines.answerer
+    if answerer is None:
+        return
+    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_STREAM)
+    with logger.timer("evaluate"):
+        metrics, samples = evaluate(
+            answerer,
+            run.engines.weights(progress).params,
+            run.data.held_out,
+            key,
+            samples=config.evaluation.samples,
+        )
+    progress.metrics |= metrics
+    logger.write(progress.step, metrics | logger.timer.take())
+    logger.write_samples(progress.step, samples)
+    _check_best_metric(config.checkpoint.best_metric, metrics, of_evaluation=True)
+
+
+def _save(run: Run) -> None:
+    # The lines of a checkpoint's step must be on the disk before the checkpoint is.
+    run.logger.sync()
+    save_progress(run.checkpoints, run.progress, run.data.batches, run.data.packer)
+
+
+def _check_finite(step: int, metrics: Mapping[str, float], most_skipped: int) -> None:
+    in_row = int(metrics["update/skipped_in_row"])
+    if in_row >= most_skipped:
+        raise RunFailed(
+            f"step {step}: {in_row} gradients in a row were not finite, so no update was made; "
+            "lower optimizer.learning_rate, or look for the cause in metrics.jsonl"
+        )
+
+
+def _check_best_metric(
+    name: str | None, metrics: Mapping[str, float], *, of_evaluation: bool
+) -> None:
+    if name is None or name.startswith("eval/") != of_evaluation or name in metrics:
+        return
+    raise InputError(
+        f"checkpoint.best_metric={name!r} is no metric of this run; use one of "
+        f"{', '.join(sorted(metrics))}"
+    )
