@@ -20,7 +20,14 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 TIMING_PREFIXES = ("time/", "speed/", "weights/seconds")
 """Metrics that differ between two otherwise equal runs."""
 
-SHOWN = ("loss/total", "reward/mean", "trace/tokens", "eval/exact_match", "speed/tokens_per_second")
+TERMINAL_NAMES = {
+    "loss/total": "loss",
+    "reward/mean": "reward",
+    "trace/tokens": "trace tokens",
+    "eval/exact_match": "exact match",
+    "speed/tokens_per_second": "tokens per second",
+}
+"""The metrics that the terminal shows, and what it calls them."""
 
 
 def keep_up_to(path: Path, step: int) -> None:
@@ -112,8 +119,8 @@ class MetricsWriter:
         append(self._samples, "".join(line + "\n" for line in lines).encode())
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
-        shown = {name: row[name] for name in SHOWN if name in row}
-        text = "  ".join(f"{name.split('/')[1]} {value:.4g}" for name, value in shown.items())
+        shown = {TERMINAL_NAMES[name]: row[name] for name in TERMINAL_NAMES if name in row}
+        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(text)

@@ -149,11 +149,21 @@ def test_plain_lines(tmp_path, capsys):
     writer.close()
     captured = capsys.readouterr()
     assert captured.out.splitlines() == [
-        "step 2/9  total 0.2857",
-        "step 3/9  exact_match 0.25",
-        "step 9/9  total 0",
+        "step 2/9  loss 0.2857",
+        "step 3/9  exact match 0.25",
+        "step 9/9  loss 0",
     ]
     assert captured.err == ""
+
+
+def test_the_terminal_says_what_its_numbers_are(tmp_path, capsys):
+    writer = open_writer(tmp_path)
+    names = ("loss/total", "loss/trace", "reward/mean", "trace/tokens", "speed/tokens_per_second")
+    writer.write(1, {name: float(value) for value, name in enumerate(names)})
+    writer.close()
+    assert capsys.readouterr().out == (
+        "step 1/9  loss 0  reward 2  trace tokens 3  tokens per second 4\n"
+    )
 
 
 def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
@@ -167,7 +177,7 @@ def test_a_bar_on_a_terminal(tmp_path, monkeypatch, capsys):
         shown = os.read(ours, 1 << 16).decode()
     os.close(ours)
     assert "| 4/9 [" in shown
-    assert "total 0.125" in shown
+    assert "loss 0.125" in shown
     assert capsys.readouterr().out == ""
 
 
