@@ -110,8 +110,8 @@ def setup(config: RunConfig) -> Iterator[Run]:
     """
     tokenizer = load_tokenizer(config)
     model = open_model(config, tokenizer)
-    sampled = engine_model(config, model)
-    _check_batch_fits(config, model.mesh, sampled.mesh)
+    on_engines = engine_model(config, model)
+    _check_batch_fits(config, model.mesh, on_engines.mesh)
     dataset = load_dataset(config.data, tokenizer)
     data = Data(
         batches=training_batches(config, dataset.train),
@@ -143,7 +143,7 @@ def setup(config: RunConfig) -> Iterator[Run]:
             _log_continued(config, progress.step)
         _log_bad_rows(dataset)
         memory.log_parts()
-        engines = _make_engines(config, sampled, tokenizer, dataset)
+        engines = _make_engines(config, on_engines, tokenizer, dataset)
         logger = opened.enter_context(closing(_open_logger(config, progress.step)))
         yield Run(
             config=config,

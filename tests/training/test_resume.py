@@ -12,7 +12,7 @@ from tests.training.runs import TinyRun, assert_same
 NRT = ("method=nrt",)
 SFT = ("method=sft",)
 BOTH = [NRT, pytest.param(SFT, marks=pytest.mark.slow)]
-"""The other way round where a test of the slower method takes too long."""
+"""SFT among the slow tests: of each product one method is quick."""
 EVERY_STEP = ("checkpoint.every_steps=1",)
 
 
