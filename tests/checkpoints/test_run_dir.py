@@ -1,6 +1,7 @@
 """A run directory: whose it is, what it says, and what may be changed in it."""
 
 import fcntl
+import importlib.metadata
 import json
 
 import jax
@@ -42,6 +43,21 @@ def test_says_what_the_run_is(config):
     assert versions["packages"]["jax"] == jax.__version__
     assert len(versions["devices"]) == jax.device_count()
     assert "git_revision" in versions
+
+
+def test_an_extra_that_is_not_installed_has_no_version(config, monkeypatch):
+    version = importlib.metadata.version
+
+    def without_jetstream(name: str) -> str:
+        if name == "google-jetstream":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_jetstream)
+    prepare_locked(config())
+    packages = json.loads((config().run_dir / "versions.json").read_text("utf-8"))["packages"]
+    assert packages["google-jetstream"] is None
+    assert packages["jax"] == jax.__version__
 
 
 @pytest.mark.parametrize(
