@@ -1,4 +1,4 @@
-"""Rows that cannot be used: counted by reason, tolerated up to a share."""
+"""Unusable rows: counted by reason, and tolerated up to a share of the file."""
 
 from collections import Counter
 
@@ -8,7 +8,7 @@ SHOWN_CHARACTERS = 60
 
 
 class BadRow(ValueError):
-    """One unusable row. `reason` is what is counted; `detail` gives field, value and remedy."""
+    """One unusable row: `reason` is counted, `detail` names field, value and remedy."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(f"{reason}: {detail}")
@@ -23,7 +23,7 @@ def shorten(value: object) -> str:
 
 
 class BadRows:
-    """The tally of one file."""
+    """Counts of the unusable rows of one file."""
 
     def __init__(self, name: str):
         self.name = name
@@ -31,13 +31,13 @@ class BadRows:
         self._first: tuple[str, BadRow] | None = None
 
     def add(self, place: str, bad: BadRow) -> None:
-        """Count the next bad row; `place` ("line 3") is how a message names it."""
+        """Count the next bad row; messages name it by its `place`, such as "line 3"."""
         self.counts[bad.reason] += 1
         if self._first is None:
             self._first = (place, bad)
 
     def check(self, good_rows: int, max_bad_share: float) -> None:
-        """Raise InputError when too many rows were bad, or none was good."""
+        """InputError when too many rows were bad, or none was good."""
         bad_rows = self.counts.total()
         total = bad_rows + good_rows
         if total == 0:

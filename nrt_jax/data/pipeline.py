@@ -29,11 +29,11 @@ class Dataset:
     train: Sequence[TokenizedExample]
     eval: list[TokenizedExample]
     bad_rows: dict[str, int]
-    """Rows left out by reason, among them training rows that ask a question of the evaluation."""
+    """Left-out rows by reason, training rows with a question of the evaluation included."""
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
-    """Read, check and tokenise the config's data; generated rows are made when asked for.
+    """Read, check and tokenise the config's data; generated rows are made on access.
 
     Raises InputError for files and templates that cannot be read and for too many bad rows.
     """
@@ -51,7 +51,7 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
         evaluation = [evaluation[i] for i in order[: config.eval_rows]]
     questions = {example.example.question for example in evaluation}
     kept = [example for example in train if example.example.question not in questions]
-    # With an evaluation file they are an overlap worth reporting; held-out rows are none.
+    # An overlap with an evaluation file is reported; rows held out of the training file are none.
     overlap = len(train) - len(kept) - (len(evaluation) if config.eval_path is None else 0)
     if overlap:
         bad_rows[IN_EVALUATION] = overlap
@@ -66,9 +66,9 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
 def first_rows(
     config: DataConfig, tokenizer: Tokenizer, count: int
 ) -> Iterator[tuple[str, TokenizedExample | BadRow]]:
-    """The first rows of the source with their places, read no further than these.
+    """The first `count` rows of the source with their places, in its order; no more are read.
 
-    They are in the order of the source, and some of a file may be held out of training.
+    Training may hold some of them out for the evaluation.
     """
     rows = RowTokenizer(config, tokenizer)
     if config.source in ("chain_addition", "chain_documents"):
@@ -82,10 +82,10 @@ def first_rows(
 
 
 def tokenize_prompt(question: str, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
-    """Ids of the prompt x that a row with this question has, int32; its row needs no answer.
+    """Token ids of the prompt x for a question, int32.
 
-    Raises InputError for a question that would make the row a bad one, and for one with characters
-    that the tokenizer cannot spell.
+    Raises InputError for a question that no row may have, or that has characters which the
+    tokenizer cannot spell.
     """
     try:
         return RowTokenizer(config, tokenizer).of_question(question)
@@ -96,8 +96,8 @@ def tokenize_prompt(question: str, config: DataConfig, tokenizer: Tokenizer) -> 
 class BatchIterator:
     """Endless batches of exactly `batch_size` examples.
 
-    Every epoch has each example once, in an order of its own when shuffled; batches run on across
-    the end of an epoch, so none is short and no example is dropped. A batch as large as the data
+    Every epoch has each example once, in its own order when shuffled. A batch may span the end of
+    an epoch, so that no batch is short and no example is dropped. A batch larger than the data
     would repeat examples, which is an InputError.
     """
 
@@ -118,10 +118,10 @@ class BatchIterator:
         }
         rows = grain.MapDataset.source(examples)
         if shuffle:
-            # Grain's epoch e takes the order of seed + e: near seeds must not share their epochs.
+            # Grain shuffles epoch e by seed + e, so that nearby seeds would share epochs.
             spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
             rows = rows.shuffle(seed=spread_seed)
-        # Endless, so nothing is dropped; the other way of counting batches overflows at size 1.
+        # Endless, so nothing is dropped; without drop_remainder the length overflows at size 1.
         batches = rows.repeat().batch(batch_size, drop_remainder=True, batch_fn=list)
         # Rows are ready or cheap to make: threads would only add latency and nondeterminism.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -134,11 +134,11 @@ class BatchIterator:
         return next(self._batches)
 
     def get_state(self) -> dict:
-        """The position, as JSON: what set_state needs to go on with the very next batch."""
+        """The position as JSON; after set_state with it, the next batch is the same."""
         return {**self._identity, "position": self._batches.get_state()}
 
     def set_state(self, state: dict) -> None:
-        """Go to a saved position; InputError when it was saved over other data or batches."""
+        """Go to a saved position; InputError when it was saved with other data or batches."""
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise InputError(
@@ -168,7 +168,7 @@ def _read_file(
 
 
 def _hold_out(examples: list[TokenizedExample], config: DataConfig) -> list[TokenizedExample]:
-    """Evaluation examples drawn by seed, one a question."""
+    """Evaluation examples drawn by seed, one per question."""
     order = np.random.default_rng(config.seed).permutation(len(examples))
     by_question: dict[str, TokenizedExample] = {}
     for i in order:

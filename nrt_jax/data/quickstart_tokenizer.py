@@ -1,4 +1,4 @@
-"""The quickstart's tokenizer: one token a character, in Hugging Face's format."""
+"""The quickstart's tokenizer: one token per character, in Hugging Face's format."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ CHARACTERS = "0123456789+=\n" + NOISE_SYMBOLS
 
 
 def write_quickstart_tokenizer(directory: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, which AutoTokenizer reads too."""
+    """Write tokenizer.json and tokenizer_config.json."""
     vocabulary = {token: i for i, token in enumerate((*SPECIAL_TOKENS, *CHARACTERS))}
     # A BPE model without merges splits text into characters, the line break included.
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN, fuse_unk=False))

@@ -1,4 +1,4 @@
-"""Training rows as the model sees them, for the eye: `nrt-jax data show`.
+"""Print training rows as the model sees them: `nrt-jax data show`.
 
 line 1
   x         11  <s>⟨1⟩<|user|>↵
@@ -22,7 +22,7 @@ LABEL_WIDTH, COUNT_WIDTH = 8, 6
 
 
 class Part(NamedTuple):
-    """A stretch of the sequence with one role in the loss."""
+    """A part of the sequence that has one role in the loss."""
 
     label: str
     color: str
@@ -41,11 +41,12 @@ EOS = Part("eos", "\x1b[34m", "ends the sequence", "token term")
 def show_rows(
     config: DataConfig, tokenizer: Tokenizer, *, reasons: bool, rows: int, color: bool
 ) -> Iterator[str]:
-    """A legend and the first `rows` rows of the source, each a text to print.
+    """A legend and the first `rows` rows of the source, each as text to print.
 
     `reasons` says whether the model writes a trace (NRT) or answers at once (SFT). The texts are
-    decoded from the ids of training, special tokens by name and id; without `color`, brackets show
-    where a part ends. Reads no further than the rows. Raises InputError as `load_dataset` does.
+    decoded from the ids of training; special tokens appear by name and id. Without `color`,
+    brackets mark the ends of a part. No more rows are read. Raises InputError as `load_dataset`
+    does.
     """
     parts = [X, T_START, Z, T_END, Y, EOS] if reasons else [X, *map(_sft, (Y, EOS))]
     source = config.source if config.path is None else config.path
@@ -124,12 +125,12 @@ def _text(ids: Sequence[int], tokenizer: Tokenizer, *, starts: bool) -> str:
 def _decode(ids: list[int], tokenizer: Tokenizer, *, starts: bool) -> str:
     if starts or tokenizer.inner is tokenizer.backend:
         return tokenizer.decode(ids)
-    # Decoding takes away the space that these ids never got; after a token it takes none.
+    # Decoding removes a first space, which these ids do not have; after a token it removes none.
     before = tokenizer.decode([tokenizer.eos_id])
     return tokenizer.decode([tokenizer.eos_id, *ids]).removeprefix(before)
 
 
 def _visible(text: str) -> str:
-    """Line ends to be seen, and what a terminal would obey as an escape."""
+    """Mark line ends, and escape what a terminal would interpret."""
     shown = ("↵\n" if c == "\n" else c if c.isprintable() else repr(c)[1:-1] for c in text)
     return "".join(shown)

@@ -1,4 +1,4 @@
-"""Data files as rows: JSON Lines and Parquet."""
+"""Read data files as rows: JSON Lines and Parquet."""
 
 import json
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from nrt_jax.errors import InputError
 
 
 class Row(NamedTuple):
-    """One row of a file: its fields, or why it has none."""
+    """One row of a file: its fields, or why they cannot be read."""
 
     number: int
-    """From 0, blank lines counted."""
+    """Counted from 0, blank lines included."""
     place: str
-    """How a message names it."""
+    """Name of the row in messages, such as "line 3"."""
     fields: dict | BadRow
 
 
