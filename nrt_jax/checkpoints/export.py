@@ -23,12 +23,7 @@ from nrt_jax.config.run import RunConfig
 from nrt_jax.data.chat_export import chat_template_text
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.tokenizer_check import check_tokenizer
-from nrt_jax.data.tokenizer_files import (
-    SENTENCEPIECE_FILE,
-    TOKENIZER_FILE,
-    build_backend,
-    read_tokenizer_json,
-)
+from nrt_jax.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, read_backend
 from nrt_jax.errors import InputError
 from nrt_jax.models.sharding import make_mesh, spread_mesh
 
@@ -93,7 +88,7 @@ def export(path: Path, out: Path, *, dtype: StoredDtype | None, copy_rows: list[
 def _check_tokenizer(source: Path) -> None:
     """InputError for a tokenizer that no run would take; a run looks for its tokens too."""
     if (source / TOKENIZER_FILE).exists():
-        check_tokenizer(source, build_backend(read_tokenizer_json(source), source), None)
+        check_tokenizer(source, read_backend(source), None)
     elif (source / SENTENCEPIECE_FILE).exists():
         log.warning("%s: has no %s, so a run needs another data.tokenizer", source, TOKENIZER_FILE)
 

@@ -3,24 +3,18 @@
 import json
 import re
 
-import jinja2
-
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.chat_template import Messages, render_template
-from nrt_jax.data.template_source import compile_template, template_text
+from nrt_jax.data.chat_template import QUESTION, Messages, render_template, template_text
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 
-_SYSTEM = {"role": "system", "content": "Be brief."}
-_USER = {"role": "user", "content": "1+2"}
-_ASSISTANT = {"role": "assistant", "content": "3"}
-SAMPLES: tuple[Messages, ...] = (
-    [_USER],
-    [_SYSTEM, _USER],
-    [_USER, _ASSISTANT, _USER],
-    [_SYSTEM, _USER, _ASSISTANT, _USER],
-)
+_SYSTEM: Messages = [{"role": "system", "content": "Be brief."}]
+_ANSWER: Messages = [{"role": "assistant", "content": "3"}]
+SHAPES = [
+    start + turns for turns in (QUESTION, QUESTION + _ANSWER + QUESTION) for start in ([], _SYSTEM)
+]
+"""Conversations of the shapes that templates tell apart."""
 
 
 def chat_template_text(config: DataConfig, tokenizer: Tokenizer, opens_trace: bool) -> str:
@@ -30,11 +24,8 @@ def chat_template_text(config: DataConfig, tokenizer: Tokenizer, opens_trace: bo
     `opens_trace` the ids of t_start follow x. Raises InputError when the config's template cannot
     be read. Names of special tokens in the messages are transformers' to deal with.
     """
-    source = template_text(config, tokenizer.directory)
-    if source is None:
-        text = _plain(config, tokenizer)
-    else:
-        text = _with_right_bos(*source, config, tokenizer)
+    text = template_text(config, tokenizer)
+    text = _plain(config, tokenizer) if text is None else _with_right_bos(text, config, tokenizer)
     if opens_trace:
         name = json.dumps(tokenizer.token(tokenizer.think_start_id), ensure_ascii=False)
         # "+": what the template wrote before the block stays as it is.
@@ -56,13 +47,13 @@ def _plain(config: DataConfig, tokenizer: Tokenizer) -> str:
     )
 
 
-def _with_right_bos(text: str, place: str, config: DataConfig, tokenizer: Tokenizer) -> str:
+def _with_right_bos(text: str, config: DataConfig, tokenizer: Tokenizer) -> str:
     """The template itself where it writes what the config wants, else inside one that does."""
     text = re.sub(r"(\r\n|\r|\n)\Z", "", text)  # as Jinja ends a template
     if tokenizer.bos_id is None:
         return text
     bos = tokenizer.token(tokenizer.bos_id)
-    samples = _samples(compile_template(text, place), place, tokenizer.roles)
+    samples = _samples(text, config, tokenizer)
     if all(written.startswith(bos) == config.add_bos for written in samples):
         return text
     if config.add_bos:
@@ -72,14 +63,15 @@ def _with_right_bos(text: str, place: str, config: DataConfig, tokenizer: Tokeni
     return f"{{%- set rendered %}}\n{text}{{%+ endset %}}{out}"
 
 
-def _samples(template: jinja2.Template, place: str, roles: dict[str, str]) -> list[str]:
+def _samples(text: str, config: DataConfig, tokenizer: Tokenizer) -> list[str]:
     """What the template writes for conversations of every shape that it takes."""
     written, refusals = [], []
-    for messages in SAMPLES:
+    for messages in SHAPES:
         try:
-            written.append(render_template(template, messages, roles))
+            written.append(render_template(text, messages, tokenizer))
         except BadRow as bad:
             refusals.append(bad)
     if not written:
+        place = config.template_file or f"data.template={config.template}"
         raise InputError(f"{place}: {refusals[0].detail}, here one turn of a user; set another")
     return written

@@ -1,48 +1,56 @@
-"""From a row's fields to the prompt x, as texts and control tokens, and the reference answer y*."""
+"""From the turns of a conversation to the prompt x, as texts and control tokens."""
 
-from typing import Any, NamedTuple
+from datetime import datetime
+from importlib import resources
+from typing import NamedTuple
 
 import jinja2
 
 from nrt_jax.config.data import DataConfig
-from nrt_jax.data.bad_rows import BadRow, shorten
+from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.control_split import ControlSplit, Text, unmark
-from nrt_jax.data.template_source import compile_template, template_text
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.data.tokenizer_files import OLD_TEMPLATE_FILE, SETTINGS_FILE, TEMPLATE_FILE, reading
+from nrt_jax.errors import InputError
 
-ROLES = ("system", "user", "assistant")
+TODAY = datetime(2024, 7, 26)
+"""What a template that asks for the date is told: Llama 3.2's own default, so that prompts are the
+same on every day and a run that continues sees the same ids."""
+_DIRECTIVES = [*"aAbBcdeHIjmMpSUwWxXyYzZ", *("-" + letter for letter in "dHIjmMS")]
+_DATES = [("%" + directive, TODAY.strftime("%" + directive)) for directive in _DIRECTIVES]
+_FILTERS = "".join(f" | replace({old!r}, {new!r})" for old, new in _DATES)
+# transformers lets no function of ours into a template. Jinja leaves nothing of this line.
+_DATE_MACRO = (
+    "{% macro strftime_now(format) %}"
+    f"{{{{ format | replace('%%', '\\0'){_FILTERS} | replace('\\0', '%') }}}}"
+    "{% endmacro %}\n"
+)
 
 Messages = list[dict[str, str]]
+QUESTION: Messages = [{"role": "user", "content": "1+2"}]
 
 
-class Rendered(NamedTuple):
-    """One row as text."""
+class Prompt(NamedTuple):
+    """x of one row."""
 
-    prompt: tuple[int | Text, ...]
-    """x: texts, and ids of control tokens where these stand."""
-    question: str
+    pieces: tuple[int | Text, ...]
+    """Texts, and ids of control tokens where these stand."""
+    text: str
     """x as one text, without the beginning-of-sequence token in front."""
-    answer: str
-    """y*, without the end-of-sequence token."""
 
 
 class PromptTemplate:
     """The template of one config, for one tokenizer.
 
-    plain: x is the question as it is. Else x is what the chat template makes of all turns before
-    the last assistant turn, with the header of the turn to come; that turn is y*. A row without
-    messages is a conversation of its question.
-
-    Raises InputError when the config's template cannot be read.
+    plain: x is the question as it is. Else x is what the chat template makes of the turns, with the
+    header of the next turn. Raises InputError when the config's template cannot be read.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
-        self._config = config
-        self._roles = tokenizer.roles
-        self._bos_id = tokenizer.bos_id
+        self._add_bos = config.add_bos
+        self._tokenizer = tokenizer
         self._bos = "" if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
-        source = template_text(config, tokenizer.directory)
-        self._template = None if source is None else compile_template(*source)
+        self._template = template_text(config, tokenizer)
         self._controls = ControlSplit(tokenizer)
 
     @property
@@ -50,90 +58,83 @@ class PromptTemplate:
         """Whether there is a chat template."""
         return self._template is not None
 
-    def render(self, fields: dict) -> Rendered:
-        """Apply the template to a row; BadRow when it lacks what the template needs."""
-        config = self._config
-        if self._template is not None and config.messages_field in fields:
-            messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
-            return self._render_chat(self._template, messages, answer)
-        question = _text(fields, config.question_field)
-        answer = _text(fields, config.answer_field)
-        if self._template is not None:
-            messages = [{"role": "user", "content": question}]
-            return self._render_chat(self._template, messages, answer)
-        bos = () if self._bos_id is None or not config.add_bos else (self._bos_id,)
-        return Rendered((*bos, Text(question, starts=True)), question, answer)
+    def plain(self, question: str) -> Prompt:
+        """x without a chat template."""
+        bos_id = self._tokenizer.bos_id
+        bos = () if bos_id is None or not self._add_bos else (bos_id,)
+        return Prompt((*bos, Text(question, starts=True)), question)
 
-    def _render_chat(self, template: jinja2.Template, messages: Messages, answer: str) -> Rendered:
+    def chat(self, messages: Messages) -> Prompt:
+        """x with a chat template; BadRow when it refuses the turns."""
+        assert self._template is not None, "a plain template takes no turns"
         marked = [turn | {"content": self._controls.mark(turn["content"])} for turn in messages]
-        body = render_template(template, marked, self._roles).removeprefix(self._bos)
+        body = render_template(self._template, marked, self._tokenizer).removeprefix(self._bos)
         if self._bos and body.lstrip().startswith(self._bos):
             raise BadRow(
                 "begins twice",
                 f"the chat template writes {self._bos} twice, or after white space; let it begin "
                 "with one or with none",
             )
-        pieces = self._controls.split(self._bos + body if self._config.add_bos else body)
-        return Rendered(pieces, unmark(body), answer)
+        pieces = self._controls.split(self._bos + body if self._add_bos else body)
+        return Prompt(pieces, unmark(body))
 
 
-def render_template(template: jinja2.Template, messages: Messages, roles: dict[str, str]) -> str:
+def template_text(config: DataConfig, tokenizer: Tokenizer) -> str | None:
+    """The Jinja text of a config's chat template; None for template "plain".
+
+    Raises InputError when there is no template to be had, or one that is not Jinja.
+    """
+    if config.template == "plain":
+        return None
+    if config.template_file is not None:
+        place = config.template_file
+        missing = "set data.template_file to a file"
+        with reading(place, "not UTF-8", "save the file as UTF-8", missing):
+            text = place.read_text(encoding="utf-8")
+    elif config.template == "tulu":
+        place = "the template 'tulu'"
+        text = resources.files("nrt_jax.data").joinpath("tulu.jinja").read_text("utf-8")
+    else:
+        files = (TEMPLATE_FILE, OLD_TEMPLATE_FILE, SETTINGS_FILE)
+        place = next(path for name in files if (path := tokenizer.directory / name).is_file())
+        text = _of_tokenizer(tokenizer)
+    try:
+        render_template(text, QUESTION, tokenizer)
+    except BadRow as bad:
+        # A template may refuse this conversation and take others.
+        if isinstance(error := bad.__cause__, jinja2.TemplateSyntaxError):
+            line = error.lineno - _DATE_MACRO.count("\n")
+            raise InputError(
+                f"{place}: line {line}: not a Jinja template ({error.message}); set "
+                "data.template=tulu, or data.template_file to a template that is one"
+            ) from error
+    return text
+
+
+def render_template(template: str, messages: Messages, tokenizer: Tokenizer) -> str:
     """What the template makes of `messages` and the header of the next turn.
 
     Raises BadRow with the template's own words when it refuses them.
     """
-    names: dict[str, Any] = {"tools": None, "documents": None, "add_generation_prompt": True}
+    dated = _DATE_MACRO + template
     try:
-        return template.render(messages=messages, **names, **roles)
+        rendered = tokenizer.fast.apply_chat_template(
+            messages, chat_template=dated, add_generation_prompt=True, tokenize=False
+        )
     except Exception as error:  # a template is a program, and can fail in any way that one can
         reason = " ".join(str(error).split()) or type(error).__name__
         raise BadRow(
             "refused by the template", f"the chat template refuses the row: {reason}"
         ) from error
+    assert isinstance(rendered, str), "one conversation, not tokenised"
+    return rendered
 
 
-def _read_messages(messages: object, field: str) -> tuple[Messages, str]:
-    """The turns before the last assistant turn, and what that turn says."""
-    if not isinstance(messages, list):
-        raise BadRow(
-            "messages not a list", f"'{field}' is {shorten(messages)}; give a list of turns"
-        )
-    turns = [_turn(message, f"{field}[{i}]") for i, message in enumerate(messages)]
-    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers or answers[-1] == 0:
-        raise BadRow(
-            "no answered turn",
-            f"'{field}' has no assistant turn after another turn; give at least user, assistant",
-        )
-    return turns[: answers[-1]], turns[answers[-1]]["content"]
-
-
-def _turn(message: object, name: str) -> dict[str, str]:
-    if not isinstance(message, dict):
-        raise BadRow("bad turn", f"'{name}' is {shorten(message)}; give {{role, content}}")
-    role = message.get("role")
-    if role not in ROLES:
-        raise BadRow("bad role", f"'{name}.role' is {shorten(role)}; use {', '.join(ROLES)}")
-    # An empty system turn is common, and says nothing wrong.
-    content = _text(message, "content", f"{name}.content", may_be_empty=role == "system")
-    return {"role": role, "content": content}
-
-
-def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool = False) -> str:
-    name = name or key
-    if key not in fields:
-        has = ", ".join(map(repr, list(fields)[:5])) or "none"
-        raise BadRow(f"without '{key}'", f"field '{name}' is missing (it has {has}); add it")
-    value = fields[key]
-    if not isinstance(value, str):
-        raise BadRow(f"'{key}' not text", f"'{name}' is {shorten(value)}; write it as a string")
-    if not value.strip() and not may_be_empty:
-        raise BadRow(f"empty '{key}'", f"'{name}' is {shorten(value)}; fill it in or drop the row")
+def _of_tokenizer(tokenizer: Tokenizer) -> str:
     try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        shown = shorten(value[error.start : error.end])
-        raise BadRow(
-            f"'{key}' not Unicode", f"'{name}' has the lone surrogate {shown}; escape it as a pair"
+        return tokenizer.fast.get_chat_template()
+    except ValueError as error:
+        raise InputError(
+            f"{tokenizer.directory}: data.template=tokenizer, and the tokenizer has no chat "
+            "template; set data.template=tulu, or data.template_file to a template of your own"
         ) from error
-    return value

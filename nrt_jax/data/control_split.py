@@ -1,7 +1,7 @@
-"""Control tokens in a rendered prompt: the template's are ids, a row's are characters.
+"""Split a rendered prompt into the template's control tokens and the texts between them.
 
-Before rendering, every special token's name in a row's text is broken by a noncharacter; what a
-split then finds was written by the template:
+A special token's name in the content of a turn stays text: a noncharacter is put into it before the
+template is rendered, so that the names left in the result are the template's.
 
     content   a <s> b                       the mark shown as ·
     marked    a <·s> b
@@ -16,7 +16,7 @@ from nrt_jax.data.bad_rows import BadRow, shorten
 from nrt_jax.data.tokenizer import Tokenizer
 
 MARK = "\ufdd0"
-# White_Space of Unicode: what tokens that strip take in, which is not Python's idea of a space.
+# White_Space of Unicode, which tokens with lstrip or rstrip take in; Python's isspace is another.
 WHITESPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(
     map(chr, range(0x2000, 0x200B))
 )
@@ -31,18 +31,18 @@ class Text(NamedTuple):
 
 
 class ControlSplit:
-    """Knows the special tokens of one tokenizer."""
+    """Marks contents and splits rendered prompts, for the special tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokens = {token.content: (i, token) for i, token in tokenizer.control_tokens.items()}
-        names = sorted(self._tokens, key=len, reverse=True)  # the longest of a place wins
+        added = tokenizer.backend.get_added_tokens_decoder().items()
+        self._tokens = {token.content: (i, token) for i, token in added if token.special}
+        names = sorted(self._tokens, key=len, reverse=True)  # at one place the longest matches
         self._names = re.compile("|".join(map(re.escape, names)))
+        patterns = {name: re.escape(name) for name in names}
         self._matched = re.compile(
             "|".join(
-                rf"(?<!\w){re.escape(name)}(?!\w)"
-                if self._tokens[name][1].single_word
-                else re.escape(name)
-                for name in names
+                rf"(?<!\w){pattern}(?!\w)" if self._tokens[name][1].single_word else pattern
+                for name, pattern in patterns.items()
             )
         )
         self._longest = len(names[0])
@@ -51,7 +51,7 @@ class ControlSplit:
         self._tails = {tail for _, tail in cuts}
 
     def mark(self, text: str) -> str:
-        """`text` such that no special token's name is in it, or comes of what is put around it.
+        """`text` with marks, so that no special token's name is in it or arises at its ends.
 
         Raises BadRow for a text that has the mark, and for a name that is too short to break.
         """
@@ -62,8 +62,7 @@ class ControlSplit:
         while match := self._names.search(text):
             if len(match[0]) == 1:
                 raise BadRow(
-                    "spells a control token",
-                    f"{shorten(text)} spells {match[0]}; reword the text",
+                    "spells a control token", f"{shorten(text)} spells {match[0]}; reword the text"
                 )
             text = self._names.sub(lambda found: found[0][0] + MARK + found[0][1:], text)
         return self._mark_ends(text)
@@ -72,19 +71,20 @@ class ControlSplit:
         """The ids of the template's control tokens and the texts between them, unmarked."""
         pieces: list[int | Text] = []
         position, strip_left = 0, False
-        for match in self._matched.finditer(rendered):
-            token_id, token = self._tokens[match[0]]
-            text = rendered[position : match.start()]
+
+        def add_text(end: int, strip_right: bool) -> None:
+            text = rendered[position:end]
             text = text.lstrip(WHITESPACE) if strip_left else text
-            text = text.rstrip(WHITESPACE) if token.lstrip else text
+            text = text.rstrip(WHITESPACE) if strip_right else text
             if text:
                 pieces.append(Text(unmark(text), starts=position == 0))
+
+        for match in self._matched.finditer(rendered):
+            token_id, token = self._tokens[match[0]]
+            add_text(match.start(), token.lstrip)
             pieces.append(token_id)
             position, strip_left = match.end(), token.rstrip
-        text = rendered[position:]
-        text = text.lstrip(WHITESPACE) if strip_left else text
-        if text:
-            pieces.append(Text(unmark(text), starts=position == 0))
+        add_text(len(rendered), strip_right=False)
         return tuple(pieces)
 
     def _mark_ends(self, text: str) -> str:
@@ -103,5 +103,5 @@ class ControlSplit:
 
 
 def unmark(text: str) -> str:
-    """A marked or rendered text as it was meant."""
+    """A marked or rendered text without its marks."""
     return text.replace(MARK, "")

@@ -1,16 +1,27 @@
 """Rows → token ids: x with the template's control tokens, y* with the end-of-sequence token."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow, shorten
-from nrt_jax.data.chat_template import PromptTemplate, Rendered
+from nrt_jax.data.chat_template import Messages, Prompt, PromptTemplate
 from nrt_jax.data.control_split import Text
 from nrt_jax.data.sources import Row
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.types import Example, TokenizedExample
+
+ROLES = ("system", "user", "assistant")
+
+
+class Rendered(NamedTuple):
+    """One row as text."""
+
+    prompt: Prompt
+    answer: str
+    """y*, without the end-of-sequence token."""
 
 
 class RowTokenizer:
@@ -22,7 +33,7 @@ class RowTokenizer:
         self._template = PromptTemplate(config, tokenizer)
 
     def of_rows(self, rows: Iterable[Row]) -> Iterator[tuple[Row, TokenizedExample | BadRow]]:
-        """Each row, in order, with its ids or with what makes it unusable."""
+        """Each row, in order, with its ids or with the reason why it is unusable."""
         rendered = [(row, self._render(row)) for row in rows]
         encoded = self._encode([text for _, text in rendered if isinstance(text, Rendered)])
         for row, text in rendered:
@@ -35,19 +46,19 @@ class RowTokenizer:
                 yield row, bad
 
     def of_example(self, example: Example) -> TokenizedExample | BadRow:
-        """A generated question and answer with its ids, or with what makes it unusable."""
+        """The ids of a generated question and answer, or why they are unusable."""
         fields = self._fields(example.question, example.answer)
         ((_, tokenized),) = self.of_rows([Row(example.index, f"row {example.index}", fields)])
         return tokenized
 
     def of_question(self, question: str) -> np.ndarray:
-        """x of a row with this question, int32; BadRow when it would be a bad one."""
+        """x for a question, int32; BadRow when no row may have it."""
         return self._of_prompt(self._fields(question, "any"), question)
 
     def of_messages(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
-        """x of a row with these turns before its answer, int32; BadRow when it would be a bad one.
+        """x for the turns before an answer, int32; BadRow when no row may have them.
 
-        Without a chat template the turns must be one question of the user.
+        Without a chat template there must be one turn, of the user.
         """
         if self._template.is_chat:
             turns = [*messages, {"role": "assistant", "content": "any"}]
@@ -62,7 +73,7 @@ class RowTokenizer:
         return self.of_question(messages[0]["content"])
 
     def _of_prompt(self, fields: dict, shown: str) -> np.ndarray:
-        rendered = self._template.render(fields)
+        rendered = self._render_fields(fields)
         (ids,) = self._encode([rendered])
         self._check_controls(rendered, ids)
         prompt = self._prompt(rendered, ids)
@@ -83,12 +94,29 @@ class RowTokenizer:
         if isinstance(row.fields, BadRow):
             return row.fields
         try:
-            return self._template.render(row.fields)
+            return self._render_fields(row.fields)
         except BadRow as bad:
             return bad
 
+    def _render_fields(self, fields: dict) -> Rendered:
+        """Apply the template to a row; BadRow when it lacks what the template needs.
+
+        With a chat template, x is every turn before the last assistant turn, and that turn is y*. A
+        row without messages is a conversation of its question.
+        """
+        config = self._config
+        if self._template.is_chat and config.messages_field in fields:
+            messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
+            return Rendered(self._template.chat(messages), answer)
+        question = _text(fields, config.question_field)
+        answer = _text(fields, config.answer_field)
+        if self._template.is_chat:
+            turn = {"role": "user", "content": question}
+            return Rendered(self._template.chat([turn]), answer)
+        return Rendered(self._template.plain(question), answer)
+
     def _encode(self, rendered: Sequence[Rendered]) -> Iterator[list[list[int]]]:
-        """The ids of every text of each row, its answer last."""
+        """The ids of each row's texts, the answer last."""
         texts = [_texts(row) for row in rendered]
         ids: dict[bool, Iterator[list[int]]] = {
             starts: iter(
@@ -110,7 +138,7 @@ class RowTokenizer:
         limit = self._config.max_answer_tokens
         _check_length("answer", len(answer), limit, rendered.answer)
         return TokenizedExample(
-            example=Example(index, rendered.question, rendered.answer),
+            example=Example(index, rendered.prompt.text, rendered.answer),
             prompt_tokens=np.array(prompt, np.int32),
             answer_tokens=np.array(answer, np.int32),
         )
@@ -118,10 +146,10 @@ class RowTokenizer:
     def _prompt(self, rendered: Rendered, ids: list[list[int]]) -> list[int]:
         texts = iter(ids)
         prompt: list[int] = []
-        for piece in rendered.prompt:
+        for piece in rendered.prompt.pieces:
             prompt += next(texts) if isinstance(piece, Text) else [piece]
         limit = self._config.max_prompt_tokens
-        _check_length("prompt", len(prompt), limit, rendered.question)
+        _check_length("prompt", len(prompt), limit, rendered.prompt.text)
         return prompt
 
     def _check_controls(self, rendered: Rendered, ids: list[list[int]]) -> None:
@@ -134,7 +162,7 @@ class RowTokenizer:
                 )
 
     def _check_spelling(self, answer: str, ids: list[int]) -> None:
-        """The model cannot learn to write what its vocabulary cannot spell."""
+        """BadRow for an answer that the vocabulary cannot spell, so that no model can write it."""
         if self._tokenizer.unk_id is not None and self._tokenizer.unk_id in ids:
             raise BadRow(
                 "answer not in the vocabulary",
@@ -144,8 +172,8 @@ class RowTokenizer:
 
 
 def _texts(rendered: Rendered) -> list[Text]:
-    """The texts of x in order, then y*, which follows the end of the trace."""
-    prompt = [piece for piece in rendered.prompt if isinstance(piece, Text)]
+    """The texts of x in order, then y*, which follows t_end."""
+    prompt = [piece for piece in rendered.prompt.pieces if isinstance(piece, Text)]
     return [*prompt, Text(rendered.answer, starts=False)]
 
 
@@ -156,3 +184,50 @@ def _check_length(what: str, length: int, limit: int, text: str) -> None:
             f"the {what} {shorten(text)} has {length} tokens, more than "
             f"data.max_{what}_tokens={limit}; raise it or shorten the row",
         )
+
+
+def _read_messages(messages: object, field: str) -> tuple[Messages, str]:
+    """The turns before the last assistant turn, and what that turn says."""
+    if not isinstance(messages, list):
+        raise BadRow(
+            "messages not a list", f"'{field}' is {shorten(messages)}; give a list of turns"
+        )
+    turns = [_turn(message, f"{field}[{i}]") for i, message in enumerate(messages)]
+    answers = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers or answers[-1] == 0:
+        raise BadRow(
+            "no answered turn",
+            f"'{field}' has no assistant turn after another turn; give at least user, assistant",
+        )
+    return turns[: answers[-1]], turns[answers[-1]]["content"]
+
+
+def _turn(message: object, name: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise BadRow("bad turn", f"'{name}' is {shorten(message)}; give {{role, content}}")
+    role = message.get("role")
+    if role not in ROLES:
+        raise BadRow("bad role", f"'{name}.role' is {shorten(role)}; use {', '.join(ROLES)}")
+    # An empty system turn is common, and says nothing wrong.
+    content = _text(message, "content", f"{name}.content", may_be_empty=role == "system")
+    return {"role": role, "content": content}
+
+
+def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool = False) -> str:
+    name = name or key
+    if key not in fields:
+        has = ", ".join(map(repr, list(fields)[:5])) or "none"
+        raise BadRow(f"without '{key}'", f"field '{name}' is missing (it has {has}); add it")
+    value = fields[key]
+    if not isinstance(value, str):
+        raise BadRow(f"'{key}' not text", f"'{name}' is {shorten(value)}; write it as a string")
+    if not value.strip() and not may_be_empty:
+        raise BadRow(f"empty '{key}'", f"'{name}' is {shorten(value)}; fill it in or drop the row")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        shown = shorten(value[error.start : error.end])
+        raise BadRow(
+            f"'{key}' not Unicode", f"'{name}' has the lone surrogate {shown}; escape it as a pair"
+        ) from error
+    return value

@@ -1,28 +1,20 @@
 """The two think tokens of a checkpoint that was trained without them.
 
-A name is looked for among the added tokens; without success it goes to the next token that the
-vocabulary reserves for such use (Llama 3), and without one of those to a token after the last id.
+Each name is looked up among the added tokens. If it is not there, the next reserved token of the
+vocabulary (Llama 3 has some) takes the name; without one, a token is appended after the last id.
 """
 
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
+from nrt_jax.data.tokenizer_files import TOKENIZER_FILE
 from nrt_jax.errors import InputError
 
 RESERVED = re.compile(r"<\|reserved_special_token_(\d+)\|>")
-SPECIAL = {
-    "single_word": False,
-    "lstrip": False,
-    "rstrip": False,
-    "normalized": False,
-    "special": True,
-}
-"""How the description of a think token reads, in every file that has one."""
 
 
 @dataclass(frozen=True)
@@ -32,15 +24,9 @@ class ThinkTokens:
     ids: dict[str, int]
     """The start and the end token, in this order."""
     renamed: dict[str, str]
-    """Reserved tokens and the think names that they got."""
-    appended: dict[str, int]
-    """Tokens after the last id."""
-
-    @property
-    def new_ids(self) -> tuple[int, ...]:
-        """Ids whose rows in a checkpoint mean nothing yet, the start token's first."""
-        new = {*self.renamed.values(), *self.appended}
-        return tuple(i for name, i in self.ids.items() if name in new)
+    """From the name of a reserved token to the think name that replaced it."""
+    new_ids: tuple[int, ...]
+    """Ids whose rows in a checkpoint mean nothing yet, the start token's first."""
 
 
 def find_think_tokens(
@@ -48,8 +34,12 @@ def find_think_tokens(
     wanted: tuple[str, str],
     backend: tokenizers.Tokenizer,
     roles: dict[str, str],
+    taken: set[str],
 ) -> ThinkTokens:
-    """Resolve the names; InputError for a name that something else has."""
+    """Resolve the names; InputError for a name that something else has.
+
+    `taken` are tokens that are in use, so that none of them is renamed.
+    """
     start, end = wanted
     if start == end:
         raise InputError(f"data.think_end={end!r} is data.think_start too; they must differ")
@@ -57,63 +47,46 @@ def find_think_tokens(
     vocabulary = backend.get_vocab(with_added_tokens=True)
     for key, name in zip(("data.think_start", "data.think_end"), wanted, strict=True):
         _check_name(f"{directory}: {key}={name!r}", name, added, vocabulary, roles)
-    reserved = _reserved(added, {*roles.values(), *wanted})
+    reserved = _reserved(added, {*roles.values(), *taken, *wanted})
     next_id = max(vocabulary.values(), default=-1) + 1
-    ids, renamed, appended = {}, {}, {}
+    ids, renamed, new_ids = {}, {}, []
     for name in wanted:
         if name in added:
             ids[name] = added[name]
-        elif reserved:
+            continue
+        if reserved:
             old = reserved.pop(0)
             ids[name], renamed[old] = added[old], name
         else:
-            ids[name] = appended[name] = next_id + len(appended)
-    return ThinkTokens(ids, renamed, appended)
+            ids[name], next_id = next_id, next_id + 1
+        new_ids.append(ids[name])
+    return ThinkTokens(ids, renamed, tuple(new_ids))
 
 
-def edit_tokenizer_json(text: str, think: ThinkTokens) -> str | None:
-    """tokenizer.json with the think tokens in it as special tokens; None when it had them so."""
-    data = json.loads(text)
-    tokens = data.setdefault("added_tokens", [])
-    before = json.dumps(tokens)
-    for token in tokens:
-        token["content"] = think.renamed.get(token["content"], token["content"])
-        if token["content"] in think.ids:
-            token.update(SPECIAL)
-    tokens += [{"id": i, "content": name, **SPECIAL} for name, i in think.appended.items()]
-    if json.dumps(tokens) == before:
-        return None
+def with_think_tokens(
+    backend: tokenizers.Tokenizer, think: ThinkTokens, directory: Path
+) -> tokenizers.Tokenizer:
+    """The tokenizer with the think tokens in it; InputError when they cannot get their ids."""
     if think.renamed:
-        model = data["model"]
-        # A key of a vocabulary, or the first of a pair [piece, score].
-        if isinstance(model.get("vocab"), dict):
-            model["vocab"] = rename_keys(model["vocab"], think.renamed)
-        else:
-            model["vocab"] = rename_values(model.get("vocab"), think.renamed)
-        data["post_processor"] = rename_values(
-            rename_keys(data.get("post_processor"), think.renamed), think.renamed
-        )
-    return json.dumps(data, ensure_ascii=False, indent=2)
+        text = backend.to_str()
+        for old, new in think.renamed.items():
+            # In JSON only a whole string, a key or a value, has both its quotes unescaped.
+            text = text.replace(json.dumps(old), json.dumps(new, ensure_ascii=False))
+        backend = tokenizers.Tokenizer.from_str(text)
+    backend.add_special_tokens([as_special(name) for name in think.ids])
+    for name, expected in think.ids.items():
+        # The library numbers added tokens itself, by how many there are.
+        if backend.token_to_id(name) != expected:
+            raise InputError(
+                f"{directory / TOKENIZER_FILE}: has gaps in its ids, so {name!r} cannot be added "
+                "to it; set data.think_start and data.think_end to special tokens that it has"
+            )
+    return backend
 
 
-def rename_values(value: Any, renamed: dict[str, str]) -> Any:
-    """A JSON value in which every string that is exactly an old name is the new one."""
-    if isinstance(value, str):
-        return renamed.get(value, value)
-    if isinstance(value, list):
-        return [rename_values(item, renamed) for item in value]
-    if isinstance(value, dict):
-        return {key: rename_values(item, renamed) for key, item in value.items()}
-    return value
-
-
-def rename_keys(value: Any, renamed: dict[str, str]) -> Any:
-    """A JSON value in which every key that is exactly an old name is the new one."""
-    if isinstance(value, list):
-        return [rename_keys(item, renamed) for item in value]
-    if isinstance(value, dict):
-        return {renamed.get(key, key): rename_keys(item, renamed) for key, item in value.items()}
-    return value
+def as_special(name: str) -> tokenizers.AddedToken:
+    """A token that no text spells and that takes in no spaces beside it."""
+    return tokenizers.AddedToken(name, special=True, normalized=False)
 
 
 def _check_name(

@@ -1,26 +1,28 @@
-"""A Hugging Face tokenizer directory, read without transformers."""
+"""A tokenizer with think tokens, and text that never becomes a control token."""
 
-import json
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import TYPE_CHECKING, SupportsIndex
 
 import numpy as np
 import tokenizers
 
-from nrt_jax.data.think_tokens import ThinkTokens, edit_tokenizer_json, find_think_tokens
-from nrt_jax.data.tokenizer_check import check_tokenizer
-from nrt_jax.data.tokenizer_export import write_tokenizer
-from nrt_jax.data.tokenizer_files import (
-    SETTINGS_FILE,
-    TOKENIZER_FILE,
-    build_backend,
-    read_settings,
-    read_tokenizer_json,
-    role_names,
+from nrt_jax.data.think_tokens import (
+    ThinkTokens,
+    as_special,
+    find_think_tokens,
+    with_think_tokens,
 )
+from nrt_jax.data.tokenizer_check import check_tokenizer
+from nrt_jax.data.tokenizer_files import SETTINGS_FILE, fast_class, read_directory
 from nrt_jax.errors import InputError
+
+if TYPE_CHECKING:
+    import transformers
+
+FIRST_SPACE, NO_SPACE = b'"prepend_scheme":"first"', b'"prepend_scheme":"never"'
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,13 @@ class Tokenizer:
     """Text to ids and back; control ids come from the attributes alone, never from text."""
 
     directory: Path
+    fast: "transformers.PreTrainedTokenizerFast" = field(repr=False)
+    """The same tokenizer in transformers, which renders chat templates and writes exports."""
     backend: tokenizers.Tokenizer = field(repr=False)
+    """What `fast` encodes with, set to split special tokens' names in a text into characters."""
     inner: tokenizers.Tokenizer = field(repr=False)
     """Encodes text that follows a control token: without the space that some tokenizers put in
     front of a sequence. The backend itself where it puts none, or one in front of every text."""
-    roles: dict[str, str]
-    """Names of the tokens with a role, such as bos_token, as the directory's settings have them."""
     bos_id: int | None
     """Beginning of sequence; None when the tokenizer has none."""
     unk_id: int | None
@@ -41,12 +44,8 @@ class Tokenizer:
     eos_id: int
     think_start_id: int
     think_end_id: int
-    new_ids: tuple[int, ...]
-    """Think ids that no checkpoint has learned: their rows in one mean nothing yet."""
     special_ids: frozenset[int]
     """Every special token, the think tokens and the one for unknown text included."""
-    control_tokens: dict[int, tokenizers.AddedToken] = field(repr=False)
-    """The special tokens with their descriptions."""
     think: ThinkTokens = field(repr=False)
     """Where the names of the think tokens went."""
     vocab_size: int
@@ -66,53 +65,55 @@ class Tokenizer:
         sequence is missing, when a think name is something else's, and for tokenizers that fail
         `check_tokenizer`.
         """
-        roles = role_names(read_settings(directory))
-        text = read_tokenizer_json(directory)
-        backend = build_backend(text, directory)
-        bos_id, eos_id, unk_id = (
-            None if name is None else backend.token_to_id(name)
-            for name in map(roles.get, ("bos_token", "eos_token", "unk_token"))
-        )
-        if eos_id is None:
+        backend, settings = read_directory(directory)
+        roles = {key: str(value) for key, value in settings.items() if _names_token(key, value)}
+        _add_described(backend, settings.pop("added_tokens_decoder"), directory)
+        eos = roles.get("eos_token")
+        if eos is None or backend.token_to_id(eos) is None:
             raise InputError(
-                f"{directory / SETTINGS_FILE}: eos_token is {roles.get('eos_token')!r}; "
+                f"{directory / SETTINGS_FILE}: eos_token is {eos!r}; "
                 "name the token that ends a sequence, one that tokenizer.json has"
             )
-        think = find_think_tokens(directory, (think_start, think_end), backend, roles)
-        if think.new_ids:
-            backend = _with_think_tokens(text, think, directory)
+        wanted = think_start, think_end
+        taken = set(map(str, settings.get("model_specific_special_tokens", {}).values()))
+        think = find_think_tokens(directory, wanted, backend, roles, taken)
+        backend = with_think_tokens(backend, think, directory)
+        _make_special(backend, [roles[key] for key in ("bos_token", "eos_token") if key in roles])
+        listed = [str(token) for token in settings.get("extra_special_tokens") or []]
+        listed = [*(think.renamed.get(name, name) for name in listed), *think.ids]
+        settings["extra_special_tokens"] = list(dict.fromkeys(listed))
+        return cls._of(directory, fast_class()(tokenizer_object=backend, **settings), think)
+
+    @classmethod
+    def _of(
+        cls, directory: Path, fast: "transformers.PreTrainedTokenizerFast", think: ThinkTokens
+    ) -> "Tokenizer":
+        backend = fast.backend_tokenizer
+        bos_id, eos_id, unk_id = fast.bos_token_id, fast.eos_token_id, fast.unk_token_id
         check_tokenizer(directory, backend, unk_id)
-        think_ids = tuple(think.ids.values())
-        controls = [i for i in (bos_id, eos_id, *think_ids) if i is not None]
-        flags = backend.get_added_tokens_decoder()
-        # Some tokenizers list their think tokens as plain added ones, which text could spell out.
-        backend.add_special_tokens([_as_special(backend, i) for i in controls])
-        inner = _without_first_space(backend, directory)
-        for each in (backend, inner):
-            # From here on a special token's name inside a text is ordinary characters.
-            each.encode_special_tokens = True
+        # What transformers calls split_special_tokens, and does not write into exports here.
+        backend.encode_special_tokens = True
         added = backend.get_added_tokens_decoder()
+        think_start_id, think_end_id = think.ids.values()
         return cls(
             directory=directory,
+            fast=fast,
             backend=backend,
-            inner=inner,
-            roles=roles,
+            inner=_without_first_space(backend),
             bos_id=bos_id,
-            unk_id=None if unk_id in controls else unk_id,
+            unk_id=None if unk_id in (bos_id, eos_id, *think.ids.values()) else unk_id,
             eos_id=eos_id,
-            think_start_id=think_ids[0],
-            think_end_id=think_ids[1],
-            new_ids=think.new_ids,
+            think_start_id=think_start_id,
+            think_end_id=think_end_id,
             special_ids=frozenset(i for i, token in added.items() if token.special),
-            # What a chat template writes is read by the flags that the file has.
-            control_tokens={
-                i: token if i in think_ids else flags.get(i, token)
-                for i, token in added.items()
-                if token.special
-            },
             think=think,
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         )
+
+    @property
+    def new_ids(self) -> tuple[int, ...]:
+        """Think ids that no checkpoint has learned: their rows in one mean nothing yet."""
+        return self.think.new_ids
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` alone: nothing is added, and special tokens' names are plain characters.
@@ -159,42 +160,47 @@ class Tokenizer:
         return self.backend.token_to_id(text)
 
     def copy_to(self, directory: Path, chat_template: str | None = None) -> None:
-        """Write the tokenizer's files into `directory`, the think tokens in them.
+        """Write the tokenizer into `directory` for AutoTokenizer, the think tokens in it.
 
         With a chat template, a Jinja text, the copy has this one and no other.
         """
-        write_tokenizer(self.directory, directory, self.think, chat_template)
+        fast = copy.copy(self.fast)
+        if chat_template is not None:
+            fast.chat_template = chat_template
+        fast.save_pretrained(directory)
 
 
-def _with_think_tokens(text: str, think: ThinkTokens, directory: Path) -> tokenizers.Tokenizer:
-    edited = edit_tokenizer_json(text, think)
-    assert edited is not None, "new tokens are an edit"
-    backend = build_backend(edited, directory)
-    for name, expected in think.ids.items():
-        # The library numbers added tokens itself, by how many there are.
-        if backend.token_to_id(name) != expected:
+def _names_token(key: str, value: object) -> bool:
+    """Whether a setting gives the token of a role, as eos_token does and add_eos_token does not."""
+    return key.endswith("_token") and isinstance(value, str | tokenizers.AddedToken)
+
+
+def _add_described(
+    backend: tokenizers.Tokenizer, described: Mapping[int, tokenizers.AddedToken], directory: Path
+) -> None:
+    """Add what the settings describe and tokenizer.json lacks, as transformers does."""
+    backend.add_tokens([token for _, token in sorted(described.items())])
+    for i, token in described.items():
+        if (found := backend.token_to_id(token.content)) != i:
             raise InputError(
-                f"{directory / TOKENIZER_FILE}: has gaps in its ids, so {name!r} cannot be added "
-                "to it; set data.think_start and data.think_end to special tokens that it has"
+                f"{directory / SETTINGS_FILE}: added_tokens_decoder gives {token.content!r} the id "
+                f"{i}, and in tokenizer.json it gets {found}; download both files again"
             )
-    return backend
 
 
-def _as_special(backend: tokenizers.Tokenizer, token_id: int) -> tokenizers.AddedToken:
-    return tokenizers.AddedToken(backend.id_to_token(token_id), special=True, normalized=False)
+def _make_special(backend: tokenizers.Tokenizer, names: list[str]) -> None:
+    """Some tokenizers list control tokens as plain added ones, which text could spell."""
+    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    backend.add_special_tokens([as_special(name) for name in names if name not in special])
 
 
-def _without_first_space(backend: tokenizers.Tokenizer, directory: Path) -> tokenizers.Tokenizer:
+def _without_first_space(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     """The same tokenizer for text inside a sequence; the backend itself where that is no other."""
-    if backend.pre_tokenizer is None or b'"first"' not in backend.pre_tokenizer.__getstate__():
+    pre_tokenizer = copy.deepcopy(backend.pre_tokenizer)
+    if pre_tokenizer is None or FIRST_SPACE not in (state := pre_tokenizer.__getstate__()):
         return backend
-    data = json.loads(backend.to_str())
-    _set_prepend_scheme(data["pre_tokenizer"])
-    return build_backend(json.dumps(data), directory)
-
-
-def _set_prepend_scheme(pre_tokenizer: dict[str, Any]) -> None:
-    if pre_tokenizer.get("prepend_scheme") == "first":
-        pre_tokenizer["prepend_scheme"] = "never"
-    for part in pre_tokenizer.get("pretokenizers", []):
-        _set_prepend_scheme(part)
+    inner = copy.deepcopy(backend)
+    inner.encode_special_tokens = True
+    pre_tokenizer.__setstate__(state.replace(FIRST_SPACE, NO_SPACE))
+    inner.pre_tokenizer = pre_tokenizer
+    return inner

@@ -1,6 +1,6 @@
-"""What a tokenizer must do to be trained with, tried on it when it is loaded.
+"""Checks of a tokenizer when it is loaded.
 
-The library reads whatever a broken conversion wrote; the loss of a run shows nothing of it.
+The library reads whatever a broken conversion wrote, and the loss of a run would not show it.
 """
 
 from pathlib import Path
@@ -12,26 +12,20 @@ from nrt_jax.errors import InputError
 
 NONCHARACTER = "\ufdd0"
 MIN_ORDINARY = 8
-# Above this many entries a vocabulary has every letter; below it may be a small task's alphabet.
+# A larger vocabulary should have every letter; a smaller one may be the alphabet of a small task.
 LARGE_VOCABULARY = 1000
-ASCII_PROBES = (
-    "The sum of 1,234 and 5.6 is 1239.6!",
-    "a  b   c    d",
-    "trailing  ",
-)
+ASCII_PROBES = ("The sum of 1,234 and 5.6 is 1239.6!", "a  b   c    d", "trailing  ")
 PROBES = (
     *ASCII_PROBES,
-    "  leading",
-    "one\n\ntwo\n",
-    "\tin\t\ttabs",
+    *("  leading", "one\n\ntwo\n", "\tin\t\ttabs"),
     "def f(x):\n    if x:\n        return {'a': [x ** 2]}",
     "Straße, café, naïve, ½ ≠ √2",
     "数学的な推論を学習する。한국어",
     "مرحبا بالعالم، كيف حالك؟",
     "🙂👩‍👩‍👧‍👦",
 )
-# The first pieces after the byte pieces in Llama's and Mistral's sentencepiece vocabularies. Their
-# models give runs of spaces the lowest score of all, though they have the lowest ids.
+# The first pieces after the byte pieces in the sentencepiece vocabularies of Llama and Mistral,
+# which have the lowest ids. Their models score runs of spaces lowest of all all the same.
 LATE_SPACES = (("▁▁", "▁t", "er", "in", "▁a"), ("▁▁", "▁▁▁▁", "▁t", "in", "er"))
 REMEDY = "download tokenizer.json again from the model's page"
 
@@ -39,9 +33,8 @@ REMEDY = "download tokenizer.json again from the model's page"
 def check_tokenizer(directory: Path, backend: tokenizers.Tokenizer, unk_id: int | None) -> None:
     """InputError when the tokenizer has no vocabulary, loses text, or merges spaces too early."""
     path = directory / TOKENIZER_FILE
-    added = backend.get_added_tokens_decoder()
-    special = sum(token.special for token in added.values())
-    ordinary = backend.get_vocab_size(with_added_tokens=True) - special
+    added = backend.get_added_tokens_decoder().values()
+    ordinary = backend.get_vocab_size(with_added_tokens=True) - sum(t.special for t in added)
     if ordinary < MIN_ORDINARY:
         raise InputError(
             f"{path}: has {ordinary} ordinary vocabulary entries, as saved by a tokenizer that did "
@@ -68,17 +61,17 @@ def _check_probe(
             )
         return
     back = backend.decode(ids, skip_special_tokens=False)
-    # Sentencepiece puts a space before a text and takes one away when it decodes; where the text
-    # begins with spaces, some tokenizers only do the latter.
+    # Sentencepiece adds a space before a text and removes one when it decodes. Some tokenizers
+    # remove one, and add none, where the text begins with spaces.
     if back.lstrip(" ") != probe.lstrip(" "):
         raise InputError(f"{path}: encodes {probe!r} to ids that decode to {back!r}; {REMEDY}")
 
 
 def _check_spaces(path: Path, backend: tokenizers.Tokenizer) -> None:
-    """Llama's and Mistral's models read "a  b" as ▁a ▁ ▁b.
+    """The models of Llama and Mistral read "a  b" as ▁a ▁ ▁b.
 
-    A conversion that orders the merges by id, for it lost the scores, reads ▁a ▁▁ b: other ids for
-    every text with two spaces or more, and nothing else to see.
+    A conversion that lost the scores orders the merges by id and reads ▁a ▁▁ b: every text with two
+    spaces or more gets other ids, and nothing else shows it.
     """
     first = backend.token_to_id("▁▁")
     if first is None or backend.id_to_token(first - 1) != "<0xFF>":
@@ -93,7 +86,7 @@ def _check_spaces(path: Path, backend: tokenizers.Tokenizer) -> None:
 
 
 def _unknown_ids(backend: tokenizers.Tokenizer, unk_id: int | None) -> set[int]:
-    """What unknown text becomes, which not every settings file says."""
+    """Ids that stand for unknown text; not every directory names its token for it."""
     try:
         tokens = backend.model.tokenize(NONCHARACTER)
     except Exception:  # the library's bare one: a word-level model without an unknown token

@@ -49,6 +49,27 @@ def mistral_reference(mistral_directory):
 
 
 @pytest.fixture(scope="session")
+def llama_directory(shared_data) -> Path:
+    directory = shared_data / "tokenizers" / "llama3_1"
+    if not directory.is_dir():
+        pytest.skip(f"no tokenizer at {directory}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def llama(llama_directory) -> Tokenizer:
+    """Its think tokens take the names of two reserved tokens."""
+    return Tokenizer.load(llama_directory)
+
+
+@pytest.fixture(scope="session")
+def llama_reference(llama_directory):
+    """The same directory, read by transformers."""
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(llama_directory)
+
+
+@pytest.fixture(scope="session")
 def made_directory(tmp_path_factory) -> Callable[[str], Path]:
     """The directory of a small tokenizer of a kind."""
     folder = tmp_path_factory.mktemp("made")
@@ -69,11 +90,11 @@ def made_reference(made_directory):
 
 @pytest.fixture
 def load(made, made_reference, request):
-    """Our tokenizer of a kind, and transformers'; the real one is skipped without data."""
+    """Our tokenizer of a kind, and transformers'; the real ones are skipped without data."""
 
     def both(kind):
-        if kind == "mistral":
-            return request.getfixturevalue("mistral"), request.getfixturevalue("mistral_reference")
+        if kind in ("mistral", "llama"):
+            return request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_reference")
         return made(kind), made_reference(kind)
 
     return both

@@ -80,6 +80,17 @@ def test_plain(kind, add_bos, load, config, tmp_path):
         assert apply(opening, chat) == [*ids, tokenizer.think_start_id]
 
 
+def test_the_template_of_llama(load, config, tmp_path):
+    """As its directory has it, and as transformers applies that without us."""
+    tokenizer, reference = load("llama")
+    run = config("tokenizer")
+    opening = exported(run, tokenizer, tmp_path, opens_trace=True)
+    for chat in CHATS:
+        ids = x({"messages": [*chat, ANSWER]}, run, tokenizer)
+        assert ids == apply(reference, chat)
+        assert apply(opening, chat) == [*ids, tokenizer.think_start_id]
+
+
 def test_the_quickstart(tokenizer, config, tmp_path):
     run = config("plain")
     reference = exported(run, tokenizer, tmp_path, opens_trace=True)

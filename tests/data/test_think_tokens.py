@@ -104,14 +104,30 @@ def test_appended_tokens(kind, made_directory, made, tmp_path):
 def test_mistral_tokens_found_and_appended(mistral_directory, mistral, tmp_path):
     assert mistral.new_ids == ()
     mistral.copy_to(tmp_path / "found")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        copied, source = tmp_path / "found" / name, mistral_directory / name
-        assert copied.read_bytes() == source.read_bytes()
+    folders = tmp_path / "found", mistral_directory
+    copied, source = (folder / "tokenizer.json" for folder in folders)
+    assert copied.read_bytes() == source.read_bytes()
+    copied, source = (
+        json.loads((folder / "tokenizer_config.json").read_text()) for folder in folders
+    )
+    # The two names of the class that takes tokenizer.json as it is.
+    assert copied.pop("tokenizer_class") == "TokenizersBackend"
+    assert source.pop("tokenizer_class") == "PreTrainedTokenizerFast"
+    assert copied == source
     check_copy(mistral, tmp_path / "found")
     appended = Tokenizer.load(mistral_directory)
     assert appended.new_ids == (32768, 32769)
     appended.copy_to(tmp_path / "appended", TEMPLATE)
     check_copy(appended, tmp_path / "appended")
+
+
+def test_llama_reserved_tokens_are_taken(llama, tmp_path):
+    assert llama.think.renamed == {
+        "<|reserved_special_token_0|>": "<|think_start|>",
+        "<|reserved_special_token_1|>": "<|think_end|>",
+    }
+    llama.copy_to(tmp_path)
+    check_copy(llama, tmp_path)
 
 
 def test_one_found_and_one_appended(made_directory):
@@ -178,9 +194,11 @@ def test_the_copy_has_one_chat_template(made_directory, tmp_path):
     (source / "chat_template.json").write_text('{"chat_template": "oldest"}')
     tokenizer = Tokenizer.load(source)
     tokenizer.copy_to(copy)
-    assert sorted(os.listdir(copy)) == sorted(os.listdir(source))
+    files = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(os.listdir(copy)) == files
+    assert transformers.AutoTokenizer.from_pretrained(copy).chat_template == "older"
     tokenizer.copy_to(copy, TEMPLATE)
-    assert not (copy / "chat_template.json").exists()
+    assert sorted(os.listdir(copy)) == files
     assert "chat_template" not in json.loads((copy / "tokenizer_config.json").read_text())
     assert transformers.AutoTokenizer.from_pretrained(copy).chat_template == TEMPLATE
 

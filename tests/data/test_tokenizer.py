@@ -2,6 +2,7 @@
 
 import json
 import os
+from random import Random
 
 import numpy as np
 import pytest
@@ -43,6 +44,37 @@ def test_mistral_ids_are_those_of_transformers(mistral, mistral_reference, text)
     ids = mistral.encode(text)
     assert ids == mistral_reference.encode(text, add_special_tokens=False)
     assert mistral.decode(ids) == mistral_reference.decode(ids)
+
+
+RANDOM_PARTS = ("</s>", "<s>", "[INST]", "<|eot_id|>", "<|reserved_special_token_5|>", "<unk>")
+
+
+def random_text(random: Random) -> str:
+    """Characters of many scripts, spaces and names of special tokens."""
+    ranges = ((32, 127), (0xA0, 0x2FFF), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF))
+    parts = [chr(random.randrange(*random.choice(ranges))) for _ in range(random.randrange(24))]
+    parts += random.choices((*RANDOM_PARTS, "  ", "\n", "\t", "▁"), k=random.randrange(4))
+    random.shuffle(parts)
+    return "".join(parts)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "llama"])
+def test_random_texts_have_the_ids_of_split_special_tokens(kind, load):
+    tokenizer, reference = load(kind)
+    random = Random(0)
+    texts = [random_text(random) for _ in range(2000)]
+    options = {"add_special_tokens": False, "split_special_tokens": True}
+    ids = tokenizer.encode_batch(texts)
+    assert ids == reference(texts, **options)["input_ids"]
+    assert not any(tokenizer.special_ids.intersection(text_ids) for text_ids in ids)
+    assert [tokenizer.decode(text_ids) for text_ids in ids] == reference.batch_decode(ids)
+
+
+def test_llama_attributes(llama):
+    assert (llama.bos_id, llama.eos_id, llama.unk_id) == (128000, 128009, None)
+    assert llama.new_ids == (llama.think_start_id, llama.think_end_id) == (128002, 128003)
+    assert llama.vocab_size == 128256
+    assert len(llama.special_ids) == 256
 
 
 @pytest.mark.parametrize("text", MULTILINGUAL)
@@ -115,6 +147,23 @@ def test_plain_added_think_tokens_become_special(tmp_path):
     ids = [*loaded.encode("a"), loaded.think_start_id, *loaded.encode("b")]
     assert loaded.decode(ids) == "a<think>b"
     assert loaded.decode(ids, skip_special=True) == "ab"
+
+
+def test_plain_added_bos_and_eos_become_special(tmp_path):
+    backend = characters(special=("<unk>", "<think>", "</think>"), plain=("<s>", "</s>"))
+    loaded = Tokenizer.load(write(tmp_path / "t", backend), "<think>", "</think>")
+    assert {loaded.bos_id, loaded.eos_id} <= loaded.special_ids
+    assert not set(loaded.encode("<s>a</s>")) & loaded.special_ids
+
+
+def test_a_file_without_added_tokens(tmp_path):
+    directory = write(tmp_path / "t", characters(special=()), eos_token="<unk>", bos_token=None)
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text())
+    assert content.pop("added_tokens") == []
+    path.write_text(json.dumps(content))
+    loaded = Tokenizer.load(directory, "<think>", "</think>")
+    assert loaded.special_ids == {loaded.eos_id, loaded.think_start_id, loaded.think_end_id}
 
 
 def unigram():
@@ -192,13 +241,20 @@ def test_unreadable_directories(tmp_path):
     assert message(directory) == f"{settings}: No such file or directory; {needs}"
 
 
-@pytest.mark.parametrize("eos", [None, "<end>", 2])
+@pytest.mark.parametrize("eos", [None, "<end>"])
 def test_eos_must_exist(tmp_path, eos):
     directory = write(tmp_path / "t", characters(), eos_token=eos)
-    shown = eos if isinstance(eos, str) else None
     assert message(directory, "<think>", "</think>") == (
-        f"{directory / 'tokenizer_config.json'}: eos_token is {shown!r}; "
+        f"{directory / 'tokenizer_config.json'}: eos_token is {eos!r}; "
         "name the token that ends a sequence, one that tokenizer.json has"
+    )
+
+
+@pytest.mark.parametrize("role", ["eos_token", "pad_token"])
+def test_a_role_that_is_not_the_name_of_a_token(tmp_path, role):
+    directory = write(tmp_path / "t", characters(), **{role: 2})
+    assert message(directory, "<think>", "</think>") == (
+        f"{directory / 'tokenizer_config.json'}: {role} is 2; write the name of a token"
     )
 
 
