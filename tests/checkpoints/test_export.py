@@ -209,7 +209,7 @@ def test_the_model_card_says_what_the_model_is(run_with_new_tokens, tmp_path, wo
     _, front, body = (out / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(front)["base_model"] == "model"
     for said in (
-        "NRT-WS(-log p)",
+        "NRT-WS(−log p): weighted sum of probabilities",
         "chain_addition",
         "| step | 2 of 2, 4 prompts each |",
         "`<think>` trace `</think>` answer `<|eos|>`",
