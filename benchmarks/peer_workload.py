@@ -45,7 +45,8 @@ from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.training.batch import group_lengths, nrt_batch
-from nrt_jax.training.forward import NrtSettings, SamplingScores
+from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer, equal_keys
 from nrt_jax.training.update import Update
@@ -113,7 +114,7 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         tokens = sum(len(trace.tokens) for group in groups for trace in group.traces)
         plans = packer.plan([group_lengths(group) for group in groups])
         think = {"think_start": THINK_START, "think_end": THINK_END}
-        batches = [(nrt_batch(groups, plan, **think), SamplingScores()) for plan in plans]
+        batches = [(nrt_batch(groups, plan, **think), FrozenLogprobs()) for plan in plans]
         (state, _), seconds = _timed(partial(update, state, jax.device_put(batches)))
         updates.append(seconds)
     figures = {

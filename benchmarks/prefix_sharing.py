@@ -3,12 +3,12 @@
     .venv/bin/python benchmarks/prefix_sharing.py
     .venv/bin/python benchmarks/prefix_sharing.py --rows 1024x8x256x64 64x8x256x64
 
-Both layouts give the sum of the logprobs of all branches and of the baseline's answer, the latter
-without a gradient, and the gradient of that sum; the two sums and gradients must agree. "Shared" is
-the layout of training: `run_prompts`, then rows that continue the prompt, rounded up as batches
-are. "Plain" is one row a sequence, prompt and branch, without any padding. A row of the table is
-prompt tokens x traces x trace tokens x answer tokens; operations are those of models/flops.py,
-times are CPU seconds, medians over repetitions that take turns.
+Both layouts give the sum of the logprobs of all completions and of the baseline's answer, the
+latter without a gradient, and the gradient of that sum; the two sums and gradients must agree.
+"Shared" is the layout of training: `run_prompts`, then rows that continue the prompt, rounded up as
+batches are. "Plain" is one row per sequence, prompt and completion, without any padding. A row of
+the table is prompt tokens x traces x trace tokens x answer tokens; operations are those of
+models/flops.py, times are CPU seconds, medians over repetitions that take turns.
 """
 
 import argparse
@@ -32,14 +32,18 @@ from nrt_jax.models.flops import Rows, forward_flops, training_flops
 from nrt_jax.models.logprobs import token_logprobs
 from nrt_jax.objective.masked import masked_sum
 from nrt_jax.training.batch import (
-    TrainBatch,
+    NrtBatch,
     answer_mask,
-    flat_groups,
     group_lengths,
     nrt_batch,
     target_masks,
 )
-from nrt_jax.training.forward import NrtSettings, run_prompts, score_baseline, score_branches
+from nrt_jax.training.forward import (
+    NrtSettings,
+    baseline_logprobs,
+    completion_logprobs,
+    run_prompts,
+)
 from nrt_jax.training.packing import Layout, Packer, Plan
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
@@ -127,7 +131,7 @@ def measure(architecture: Architecture, sizes: Sizes, repeats: int) -> tuple[Cos
 
 
 def one_group(sizes: Sizes, vocab_size: int) -> tuple[Group, Plan]:
-    """Random tokens of these sizes, and their rows: one for each branch."""
+    """Random tokens of these sizes, and their rows: one for each completion."""
     rng = np.random.default_rng(0)
 
     def tokens(count: int) -> np.ndarray:
@@ -143,16 +147,14 @@ def one_group(sizes: Sizes, vocab_size: int) -> tuple[Group, Plan]:
     return group, plan
 
 
-def shared_logprob(params: Any, batch: TrainBatch, settings: NrtSettings) -> Float[Array, ""]:
+def shared_logprob(params: Any, batch: NrtBatch, settings: NrtSettings) -> Float[Array, ""]:
     """The sum by the functions of the loss."""
     decoder = nnx.merge(settings.definition, params)
-    groups = flat_groups(batch.groups)
     prompts = run_prompts(decoder, batch)
-    scores = score_branches(decoder, settings, prompts, batch)
-    valid_BT = target_masks(groups).valid_PKT.reshape(scores.logprob_BT.shape)
-    log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
-    of_branches = masked_sum(scores.logprob_BT, valid_BT)
-    return of_branches + masked_sum(log_c_base_PA, answer_mask(groups))
+    logprob_PKT, _ = completion_logprobs(decoder, settings, prompts, batch)
+    log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
+    of_completions = masked_sum(logprob_PKT, target_masks(batch.groups).valid_PKT)
+    return of_completions + masked_sum(log_c_base_PA, answer_mask(batch.groups))
 
 
 def plain_layout(group: Group) -> Plain:
@@ -171,7 +173,7 @@ def plain_layout(group: Group) -> Plain:
 def plain_logprob(
     params: Any, sequences: Plain, definition: nnx.GraphDef, prompt: int
 ) -> Float[Array, ""]:
-    """The same sum by passes over whole sequences, logprobs of the branches' targets alone."""
+    """The same sum by passes over whole sequences, logprobs of the completions' targets alone."""
     decoder = nnx.merge(definition, params)
     constant = nnx.merge(definition, jax.lax.stop_gradient(params))
     of_traces = _logprob_from(decoder, sequences.traces_BT, prompt + 1)
@@ -197,19 +199,19 @@ def shared_flops(architecture: Architecture, plan: Plan) -> float:
     """Operations of the shared layout, padding included."""
     shape = plan.shape
     S, W, E = shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens
-    branches = shape.rows * W
+    completions = shape.rows * W
     return (
         training_flops(architecture, Rows(S, S), "none").total
-        + training_flops(architecture, Rows(branches, S + W, branches), "none").total
+        + training_flops(architecture, Rows(completions, S + W, completions), "none").total
         + forward_flops(architecture, Rows(E, S + E, E)).total
     )
 
 
 def plain_flops(architecture: Architecture, sizes: Sizes) -> float:
     """Operations of the plain layout."""
-    branch, empty = 1 + sizes.trace + sizes.answer, 1 + sizes.answer
-    row, baseline = sizes.prompt + branch, sizes.prompt + empty
-    rows = Rows(sizes.traces * row, row, sizes.traces * branch)
+    completion, empty = 1 + sizes.trace + sizes.answer, 1 + sizes.answer
+    row, baseline = sizes.prompt + completion, sizes.prompt + empty
+    rows = Rows(sizes.traces * row, row, sizes.traces * completion)
     baselines = Rows(baseline, baseline, sizes.answer)
     return (
         training_flops(architecture, rows, "none").total

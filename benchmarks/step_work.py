@@ -6,7 +6,7 @@
 Both train on one group of traces of one length. The unit is a token that runs forward once; a
 backward pass is two of them. The release scores the logprobs of the whole batch before the update,
 runs the baseline and the prompt once a trace, and trains with gradient checkpointing, so an update
-is 4 forward passes. Ours runs a prompt once a group, its branches `t_start z t_end y*`, and one
+is 4 forward passes. Ours runs a prompt once a group, its completions `t_start z t_end y*`, and one
 baseline without a gradient; nothing is scored before, unless a step has several mini-batches: then
 c_base is, after another pass over the prompt, which `--several-updates` counts.
 
@@ -34,7 +34,8 @@ from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.decoder import Remat, abstract_decoder
 from nrt_jax.models.flops import Rows, forward_flops, training_flops
 from nrt_jax.training.batch import group_lengths, nrt_batch
-from nrt_jax.training.forward import NrtSettings, SamplingScores
+from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer, Plan, Shape
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
@@ -122,13 +123,13 @@ def our_parts(sizes: Sizes, several_updates: bool = False) -> list[Part]:
 
 def padded_parts(shape: Shape, several_updates: bool = False) -> list[Part]:
     """What we run in the rows of a micro-batch, hidden keys included."""
-    S, W, E, U = shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens, shape.units
-    branches = U * shape.rows * W
-    prompts = Rows(U * S, S, U * shape.groups)
-    traces, baselines = Rows(branches, S + W, branches), Rows(U * E, S + E, U * E)
+    S, W, E, packs = shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens, shape.packs
+    completions = packs * shape.rows * W
+    prompts = Rows(packs * S, S, packs * shape.groups)
+    traces, baselines = Rows(completions, S + W, completions), Rows(packs * E, S + E, packs * E)
     return [
         Part("prompts", prompts, prompts, before=several_updates),
-        Part("branches", traces, traces),
+        Part("completions", traces, traces),
         Part("baselines", baselines, baselines, gradient=False),
     ]
 
@@ -190,7 +191,7 @@ def table(name: str, parts: list[Part], remat: Remat, a: Architecture, *, ours: 
 
 
 def one_group(sizes: Sizes) -> tuple[Group, Plan]:
-    """Made-up tokens of these sizes, and their rows: one for each branch."""
+    """Made-up tokens of these sizes, and their rows: one for each completion."""
     prompt, answer = (np.full(n, 3, np.int32) for n in (sizes.prompt, sizes.answer))
     z = np.full(sizes.trace, 3, np.int32)
     trace = Trace(z, np.zeros(sizes.trace, np.float32), None, 0.0)
@@ -214,7 +215,7 @@ def counted_by_xla(sizes: Sizes, architecture: Architecture, remat: Remat) -> fl
     settings = NrtSettings(definition, ObjectiveConfig(), 1, 2, 1.0, chunk_tokens=plan.slots)
     loss = partial(nrt_loss, sequences=sizes.traces, settings=settings)
     gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    lowered = gradient.lower(nnx.to_pure_dict(params), batch, SamplingScores())
+    lowered = gradient.lower(nnx.to_pure_dict(params), batch, FrozenLogprobs())
     costs = lowered.cost_analysis()
     assert costs is not None, "XLA counts for every platform"
     return costs["flops"]

@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.flops import Flops, Rows, forward_flops, training_flops
-from nrt_jax.training.batch import TrainBatch, flat_rows
+from nrt_jax.training.batch import NrtBatch
 from nrt_jax.training.forward import run_prompts
 
 REPEATS = 3
@@ -25,7 +25,7 @@ def update_parts(
     definition: nnx.GraphDef,
     architecture: Architecture,
     params: Any,
-    batches: Sequence[TrainBatch],
+    batches: Sequence[NrtBatch],
     chunk_tokens: int,
     update_cpu_s: float,
 ) -> dict[str, float]:
@@ -35,18 +35,18 @@ def update_parts(
     """
     rate = matrix_rate()
 
-    def layers(params: Any, batch: TrainBatch) -> Array:
+    def layers(params: Any, batch: NrtBatch) -> Array:
         decoder = nnx.merge(definition, params)
         prefix = run_prompts(decoder, batch).prefix
-        rows = flat_rows(batch.traces)
+        rows = batch.completions
         hidden_BWD, _ = decoder.hidden(
-            rows.inputs_URW, rows.positions_URW, rows.segments_URW, prefix, rows.prompts_URW
+            rows.inputs_BW, rows.positions_BW, rows.segments_BW, prefix, rows.prompts_BW
         )
         return jnp.sum(hidden_BWD)
 
-    def head(params: Any, batch: TrainBatch) -> Array:
+    def head(params: Any, batch: NrtBatch) -> Array:
         decoder = nnx.merge(definition, params)
-        targets_BW = flat_rows(batch.traces.targets_URW)
+        targets_BW = batch.completions.targets_BW
         hidden_BWD = decoder.embedding[...][targets_BW]
         return jnp.sum(decoder.scores(hidden_BWD, targets_BW, chunk_tokens).logprob_BT)
 
@@ -63,16 +63,17 @@ def update_parts(
     return figures
 
 
-def update_flops(architecture: Architecture, batches: Sequence[TrainBatch]) -> Flops:
-    """Matrix operations of an update: prompts and branches with gradients, baselines without."""
+def update_flops(architecture: Architecture, batches: Sequence[NrtBatch]) -> Flops:
+    """Matrix operations of an update: prompts and completions with gradients, baselines without."""
     totals = []
     for batch in batches:
-        S, W = batch.prompts.tokens_US.shape[-1], batch.traces.inputs_URW.shape[-1]
-        E = batch.baselines.inputs_URW.shape[-1]
-        prompts = Rows(batch.prompts.tokens_US.size, S, batch.groups.prompt_last_P.size)
-        branches = Rows(batch.traces.inputs_URW.size, S + W, batch.traces.inputs_URW.size)
-        baselines = Rows(batch.baselines.inputs_URW.size, S + E, batch.baselines.inputs_URW.size)
-        totals += [training_flops(architecture, rows, "none") for rows in (prompts, branches)]
+        S, W = batch.prompts.tokens_packs_S.shape[-1], batch.completions.inputs_BW.shape[-1]
+        E = batch.baselines.inputs_BW.shape[-1]
+        prompts = Rows(batch.prompts.tokens_packs_S.size, S, batch.groups.prompt_last_P.size)
+        tokens = batch.completions.inputs_BW.size
+        completions = Rows(tokens, S + W, tokens)
+        baselines = Rows(batch.baselines.inputs_BW.size, S + E, batch.baselines.inputs_BW.size)
+        totals += [training_flops(architecture, rows, "none") for rows in (prompts, completions)]
         totals.append(forward_flops(architecture, baselines))
     return Flops(*(sum(parts) for parts in zip(*totals, strict=True)))
 

@@ -1,9 +1,9 @@
 """Reductions over the positions that a mask keeps: the only place where masks meet sums.
 
-A mask keeps the positions where it is nonzero, be it bool, integer or float. What masked positions
-hold, NaN and infinity included, reaches neither a result nor a gradient of these functions. A
-nonlinear function in between needs `masked_fill` on its inputs as well, since its own derivative at
-garbage is NaN however the sum treats the position:
+A mask keeps the positions where it is nonzero, be it bool, integer or float. Values at masked
+positions, NaN and infinity included, reach neither the result nor the gradient of these functions.
+A nonlinear function in between needs `masked_fill` on its inputs too: its derivative at NaN is NaN,
+whatever the sum does with the position.
 
     log_ratio = masked_fill(logprob, mask) - masked_fill(old_logprob, mask)
     masked_sum(jnp.exp(log_ratio), mask)
@@ -16,7 +16,7 @@ Axis = int | tuple[int, ...] | None
 
 
 def at_least_float32(x: Shaped[ArrayLike, "*dims"]) -> Float[Array, "*dims"]:
-    """`x` as float32, or as float64 where it already is: no sum runs in less."""
+    """`x` as float32, or float64 if it is that already: sums never run in a lower precision."""
     x = jnp.asarray(x)
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
@@ -27,16 +27,19 @@ def as_mask(mask: Shaped[ArrayLike, "*dims"]) -> Bool[Array, "*dims"]:
 
 
 def masked_fill(
-    x: Shaped[ArrayLike, "*dims"], mask: Shaped[ArrayLike, "*dims"], value: float = 0.0
+    x: Shaped[ArrayLike, "*#dims"], mask: Shaped[ArrayLike, "*#dims"], value: float = 0.0
 ) -> Float[Array, "*dims"]:
-    """`x` in at least float32 where the mask keeps it, `value` elsewhere."""
+    """`x` in at least float32 where the mask keeps it, `value` elsewhere; the mask broadcasts."""
     return jnp.where(as_mask(mask), at_least_float32(x), value)
 
 
 def masked_sum(
-    x: Shaped[ArrayLike, "*dims"], mask: Shaped[ArrayLike, "*dims"], axis: Axis = None
+    x: Shaped[ArrayLike, "*#dims"], mask: Shaped[ArrayLike, "*#dims"], axis: Axis = None
 ) -> Float[Array, "..."]:
-    """Sum over `axis` (default: all) of the kept positions; 0 where none is kept."""
+    """Sum over `axis` (default: all) of the kept positions; the mask broadcasts.
+
+    The sum is 0 where no position is kept.
+    """
     return jnp.sum(masked_fill(x, mask), axis=axis)
 
 

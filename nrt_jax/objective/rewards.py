@@ -1,6 +1,7 @@
 """From confidences in the answer to rewards, advantages and token signals.
 
-Letters: P prompts, K traces a prompt, B = P * K sequences, A answer tokens.
+`compute_rewards` is that of the loss, `score_rewards` the same for logprobs that an engine read off
+its cache. Letters: P prompts, K traces per prompt, A answer tokens.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from nrt_jax.types import SuffixLogprobs
 
 
 class Rewards(NamedTuple):
-    """Rewards of the traces, and what follows from them; all constants to the gradient."""
+    """Rewards, advantages and token signals of the traces; constants to the gradient."""
 
     reward_PK: Float[Array, "P K"]
     baseline_P: Float[Array, " P"]
@@ -34,31 +35,30 @@ def compute_rewards(
     objective: ObjectiveConfig,
 ) -> Rewards:
     """R, R_base, A and S from the answer's confidences (Eq. 6, 9, 10; Table 1)."""
-    P, K, A = log_c_PKA.shape
-    log_c_base_BA = jnp.repeat(log_c_base_PA, K, axis=0)
-    mask_BA = jnp.repeat(mask_PA, K, axis=0)
-    how = {"ws_normalisation": objective.ws_normalisation, "weight_cap": objective.weight_cap}
-    reward_B, signal_BA = aggregate(
-        objective.scheme, log_c_PKA.reshape(P * K, A), log_c_base_BA, mask_BA, **how
+    reward_and_signal = partial(
+        aggregate,
+        objective.scheme,
+        ws_normalisation=objective.ws_normalisation,
+        weight_cap=objective.weight_cap,
     )
-    baseline_P, _ = aggregate(objective.scheme, log_c_base_PA, log_c_base_PA, mask_PA, **how)
-    reward_PK = reward_B.reshape(P, K)
-    if objective.token_signal == "fixed":
-        signal_BA = mask_BA.astype(jnp.float32)
+    over_traces = jax.vmap(reward_and_signal, in_axes=(1, None, None), out_axes=1)
+    reward_PK, signal_PKA = over_traces(log_c_PKA, log_c_base_PA, mask_PA)
+    baseline_P, _ = reward_and_signal(log_c_base_PA, log_c_base_PA, mask_PA)
     advantage_PK = advantages(reward_PK, baseline_P, estimator=objective.estimator)
-    rewards = Rewards(reward_PK, baseline_P, advantage_PK, signal_BA.reshape(P, K, A))
-    return jax.lax.stop_gradient(rewards)
+    if objective.token_signal == "fixed":
+        signal_PKA = jnp.broadcast_to(mask_PA[:, None], signal_PKA.shape).astype(jnp.float32)
+    return jax.lax.stop_gradient(Rewards(reward_PK, baseline_P, advantage_PK, signal_PKA))
 
 
 class GroupRewards(NamedTuple):
-    """R of each trace and of the empty one, under the weights that drew them."""
+    """R of each trace and of the empty trace, under the weights that drew the traces."""
 
     reward_PK: Float[np.ndarray, "P K"]
     baseline_P: Float[np.ndarray, " P"]
 
 
 def score_rewards(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -> GroupRewards:
-    """The rewards of groups from logprobs of y* that an engine read off its cache."""
+    """The rewards of groups, from logprobs of y* after each trace and after the empty trace."""
     lengths_P = np.asarray([len(score.empty_A) for score in scores])
     P, K, A = len(scores), len(scores[0].samples_KA), padded_length(int(lengths_P.max()))
     log_c_PKA = np.zeros((P, K, A), np.float32)
@@ -75,6 +75,6 @@ _compute_rewards = partial(jax.jit, static_argnames="objective")(compute_rewards
 
 
 def padded_length(length: int) -> int:
-    """Round up to one of four lengths an octave, 8 at least: few shapes, under 25 % of padding."""
+    """Round up to one of four lengths per octave, at least 8: few shapes, under 25 % of padding."""
     step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step

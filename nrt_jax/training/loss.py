@@ -1,147 +1,180 @@
-"""The NRT loss of one micro-batch: one forward pass, then rewards, advantages and loss terms.
+"""The NRT loss of one micro-batch (Algorithm 1), from the forward pass to the sums.
 
-Letters: P prompts, K traces a prompt, B = P * K sequences, T predicted tokens of a branch,
-A answer tokens.
+Letters: P prompts, K traces per prompt, T predicted tokens of a completion, A answer tokens.
 """
 
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective import losses
 from nrt_jax.objective.masked import masked_fill, masked_sum
 from nrt_jax.objective.rewards import Rewards, compute_rewards
-from nrt_jax.training.batch import Groups, TrainBatch, answer_mask, at_answer, flat_groups
-from nrt_jax.training.forward import (
-    Branches,
-    NrtSettings,
-    SamplingScores,
-    as_branches,
-    run_prompts,
-    score_baseline,
-    score_branches,
-    score_start,
+from nrt_jax.training.batch import (
+    GroupArrays,
+    NrtBatch,
+    answer_mask,
+    answer_values,
+    target_masks,
 )
-from nrt_jax.training.loss_metrics import measure
+from nrt_jax.training.forward import (
+    Completions,
+    NrtSettings,
+    baseline_logprobs,
+    completion_logprobs,
+    run_prompts,
+    start_logprobs,
+)
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs
+from nrt_jax.training.loss_metrics import loss_metrics
 from nrt_jax.training.update import Metrics
 
 
 def nrt_loss(
-    params: Any, batch: TrainBatch, scored: SamplingScores, *, sequences: int, settings: NrtSettings
+    params: Any, batch: NrtBatch, frozen: FrozenLogprobs, *, sequences: int, settings: NrtSettings
 ) -> tuple[Float[Array, ""], Metrics]:
-    """Share of these groups in the loss of a mini-batch of `sequences` traces (Algorithm 1).
+    """This micro-batch's share of the loss of a mini-batch of `sequences` traces.
 
-    One forward pass gives log pi(z), c and, unless it was scored before, c_base. Sums over tokens
-    are divided by length_constant * sequences, so the shares of micro-batches add up to one loss;
-    groups that are not kept are among the sequences, and have no part in any sum.
+    Sums over tokens are divided by length_constant * sequences, so the shares of micro-batches add
+    up to the loss of the mini-batch. Groups that are not kept count in `sequences` and are part of
+    no sum.
     """
-    objective = settings.objective
-    decoder = nnx.merge(settings.definition, params)
-    groups, scored = flat_groups((batch.groups, scored))
-    prompts = run_prompts(decoder, batch)
-    scores = score_branches(decoder, settings, prompts, batch)
-    branches = as_branches(scores, groups, scored, objective)
-    log_c_PKA = at_answer(scores.logprob_BT.reshape(groups.sampler_logprob_PKT.shape), groups)
-    log_c_base_PA = scored.log_c_base_PA
-    if log_c_base_PA is None:
-        log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
-    judged_PKA = log_c_PKA if scored.log_c_PKA is None else scored.log_c_PKA
-    rewards = compute_rewards(judged_PKA, log_c_base_PA, answer_mask(groups), objective)
+    objective, groups = settings.objective, batch.groups
 
-    policy = _policy_terms(branches, rewards, objective)
-    start_logprob_P = score_start(decoder, settings, prompts)
-    format_B = _format_terms(branches, start_logprob_P, groups, objective)
+    # Forward: x once, then its completions (z, y*) and its baseline (empty trace, y*).
+    decoder = nnx.merge(settings.definition, params)
+    prompts = run_prompts(decoder, batch)
+    start_logprob_P = start_logprobs(decoder, settings, prompts)
+    logprob_PKT, entropy_PKT = completion_logprobs(decoder, settings, prompts, batch)
+    completions = mask_completions(logprob_PKT, entropy_PKT, frozen, groups, objective)
+
+    # Confidences c and c_base in the answer.
+    log_c_PKA, mask_PA = answer_values(logprob_PKT, groups), answer_mask(groups)
+    log_c_base_PA = frozen.log_c_base_PA
+    if log_c_base_PA is None:
+        log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
+
+    # Rewards, advantages and token signals: constants to the gradient.
+    rewarded_PKA = log_c_PKA if frozen.log_c_PKA is None else frozen.log_c_PKA
+    rewards = compute_rewards(rewarded_PKA, log_c_base_PA, mask_PA, objective)
+
+    # Loss terms, summed over prompts, traces and tokens.
+    policy = _policy_terms(completions, rewards, objective)
+    format_PK = _format_losses(completions, start_logprob_P, groups, objective)
     terms = {
-        "trace": _trace_term(policy, branches, objective),
-        "token": _token_term(log_c_PKA, rewards, branches, groups, objective),
-        "format": objective.format_coefficient * jnp.sum(format_B),
-    } | _regularisers(branches, scored, objective)
-    share = 1.0 / (objective.length_constant * sequences)
-    losses_by_term = {f"loss/{name}": term * share for name, term in terms.items()}
-    measured = measure(policy, branches, rewards, format_B, log_c_base_PA, groups, objective)
+        "trace": _trace_term(policy, completions, objective),
+        "token": _token_term(log_c_PKA, mask_PA, rewards, completions, objective),
+        "format": objective.format_coefficient * jnp.sum(format_PK),
+    } | _regularisers(completions, frozen, objective)
+    scale = 1.0 / (objective.length_constant * sequences)
+    losses_by_term = {f"loss/{name}": term * scale for name, term in terms.items()}
+    metrics = loss_metrics(
+        policy, completions, rewards, format_PK, log_c_base_PA, groups, objective
+    )
     loss = sum(losses_by_term.values(), start=jnp.zeros(()))
-    return loss, measured._replace(sums=losses_by_term)
+    return loss, metrics._replace(sums=losses_by_term)
+
+
+def mask_completions(
+    logprob_PKT: Float[Array, "P K T"],
+    entropy_PKT: Float[Array, "P K T"],
+    frozen: FrozenLogprobs,
+    groups: GroupArrays,
+    objective: ObjectiveConfig,
+) -> Completions:
+    """Logprobs with 0 where nothing counts, and the masks of the loss terms."""
+    masks = target_masks(groups)
+    covered_PKT = masks.trace_PKT
+    if objective.trace_covers == "z_and_end":
+        covered_PKT |= masks.end_PKT & groups.end_emitted_PK[:, :, None]
+    old_PKT = groups.sampler_logprob_PKT if frozen.old_PKT is None else frozen.old_PKT
+    return Completions(
+        logprob_PKT=masked_fill(logprob_PKT, masks.valid_PKT),
+        old_PKT=masked_fill(old_PKT, covered_PKT),
+        sampler_PKT=masked_fill(groups.sampler_logprob_PKT, covered_PKT),
+        entropy_PKT=entropy_PKT,
+        trace_PKT=masks.trace_PKT,
+        end_PKT=masks.end_PKT,
+        covered_PKT=covered_PKT,
+    )
 
 
 def _policy_terms(
-    branches: Branches, rewards: Rewards, objective: ObjectiveConfig
+    completions: Completions, rewards: Rewards, objective: ObjectiveConfig
 ) -> losses.PolicyTerms:
-    """The clipped policy gradient of each trace token, with its ratio."""
-    surrogate = {"ppo_clip": losses.ppo_clip, "cispo": losses.cispo}[objective.policy_loss]
-    return surrogate(
-        branches.logprob_BT,
-        branches.old_logprob_BT,
-        rewards.advantage_PK.reshape(-1),
+    """The clipped policy-gradient loss of each trace token, with its ratio."""
+    policy_loss = {"ppo_clip": losses.ppo_clip, "cispo": losses.cispo}[objective.policy_loss]
+    return policy_loss(
+        completions.logprob_PKT,
+        completions.old_PKT,
+        rewards.advantage_PK,
         clip_low=objective.clip_low,
         clip_high=objective.clip_high,
     )
 
 
 def _trace_term(
-    policy: losses.PolicyTerms, branches: Branches, objective: ObjectiveConfig
+    policy: losses.PolicyTerms, completions: Completions, objective: ObjectiveConfig
 ) -> Float[Array, ""]:
-    """-sum A log pi(z), clipped; optionally corrected for a sampler that rounds otherwise."""
-    loss_BT = policy.loss_BT
+    """-sum A log pi(z), clipped; optionally corrected for a sampler that rounds differently."""
+    loss_PKT = policy.loss_BT
     if objective.importance_cap is not None:
-        loss_BT *= losses.truncated_importance(
-            branches.old_logprob_BT, branches.sampler_logprob_BT, objective.importance_cap
+        loss_PKT *= losses.truncated_importance(
+            completions.old_PKT, completions.sampler_PKT, objective.importance_cap
         )
-    return masked_sum(loss_BT, branches.covered_BT)
+    return masked_sum(loss_PKT, completions.covered_PKT)
 
 
 def _token_term(
     log_c_PKA: Float[Array, "P K A"],
+    mask_PA: Bool[Array, "P A"],
     rewards: Rewards,
-    branches: Branches,
-    groups: Groups,
+    completions: Completions,
     objective: ObjectiveConfig,
 ) -> Float[Array, ""]:
-    """-sum S_i log c_i, with Eq. 23's r_k where it is asked for."""
-    P, K, A = log_c_PKA.shape
-    signal_BA = rewards.token_signal_PKA.reshape(P * K, A)
-    loss_BA = losses.token_loss(log_c_PKA.reshape(P * K, A), signal_BA)
+    """-sum S_i log c_i, times the r_k of Eq. 23 with `token_ratio: trace`."""
+    loss_PKA = losses.token_loss(log_c_PKA, rewards.token_signal_PKA)
     if objective.token_ratio == "trace":
-        ratio_B = losses.trace_ratio(
-            branches.logprob_BT,
-            branches.old_logprob_BT,
-            branches.trace_BT,
+        ratio_PK = losses.trace_ratio(
+            completions.logprob_PKT,
+            completions.old_PKT,
+            completions.trace_PKT,
             objective.token_ratio_cap,
         )
-        loss_BA *= ratio_B[:, None]
-    return masked_sum(loss_BA, jnp.repeat(answer_mask(groups), K, axis=0))
+        loss_PKA *= ratio_PK[:, :, None]
+    return masked_sum(loss_PKA, mask_PA[:, None])
 
 
-def _format_terms(
-    branches: Branches,
+def _format_losses(
+    completions: Completions,
     start_logprob_P: Float[Array, " P"],
-    groups: Groups,
+    groups: GroupArrays,
     objective: ObjectiveConfig,
-) -> Float[Array, " B"]:
+) -> Float[Array, "P K"]:
     """Cross-entropy of t_start and t_end of each trace (Eq. 11)."""
-    K = groups.end_emitted_PK.shape[1]
-    format_B = losses.format_loss(
-        jnp.repeat(start_logprob_P, K),
-        masked_sum(branches.logprob_BT, branches.end_BT, axis=1),
-        groups.end_emitted_PK.reshape(-1),
+    end_logprob_PK = masked_sum(completions.logprob_PKT, completions.end_PKT, axis=2)
+    format_PK = losses.format_loss(
+        jnp.broadcast_to(start_logprob_P[:, None], end_logprob_PK.shape),
+        end_logprob_PK,
+        groups.end_emitted_PK,
         where=objective.format_where,
     )
-    return masked_fill(format_B, jnp.repeat(groups.kept_P, K))
+    return masked_fill(format_PK, groups.kept_P[:, None])
 
 
 def _regularisers(
-    branches: Branches, scored: SamplingScores, objective: ObjectiveConfig
+    completions: Completions, frozen: FrozenLogprobs, objective: ObjectiveConfig
 ) -> dict[str, Float[Array, ""]]:
-    """KL and entropy over the trace tokens, where their coefficients are not 0."""
-    terms = {}
+    """Entropy and KL over the trace tokens, where their coefficients are not 0."""
+    terms, trace_PKT = {}, completions.trace_PKT
     if objective.entropy_coefficient:
-        entropy = masked_sum(branches.entropy_BT, branches.trace_BT)
+        entropy = masked_sum(completions.entropy_PKT, trace_PKT)
         terms["entropy"] = -objective.entropy_coefficient * entropy
-    if scored.ref_logprob_PKT is not None:
-        ref_BT = scored.ref_logprob_PKT.reshape(branches.trace_BT.shape)
-        ref_BT = masked_fill(ref_BT, branches.trace_BT)
-        kl_BT = losses.kl_k3(branches.logprob_BT, ref_BT)
-        terms["kl"] = objective.kl_coefficient * masked_sum(kl_BT, branches.trace_BT)
+    if frozen.reference_PKT is not None:
+        reference_PKT = masked_fill(frozen.reference_PKT, trace_PKT)
+        kl_PKT = losses.kl_k3(completions.logprob_PKT, reference_PKT)
+        terms["kl"] = objective.kl_coefficient * masked_sum(kl_PKT, trace_PKT)
     return terms

@@ -6,13 +6,13 @@ from typing import Any
 
 from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.stop import StopRequest
-from nrt_jax.training.batch import TrainBatch
+from nrt_jax.training.batch import NrtBatch
 from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.frozen_logprobs import FrozenLogprobsFn, frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Packer, packing_metrics
 from nrt_jax.training.progress import Prefetched
 from nrt_jax.training.rollouts import Generate, MiniBatch, Sampler, make_batches, rollout_metrics
-from nrt_jax.training.scoring import Scorer, make_scorer
 from nrt_jax.training.setup import Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
@@ -62,22 +62,22 @@ class StepFunctions:
     """The jitted functions of a step."""
 
     update: Update
-    score: Scorer
+    frozen_logprobs: FrozenLogprobsFn
 
     def run_mini_batches(
-        self, state: TrainState, minis: Sequence[Sequence[TrainBatch]]
+        self, state: TrainState, minis: Sequence[Sequence[NrtBatch]]
     ) -> tuple[TrainState, list[dict[str, Any]]]:
-        """Score what needs the sampling policy, then make one update per mini-batch."""
-        scored = [[self.score(state.params, micro) for micro in mini] for mini in minis]
+        """Compute the frozen logprobs of all mini-batches, then make one update per mini-batch."""
+        frozen = [[self.frozen_logprobs(state.params, micro) for micro in mini] for mini in minis]
         updates = []
-        for mini, scores in zip(minis, scored, strict=True):
-            state, metrics = self.update(state, list(zip(mini, scores, strict=True)))
+        for mini, logprobs in zip(minis, frozen, strict=True):
+            state, metrics = self.update(state, list(zip(mini, logprobs, strict=True)))
             updates.append(metrics)
         return state, updates
 
 
 def make_step_functions(run: Run) -> StepFunctions:
-    """Update and scoring for the sizes of the run, compiled at their first call."""
+    """Update and frozen logprobs for the sizes of the run, compiled at their first call."""
     config, policy = run.config, run.policy
     settings = NrtSettings(
         definition=policy.model.definition,
@@ -95,7 +95,7 @@ def make_step_functions(run: Run) -> StepFunctions:
 
     return StepFunctions(
         update=Update(loss_fn, policy.optimizer, policy.shardings, run.memory.add_program),
-        score=make_scorer(
+        frozen_logprobs=frozen_logprobs_fn(
             settings,
             several_updates=train.batch_prompts > train.mini_batch_prompts,
             reference=policy.reference_params,

@@ -1,4 +1,4 @@
-"""The update rule: AdamW, global-norm clip, schedule."""
+"""The update rule: clip by the global norm, then AdamW with a learning-rate schedule."""
 
 import jax
 import optax
@@ -7,7 +7,7 @@ from nrt_jax.config.optimizer import OptimizerConfig
 
 
 def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
-    """Learning rate by update number: linear warm-up, then constant, or a fall to zero."""
+    """Learning rate by update: linear warm-up, then constant or a decay to zero."""
     warmup = round(config.warmup_ratio * updates)
     rest = max(updates - warmup, 1)
     after = {
@@ -17,14 +17,14 @@ def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
     }[config.schedule]
     if not warmup:
         return after
-    # The first update already moves: warm-up climbs from 1/warmup of the rate, not from zero.
+    # The first update has 1/warmup of the rate: with a rate of zero it would do nothing.
     start = config.learning_rate / warmup
     rise = optax.linear_schedule(start, config.learning_rate, max(warmup - 1, 1))
     return optax.join_schedules([rise, after], [warmup])
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """Optax chain; weight decay leaves the scales of the norms alone."""
+    """Clip and AdamW for a run of `updates`; the scales of norms do not decay."""
 
     def decays(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)

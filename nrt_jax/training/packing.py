@@ -1,14 +1,14 @@
 """Which groups share rows of a batch: little padding, in few shapes, each of which is a program.
 
-A unit is what attention sees together: one row of S tokens that holds one or several prompts, and
-rows of W tokens that hold their branches. Two groups of K = 2 traces in one unit:
+A pack is what attention sees together: one row of S tokens that holds one or several prompts, and
+rows of W tokens that hold their completions. Two groups of K = 2 traces in one pack:
 
     prompts    x1 x1 x1 x1 x2 x2 .  .
-    rows       a1 a1 a1 a1 a1 b1 b1 b1          branches a of x1, b of x2
+    rows       a1 a1 a1 a1 a1 b1 b1 b1          completions a of x1, b of x2
                a2 a2 a2 a2 a2 b2 b2 .
     baselines  a0 a0 a0 b0 b0 .  .  .           the empty traces
 
-A micro-batch is a number of units. Everything here is lengths in tokens; batch.py makes the arrays.
+A micro-batch is a number of packs. Everything here is lengths in tokens; batch.py makes the arrays.
 """
 
 import math
@@ -27,23 +27,23 @@ LARGEST_WASTE = 1.05
 MICRO_BATCH_COST = 128
 """What one micro-batch more costs, in positions: its gradient is added to the others."""
 SLACK = 1.05
-"""Room of a unit beyond that of its mean groups, which all of them do not fill alike."""
+"""Room of a pack beyond that of its mean groups, which all of them do not fill alike."""
 MOST_GROUPS = 64
-"""Groups that may share a unit."""
-GROUPS_OF_UNITS = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Groups that may share a pack."""
+GROUPS_PER_PACK = (1, 2, 3, 4, 6, 8, 12, 16)
 EVEN_PARTS = (1, 2, 3, 4, 6)
 """Micro-batches that all groups that are left are split into evenly."""
 WINDOW = 4
 """Groups that are tried, for each that a shape has room for: enough to fill holes."""
-ROWS_OF_UNITS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+ROWS_PER_PACK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
 
 
 class Lengths(NamedTuple):
     """Tokens of one group."""
 
     prompt: int
-    branches: tuple[int, ...]
-    """Predicted tokens of each branch: z, t_end and y*."""
+    completions: tuple[int, ...]
+    """Predicted tokens of each completion: z, t_end and y*."""
     baseline: int
     """Predicted tokens of the empty trace: t_end and y*."""
 
@@ -51,27 +51,27 @@ class Lengths(NamedTuple):
 class Shape(NamedTuple):
     """What the arrays of a micro-batch are like; one compiled program each."""
 
-    units: int
+    packs: int
     """On all devices."""
     groups: int
-    """Most groups of a unit."""
+    """Most groups of a pack."""
     prompt_tokens: int
     rows: int
     row_tokens: int
     baseline_tokens: int
-    """All baselines of a unit lie in one row."""
-    branch_tokens: int
-    """Longest branch; a row may hold several."""
+    """All baselines of a pack lie in one row."""
+    completion_tokens: int
+    """Longest completion; a row may hold several."""
     answer_tokens: int
 
     @property
-    def unit_tokens(self) -> int:
-        """Positions of a unit, padding included."""
+    def pack_tokens(self) -> int:
+        """Positions of a pack, padding included."""
         return self.prompt_tokens + self.rows * self.row_tokens + self.baseline_tokens
 
     @property
-    def unit_scores(self) -> int:
-        """Pairs of a query and a key in the rows of branches of a unit."""
+    def pack_scores(self) -> int:
+        """Pairs of a query and a key in the rows of completions of a pack."""
         return self.rows * self.row_tokens * (self.prompt_tokens + self.row_tokens)
 
 
@@ -80,7 +80,7 @@ class Layout(NamedTuple):
 
     micro_batch_prompts: int
     shards: int = 1
-    """Devices that units are split over."""
+    """Devices that packs are split over."""
     sequence_shards: int = 1
     """Devices that the tokens of a row are split over."""
     equal_keys: float = math.inf
@@ -99,19 +99,19 @@ def equal_keys(architecture: Architecture) -> float:
 
 
 @dataclass
-class Unit:
-    """The places of the groups that share a unit."""
+class Pack:
+    """The places of the groups that share a pack."""
 
     shape: Shape
     packing: bool = True
     groups: list[int] = field(default_factory=list)
     """Which groups, by their number in the mini-batch."""
     prompt_starts: list[int] = field(default_factory=list)
-    branch_places: list[list[tuple[int, int]]] = field(default_factory=list)
-    """Row and first token of each branch of each group."""
+    completion_places: list[list[tuple[int, int]]] = field(default_factory=list)
+    """Row and first token of each completion of each group."""
     baseline_starts: list[int] = field(default_factory=list)
     prompt_used: int = 0
-    branch_used: int = 0
+    completion_used: int = 0
     baseline_used: int = 0
     row_used: list[int] = field(default_factory=list)
 
@@ -120,24 +120,24 @@ class Unit:
 
     def add(self, group: int, lengths: Lengths) -> bool:
         """Take the group in, where it fits."""
-        shape, tokens = self.shape, sum(lengths.branches)
+        shape, tokens = self.shape, sum(lengths.completions)
         if (
             len(self.groups) == shape.groups
             or self.prompt_used + lengths.prompt > shape.prompt_tokens
-            or self.branch_used + tokens > shape.rows * shape.row_tokens
+            or self.completion_used + tokens > shape.rows * shape.row_tokens
             or self.baseline_used + lengths.baseline > shape.baseline_tokens
         ):
             return False
-        placed = _place(self.row_used, shape.row_tokens, lengths.branches, self.packing)
+        placed = _place(self.row_used, shape.row_tokens, lengths.completions, self.packing)
         if placed is None:
             return False
         self.groups.append(group)
         self.row_used, places = placed
-        self.branch_places.append(places)
+        self.completion_places.append(places)
         self.prompt_starts.append(self.prompt_used)
         self.baseline_starts.append(self.baseline_used)
         self.prompt_used += lengths.prompt
-        self.branch_used += tokens
+        self.completion_used += tokens
         self.baseline_used += lengths.baseline
         return True
 
@@ -164,23 +164,23 @@ class Plan(NamedTuple):
     """Where the groups of a micro-batch go."""
 
     shape: Shape
-    units: list[Unit]
+    packs: list[Pack]
 
     @property
     def groups(self) -> list[int]:
         """Which groups, by their number in the mini-batch."""
-        return [group for unit in self.units for group in unit.groups]
+        return [group for pack in self.packs for group in pack.groups]
 
     @property
     def padding(self) -> float:
         """Share of the positions that hold no token."""
-        used = sum(u.prompt_used + u.branch_used + u.baseline_used for u in self.units)
+        used = sum(u.prompt_used + u.completion_used + u.baseline_used for u in self.packs)
         return 1 - used / self.slots
 
     @property
     def slots(self) -> int:
         """Positions, padding included."""
-        return self.shape.units * self.shape.unit_tokens
+        return self.shape.packs * self.shape.pack_tokens
 
 
 @dataclass
@@ -201,8 +201,8 @@ class Packer:
             self.shapes = [Shape(*sizes) for sizes in saved["shapes"]]
 
     def plan(self, lengths: Sequence[Lengths]) -> list[Plan]:
-        """The groups of a mini-batch as micro-batches, those with the longest branches first."""
-        left = sorted(range(len(lengths)), key=lambda p: (-max(lengths[p].branches), p))
+        """The groups of a mini-batch as micro-batches, those with the longest completions first."""
+        left = sorted(range(len(lengths)), key=lambda p: (-max(lengths[p].completions), p))
         plans = []
         while left:
             plans.append(self._next({p: lengths[p] for p in left}))
@@ -213,7 +213,7 @@ class Packer:
     def _next(self, left: dict[int, Lengths]) -> Plan:
         """A micro-batch with the first of the groups: in the best of the known shapes, or in one
         that wastes less and becomes known."""
-        known = [plan for shape in self.shapes if (plan := self._fill(left, shape)).units]
+        known = [plan for shape in self.shapes if (plan := self._fill(left, shape)).packs]
         again = min(known, key=self._cost, default=None)
         if again is not None and (again.padding <= self._bearable() or self._full):
             return again
@@ -221,7 +221,7 @@ class Packer:
             # The last one must hold whatever comes.
             assert self.layout.largest is not None, "a bound needs the largest group there can be"
             best = self._fill(left, _alone([self.layout.largest], self.layout))
-            assert best.units, "no group is larger than the largest"
+            assert best.packs, "no group is larger than the largest"
         else:
             best = min(self._candidates(left), key=self._cost)
             if again is not None and self._cost(again) <= LARGEST_WASTE * self._cost(best):
@@ -246,61 +246,61 @@ class Packer:
         S, W, E = shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens
         cost = S * (1 + S / keys) + shape.rows * W * (1 + (S + W) / keys)
         cost += E * (1 + (S + E) / keys) / 3  # no backward pass
-        return (cost * shape.units + MICRO_BATCH_COST) / ((1 - plan.padding) * plan.slots)
+        return (cost * shape.packs + MICRO_BATCH_COST) / ((1 - plan.padding) * plan.slots)
 
     def _fill(self, left: dict[int, Lengths], shape: Shape) -> Plan:
-        """The groups that find room, the first of all among them; no units where that has none.
+        """The groups that find room, the first of all among them; no packs where that has none.
 
-        Each goes into the fullest unit with room for it.
+        Each goes into the fullest pack with room for it.
         """
-        units: list[Unit] = []
-        for p, lengths in islice(left.items(), WINDOW * shape.units * shape.groups):
-            branch, answer = max(lengths.branches), lengths.baseline - 1
-            fits = branch <= shape.branch_tokens and answer <= shape.answer_tokens
-            fullest_first = sorted(units, key=lambda unit: -unit.branch_used)
-            if len(units) < shape.units:
-                fullest_first.append(Unit(shape, self.layout.packing))
+        packs: list[Pack] = []
+        for p, lengths in islice(left.items(), WINDOW * shape.packs * shape.groups):
+            completion, answer = max(lengths.completions), lengths.baseline - 1
+            fits = completion <= shape.completion_tokens and answer <= shape.answer_tokens
+            fullest_first = sorted(packs, key=lambda pack: -pack.completion_used)
+            if len(packs) < shape.packs:
+                fullest_first.append(Pack(shape, self.layout.packing))
             added = next((u for u in fullest_first if fits and u.add(p, lengths)), None)
-            if added is None and not units:
+            if added is None and not packs:
                 break
             if added is not None and len(added.groups) == 1:
-                units.append(added)
-        return Plan(shape, units)
+                packs.append(added)
+        return Plan(shape, packs)
 
     def _candidates(self, left: dict[int, Lengths]) -> Iterator[Plan]:
-        """A unit a group, and plans of more groups and rows a unit, none of which takes more memory
-        than a unit a group can."""
+        """A pack a group, and plans of more groups and rows a pack, none of which takes more memory
+        than a pack a group can."""
         layout = self.layout
         count = min(len(left), layout.micro_batch_prompts)
         first = list(islice(left.values(), count))
         alone = _alone(first, layout)
-        yield self._fill(left, alone._replace(units=_multiple(count, layout.shards)))
+        yield self._fill(left, alone._replace(packs=_multiple(count, layout.shards)))
         if not layout.packing:
             return
-        # Memory must do for a unit a group of the largest size.
+        # Memory must do for a pack a group of the largest size.
         most = alone if layout.largest is None else _alone([layout.largest], layout)
         even = [len(left) / (layout.shards * parts) for parts in EVEN_PARTS]
         shapes = (
-            *_shared(first, layout, alone, GROUPS_OF_UNITS),
+            *_shared(first, layout, alone, GROUPS_PER_PACK),
             *_shared(list(left.values()), layout, alone, [g for g in even if g > 1]),
         )
         for shape in shapes:
             fits = min(
-                most.units * most.unit_tokens // shape.unit_tokens,
-                most.units * most.unit_scores // shape.unit_scores,
+                most.packs * most.pack_tokens // shape.pack_tokens,
+                most.packs * most.pack_scores // shape.pack_scores,
             )
-            most_units = fits // layout.shards
-            for units in {most_units, (most_units + 1) // 2, min(most_units, 1)}:
-                units *= layout.shards
-                plan = self._fill(left, shape._replace(units=units))
-                if plan.units:
+            most_packs = fits // layout.shards
+            for packs in {most_packs, (most_packs + 1) // 2, min(most_packs, 1)}:
+                packs *= layout.shards
+                plan = self._fill(left, shape._replace(packs=packs))
+                if plan.packs:
                     yield self._trimmed(plan)
 
     def _trimmed(self, plan: Plan) -> Plan:
-        """Without units that nothing is in."""
-        units = _multiple(len(plan.units), self.layout.shards)
-        groups = _power(max(len(unit.groups) for unit in plan.units))
-        return plan._replace(shape=plan.shape._replace(units=units, groups=groups))
+        """Without packs that nothing is in."""
+        packs = _multiple(len(plan.packs), self.layout.shards)
+        groups = _power(max(len(pack.groups) for pack in plan.packs))
+        return plan._replace(shape=plan.shape._replace(packs=packs, groups=groups))
 
 
 def packing_metrics(plans: Sequence[Plan], packer: Packer) -> dict[str, float]:
@@ -314,17 +314,17 @@ def packing_metrics(plans: Sequence[Plan], packer: Packer) -> dict[str, float]:
 
 
 def _alone(lengths: Sequence[Lengths], layout: Layout) -> Shape:
-    """A unit a group and a row a branch, as long as the longest."""
+    """A pack a group and a row a completion, as long as the longest."""
     shards = layout.sequence_shards
-    longest = max(max(group.branches) for group in lengths)
+    longest = max(max(group.completions) for group in lengths)
     return Shape(
-        units=layout.micro_batch_prompts,
+        packs=layout.micro_batch_prompts,
         groups=1,
         prompt_tokens=_rounded(max(group.prompt for group in lengths), shards),
-        rows=max(len(group.branches) for group in lengths),
+        rows=max(len(group.completions) for group in lengths),
         row_tokens=_rounded(longest, shards),
         baseline_tokens=_rounded(max(group.baseline for group in lengths), shards),
-        branch_tokens=_power(longest),
+        completion_tokens=_power(longest),
         answer_tokens=_power(max(group.baseline - 1 for group in lengths)),
     )
 
@@ -339,13 +339,13 @@ def _shared(
         return max(max(sizes), math.ceil(SLACK * groups * sum(sizes) / count))
 
     for groups in numbers:
-        tokens = room(groups, [sum(group.branches) for group in lengths])
+        tokens = room(groups, [sum(group.completions) for group in lengths])
         shape = alone._replace(
             groups=MOST_GROUPS,
             prompt_tokens=_rounded(room(groups, [group.prompt for group in lengths]), shards),
             baseline_tokens=_rounded(room(groups, [group.baseline for group in lengths]), shards),
         )
-        for rows in ROWS_OF_UNITS:
+        for rows in ROWS_PER_PACK:
             width = max(alone.row_tokens, _rounded(math.ceil(tokens / rows), shards))
             yield shape._replace(rows=rows, row_tokens=width)
             if alone.row_tokens * rows >= tokens:

@@ -21,7 +21,7 @@ from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.rewards import score_rewards
-from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
+from nrt_jax.training.batch import NrtBatch, group_lengths, nrt_batch
 from nrt_jax.training.loss_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
 from nrt_jax.training.setup import SAMPLING_STREAM
@@ -100,7 +100,7 @@ def sampling_key(seed: int, step: int) -> jax.Array:
 class MiniBatch(NamedTuple):
     """The arrays of one update."""
 
-    micro_batches: list[TrainBatch]
+    micro_batches: list[NrtBatch]
     plans: list[Plan]
     kept: bool
     """False when every group was dropped: the arrays then hold one that has no part in the loss."""
@@ -161,7 +161,7 @@ def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dic
     if config.rollout.drop_zero_std_groups:
         means = reward_means(*_rewards(groups), np.ones(len(groups), bool), config.objective)
         metrics |= {name: float(total / count) for name, (total, count) in means.items()}
-        metrics["rollout/dropped_share"] = metrics["reward/no_spread_share"]
+        metrics["rollout/dropped_share"] = metrics["reward/zero_std_share"]
     return metrics
 
 

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: cross-entropy of the answer after the question, no trace.
 
-Letters: those of batch.py; B = U * R rows.
+Letters: those of batch.py; D model dim.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.objective.losses import sft_loss
 from nrt_jax.objective.masked import masked_count, masked_sum
 from nrt_jax.stop import StopRequest
-from nrt_jax.training.batch import SftBatch, flat_rows, sft_batch, sft_lengths
+from nrt_jax.training.batch import SftBatch, sft_batch, sft_lengths
 from nrt_jax.training.packing import packing_metrics
 from nrt_jax.training.setup import Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
@@ -49,7 +49,7 @@ def train_sft(run: Run, stop: StopRequest) -> None:
 
 
 def make_sft_update(run: Run) -> Callable[..., Any]:
-    """An update of one mini-batch; its loss is the mean over all its answer tokens."""
+    """An update from one mini-batch, whose loss is the mean over all its answer tokens."""
     policy, chunk_tokens = run.policy, run.config.model.logprob_chunk_tokens
 
     def loss_fn(params: Any, batch: tuple[SftBatch, Array]) -> tuple[Array, Metrics]:
@@ -71,12 +71,11 @@ def sft_loss_of_rows(
     definition: nnx.GraphDef,
     chunk_tokens: int,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """-sum log pi(y*_i | x, y*_<i) / answer_tokens, the count being of the whole mini-batch."""
+    """-sum log pi(y*_i | x, y*_<i) / answer_tokens, the number of those of the mini-batch."""
     decoder = nnx.merge(definition, params)
-    rows = flat_rows(batch)
-    hidden_BWD, _ = decoder.hidden(rows.inputs_URW, rows.positions_URW, rows.segments_URW)
-    scores = decoder.scores(hidden_BWD, rows.targets_URW, chunk_tokens)
-    loss = masked_sum(sft_loss(scores.logprob_BT), rows.answer_URW) / answer_tokens
-    entropy = (masked_sum(scores.entropy_BT, rows.answer_URW), masked_count(rows.answer_URW))
+    hidden_BWD, _ = decoder.hidden(batch.inputs_BW, batch.positions_BW, batch.segments_BW)
+    scores = decoder.scores(hidden_BWD, batch.targets_BW, chunk_tokens)
+    loss = masked_sum(sft_loss(scores.logprob_BT), batch.answer_BW) / answer_tokens
+    entropy = (masked_sum(scores.entropy_BT, batch.answer_BW), masked_count(batch.answer_BW))
     means = jax.lax.stop_gradient({"policy/entropy": entropy})
     return loss, Metrics({"loss/sft": loss}, means, {})

@@ -1,4 +1,4 @@
-"""One update: gradients of micro-batches added up, AdamW, and a skip where they are not finite."""
+"""One update: sum the gradients of micro-batches, apply AdamW, skip what is not finite."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,19 +15,19 @@ from nrt_jax.models.sharding import on_device
 
 
 class Metrics(NamedTuple):
-    """Measurements that add up over micro-batches."""
+    """Metrics that add up over micro-batches."""
 
     sums: dict[str, Any]
     means: dict[str, Any]
-    """Pairs (sum, count)."""
+    """Pairs of a sum and a count."""
     maxima: dict[str, Any]
 
 
 LossFn = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
 
 
-def combine(first: Metrics, second: Metrics) -> Metrics:
-    """Measurements of two micro-batches together."""
+def add_metrics(first: Metrics, second: Metrics) -> Metrics:
+    """Metrics of two micro-batches together."""
     return Metrics(
         jax.tree.map(jnp.add, first.sums, second.sums),
         jax.tree.map(jnp.add, first.means, second.means),
@@ -36,7 +36,7 @@ def combine(first: Metrics, second: Metrics) -> Metrics:
 
 
 def summarise(metrics: Metrics) -> dict[str, Array]:
-    """One number a name; a mean over nothing is 0."""
+    """One number per name; a mean over nothing is 0."""
     means = {k: total / jnp.maximum(count, 1) for k, (total, count) in metrics.means.items()}
     return metrics.sums | means | metrics.maxima
 
@@ -45,12 +45,12 @@ class Total(NamedTuple):
     """Sums over the micro-batches of an update so far."""
 
     gradient: Any
-    """Float32, of the sum of their losses."""
+    """Of the sum of their losses, in float32."""
     metrics: Metrics
 
 
-def nothing(loss_fn: LossFn, params: Any, batch: Any) -> Total:
-    """The sums over no micro-batch; `batch` says what metrics there are."""
+def zero_total(loss_fn: LossFn, params: Any, batch: Any) -> Total:
+    """Zeros for gradient and metrics, in the shapes that a micro-batch like `batch` gives."""
     shapes = jax.eval_shape(jax.grad(loss_fn, has_aux=True), params, batch)
     return Total(*jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
 
@@ -58,15 +58,17 @@ def nothing(loss_fn: LossFn, params: Any, batch: Any) -> Total:
 def add_micro_batch(loss_fn: LossFn, params: Any, total: Total, batch: Any) -> Total:
     """`total` with the gradient and the metrics of one more micro-batch."""
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
-    return Total(jax.tree.map(jnp.add, total.gradient, gradient), combine(total.metrics, metrics))
+    return Total(
+        jax.tree.map(jnp.add, total.gradient, gradient), add_metrics(total.metrics, metrics)
+    )
 
 
 def apply_update(
     state: TrainState, total: Total, *, optimizer: optax.GradientTransformation, moments: Any
 ) -> tuple[TrainState, dict[str, Array]]:
-    """New state and metrics; a gradient that is not finite leaves weights and moments alone.
+    """New state and metrics; a gradient that is not finite changes neither weights nor moments.
 
-    `moments` is where the optimizer's state is computed with, if it is kept elsewhere.
+    `moments` are the shardings that the optimizer's state is used in, if it is stored in others.
     """
     norm = optax.tree.norm(total.gradient)
     finite = jnp.isfinite(norm)
@@ -92,17 +94,18 @@ def apply_update(
 
 
 def _on_devices(shardings: TrainState) -> Any | None:
-    """Shardings of an optimizer's state that is kept in the hosts' memory, on the devices."""
+    """Device shardings of an optimizer's state that is stored in host memory; None if it is not."""
     if all(map(on_device, jax.tree.leaves(shardings.opt_state))):
         return None
     return jax.tree.map(lambda s: s.with_memory_kind("device"), shardings.opt_state)
 
 
 class Update:
-    """An update over micro-batches, whose sizes may differ.
+    """An update from one or several micro-batches, whose shapes may differ.
 
-    A program a size adds a gradient to those before, and one more applies their sum. Calls return
-    before the devices are done. `compiled` is told of each program before it runs.
+    One program per shape adds a micro-batch's gradient to the sum, and another applies the sum.
+    Calls return before the devices are done. `on_compiled` is called with each program before it
+    runs.
     """
 
     def __init__(
@@ -110,32 +113,34 @@ class Update:
         loss_fn: LossFn,
         optimizer: optax.GradientTransformation,
         shardings: TrainState,
-        compiled: Callable[[str, jax.stages.Compiled], None] | None = None,
+        on_compiled: Callable[[str, jax.stages.Compiled], None] | None = None,
     ):
         sums = Total(shardings.params, None)
         apply = partial(apply_update, optimizer=optimizer, moments=_on_devices(shardings))
-        self._nothing = jax.jit(partial(nothing, loss_fn), out_shardings=sums)
+        self._zero = jax.jit(partial(zero_total, loss_fn), out_shardings=sums)
         self.add = jax.jit(partial(add_micro_batch, loss_fn), donate_argnums=1, out_shardings=sums)
         self.apply = jax.jit(apply, donate_argnums=0, out_shardings=(shardings, None))
-        self._compiled = compiled
+        self._on_compiled = on_compiled
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
     def __call__(
         self, state: TrainState, batches: Sequence[Any]
     ) -> tuple[TrainState, dict[str, Array]]:
-        """The state after an update with the sum of the micro-batches' gradients, and metrics; the
-        state passed in is consumed."""
-        total = self._nothing(state.params, batches[0])
+        """The state after an update with the summed gradients of the micro-batches, and metrics.
+
+        The update consumes `state`: its buffers are reused.
+        """
+        total = self._zero(state.params, batches[0])
         for batch in batches:
             total = self._run(self.add, "a micro-batch", batch, state.params, total, batch)
         return self._run(self.apply, "the update", None, state, total)
 
     def _run(self, function: Any, name: str, batch: Any, *args: Any) -> Any:
-        """The function's program for batches of these shapes, compiled where there is none yet."""
+        """Run the function's program for these shapes, which the first call compiles."""
         shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
         key = (name, shapes)
         if key not in self._programs:
             self._programs[key] = function.lower(*args).compile()
-            if self._compiled is not None:
-                self._compiled(f"{name}, program {len(self._programs)}", self._programs[key])
+            if self._on_compiled is not None:
+                self._on_compiled(f"{name}, program {len(self._programs)}", self._programs[key])
         return self._programs[key](*args)

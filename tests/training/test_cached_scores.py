@@ -14,8 +14,8 @@ from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.sharding import make_mesh
 from nrt_jax.objective.rewards import compute_rewards, score_rewards
-from nrt_jax.training.batch import answer_mask, at_answer, flat_groups, group_lengths
-from nrt_jax.training.forward import run_prompts, score_baseline, score_branches
+from nrt_jax.training.batch import answer_mask, answer_values, group_lengths
+from nrt_jax.training.forward import baseline_logprobs, completion_logprobs, run_prompts
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.types import Group, SuffixLogprobs
 from tests.objective import oracle
@@ -63,17 +63,16 @@ def sampled() -> tuple[list[Group], list[SuffixLogprobs]]:
 def forward(groups: Sequence[Group]) -> tuple[jax.Array, jax.Array, jax.Array]:
     """log c, log c_base and the mask of the answers, as the loss computes them."""
     batch = worlds.batch_of(list(groups))
-    flat = flat_groups(batch.groups)
     settings = worlds.settings(DEFINITION)
     decoder = nnx.merge(DEFINITION, PARAMS)
     prompts = run_prompts(decoder, batch)
-    logprob_BT = score_branches(decoder, settings, prompts, batch).logprob_BT
-    log_c_PKA = at_answer(logprob_BT.reshape(flat.sampler_logprob_PKT.shape), flat)
-    log_c_base_PA = score_baseline(decoder, settings, prompts, batch)
+    logprob_PKT, _ = completion_logprobs(decoder, settings, prompts, batch)
+    log_c_PKA = answer_values(logprob_PKT, batch.groups)
+    log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
     # A batch has the longest groups first.
     (plan,) = Packer(Layout(PROMPTS, packing=False)).plan([group_lengths(g) for g in groups])
     back_P = np.argsort(plan.groups)
-    return log_c_PKA[back_P], log_c_base_PA[back_P], answer_mask(flat)[back_P]
+    return log_c_PKA[back_P], log_c_base_PA[back_P], answer_mask(batch.groups)[back_P]
 
 
 def test_scores_equal_the_training_forward(sampled):
@@ -102,17 +101,17 @@ def test_scoring_changes_no_trace(sampled):
 def test_rewards_are_those_of_the_loss(scheme, sampled):
     groups, scores = sampled
     objective = ObjectiveConfig.model_validate({"scheme": scheme, "weight_cap": 20.0})
-    judged = score_rewards(scores, objective)
+    rewards = score_rewards(scores, objective)
     expected = compute_rewards(*forward(groups), objective)
-    np.testing.assert_allclose(judged.reward_PK, expected.reward_PK, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(judged.baseline_P, expected.baseline_P, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rewards.reward_PK, expected.reward_PK, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rewards.baseline_P, expected.baseline_P, rtol=1e-4, atol=1e-5)
 
 
 def test_rewards_are_those_of_the_oracle(sampled):
     _, scores = sampled
-    judged = score_rewards(scores, ObjectiveConfig())
+    rewards = score_rewards(scores, ObjectiveConfig())
     for p, score in enumerate(scores):
         base = score.empty_A.astype(float).tolist()
         for k, log_c in enumerate(score.samples_KA.astype(float).tolist()):
             expected, _ = oracle.aggregate("ws_neg_log_p", log_c, base, "mean", 1e4)
-            assert judged.reward_PK[p, k] == pytest.approx(expected, rel=1e-5)
+            assert rewards.reward_PK[p, k] == pytest.approx(expected, rel=1e-5)

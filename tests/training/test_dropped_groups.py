@@ -8,12 +8,11 @@ import pytest
 from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import group_lengths
-from nrt_jax.training.forward import SamplingScores
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs, frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.nrt import _mean_metrics
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.rollouts import mini_batch
-from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.update import summarise
 from nrt_jax.types import SuffixLogprobs
 from tests.training import worlds
@@ -41,12 +40,12 @@ def loss_and_gradient(batches):
     """Metrics and gradient under the divisor of the whole mini-batch."""
     settings = worlds.settings(DEFINITION, **OBJECTIVE)
     moved = jax.tree.map(lambda w: w * 1.1, PARAMS)
-    score = make_scorer(settings, several_updates=True, reference=PARAMS)
+    frozen = frozen_logprobs_fn(settings, several_updates=True, reference=PARAMS)
 
     def loss_fn(params, inputs):
         return nrt_loss(params, *inputs, sequences=PROMPTS * TRACES, settings=settings)
 
-    return worlds.summed(loss_fn, moved, [(batch, score(PARAMS, batch)) for batch in batches])
+    return worlds.summed(loss_fn, moved, [(batch, frozen(PARAMS, batch)) for batch in batches])
 
 
 def assert_close(first, second, tolerance=1e-5):
@@ -60,18 +59,18 @@ KEPT_GROUPS = [group for group, kept in zip(GROUPS, KEPT, strict=True) if kept]
 
 @pytest.fixture(scope="module")
 def by_hand():
-    """The groups that are kept, a unit each, under the same divisor."""
+    """The groups that are kept, a pack each, under the same divisor."""
     return loss_and_gradient([worlds.batch_of(KEPT_GROUPS)])
 
 
-def laid_out(micro_batch, kept_P):
+def packed(micro_batch, kept_P):
     think = {"think_start": worlds.THINK_START, "think_end": worlds.THINK_END}
     return mini_batch(GROUPS, kept_P, Packer(Layout(micro_batch)), **think)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_loss_and_gradient_are_those_of_the_groups_that_are_kept(micro_batch, by_hand):
-    mini = laid_out(micro_batch, KEPT)
+    mini = packed(micro_batch, KEPT)
     assert mini.kept
     metrics, gradient = loss_and_gradient(mini.micro_batches)
     assert_close(gradient, by_hand[1], 2e-5)
@@ -81,9 +80,9 @@ def test_loss_and_gradient_are_those_of_the_groups_that_are_kept(micro_batch, by
     assert_close(first, second, 2e-5)
 
 
-def test_groups_that_are_dropped_take_no_room():
-    everyone = laid_out(1, np.ones(PROMPTS, bool))
-    some = laid_out(1, KEPT)
+def test_dropped_groups_take_no_positions():
+    everyone = packed(1, np.ones(PROMPTS, bool))
+    some = packed(1, KEPT)
     positions = [sum(plan.slots for plan in mini.plans) for mini in (everyone, some)]
     assert positions[1] < 0.6 * positions[0]
     kept = sum(int(batch.groups.kept_P.sum()) for batch in some.micro_batches)
@@ -91,7 +90,7 @@ def test_groups_that_are_dropped_take_no_room():
 
 
 def test_without_any_group_loss_and_gradient_are_zero():
-    mini = laid_out(4, np.zeros(PROMPTS, bool))
+    mini = packed(4, np.zeros(PROMPTS, bool))
     assert not mini.kept
     metrics, gradient = loss_and_gradient(mini.micro_batches)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((metrics.sums, gradient)))
@@ -99,12 +98,12 @@ def test_without_any_group_loss_and_gradient_are_zero():
 
 def test_garbage_in_a_group_without_part_in_the_loss_reaches_nothing(by_hand):
     whole = batch()
-    order_P = np.argsort([-max(group_lengths(g).branches) for g in GROUPS], kind="stable")
-    kept_U1 = KEPT[order_P][:, None]
+    order_P = np.argsort([-max(group_lengths(g).completions) for g in GROUPS], kind="stable")
+    kept_P = KEPT[order_P]
     poisoned = whole.groups._replace(
-        kept_P=jnp.asarray(kept_U1),
+        kept_P=jnp.asarray(kept_P),
         sampler_logprob_PKT=jnp.where(
-            kept_U1[..., None, None], whole.groups.sampler_logprob_PKT, jnp.nan
+            kept_P[:, None, None], whole.groups.sampler_logprob_PKT, jnp.nan
         ),
     )
     assert_close(loss_and_gradient([whole._replace(groups=poisoned)])[1], by_hand[1], 2e-5)
@@ -131,7 +130,7 @@ def test_a_run_that_drops_groups_says_how_many(reference):
     assert len({row["rollout/dropped_share"] for row in rows}) > 1
     for row in rows:
         # One definition of zero std: that of the metric.
-        assert row["rollout/dropped_share"] == pytest.approx(row["reward/no_spread_share"])
+        assert row["rollout/dropped_share"] == pytest.approx(row["reward/zero_std_share"])
         assert row["update/skipped"] == 0
 
 
@@ -158,7 +157,7 @@ def test_a_mini_batch_without_any_group_does_not_dilute_what_is_told():
     assert metrics["mismatch/mean"] == pytest.approx(0.3)
 
 
-def test_nothing_is_scored_before_sampling_scores_are_asked_for():
+def test_no_logprobs_are_frozen_unless_the_objective_needs_them():
     settings = worlds.settings(DEFINITION)
-    score = make_scorer(settings, several_updates=False, reference=None)
-    assert score(PARAMS, batch()) == SamplingScores()
+    frozen = frozen_logprobs_fn(settings, several_updates=False, reference=None)
+    assert frozen(PARAMS, batch()) == FrozenLogprobs()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -10,86 +9,32 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nrt_jax.training.batch import TrainBatch
-from nrt_jax.training.forward import SamplingScores
+from nrt_jax.training.batch import NrtBatch
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs, frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.update import Metrics
 from tests.objective import oracle
 from tests.training import worlds
+from tests.training.plain_loss import Policy, plain_loss
 from tests.training.worlds import EOS, THINK_END, THINK_START, VOCAB
 
 PROMPTS, TRACES = 4, 4
 DEFINITION, PARAMS = worlds.tiny_decoder()
 
 
-@cache
-def forward():
-    return jax.jit(lambda params, tokens: nnx.merge(DEFINITION, params)(tokens))
+POLICY = Policy(DEFINITION, PARAMS, THINK_START, THINK_END)
 
 
-def log_softmax(logits):
-    shifted = logits - logits.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+NONE_FROZEN = FrozenLogprobs()
 
 
-def plain_logprobs(prompt, trace, answer, temperature):
-    """log pi of t_start, of each token of z, of t_end, and of each token of y*, in plain order."""
-    sequence = np.concatenate([prompt, [THINK_START], trace, [THINK_END], answer]).astype(np.int32)
-    logits = np.asarray(forward()(PARAMS, sequence[None])[0], np.float64)
-    plain, tempered = log_softmax(logits), log_softmax(logits / temperature)
-    at = [plain[i, sequence[i + 1]] for i in range(len(sequence) - 1)]
-    tempered_at = [tempered[i, sequence[i + 1]] for i in range(len(sequence) - 1)]
-    x, n = len(prompt), len(trace)
-    return at[x - 1], tempered_at[x : x + n], at[x + n], at[x + n + 1 :]
-
-
-def plain_loss(groups, config, temperature=1.0):
-    """(loss, its terms) of the batch by Algorithm 1, in loops over groups, traces and tokens."""
-    terms = {"trace": 0.0, "token": 0.0, "format": 0.0}
-    for group in groups:
-        prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
-        base = plain_logprobs(prompt, [], answer, temperature)[3]
-        how = (config.ws_normalisation, config.weight_cap)
-        baseline, _ = oracle.aggregate(config.scheme, base, base, *how)
-        scored = [plain_logprobs(prompt, t.tokens, answer, temperature) for t in group.traces]
-        judged = [oracle.aggregate(config.scheme, s[3], base, *how) for s in scored]
-        advantage = oracle.advantages([r for r, _ in judged], baseline, config.estimator)
-        surrogate = oracle.ppo_clip if config.policy_loss == "ppo_clip" else oracle.cispo
-        for trace, (start, z, end, y), (_, signal), A in zip(
-            group.traces, scored, judged, advantage, strict=True
-        ):
-            emitted = trace.end_token == THINK_END
-            pairs = list(zip(z, trace.logprobs.tolist(), strict=True))
-            if config.trace_covers == "z_and_end" and emitted:
-                pairs.append((end, trace.end_logprob))
-            for new, old in pairs:
-                terms["trace"] += surrogate(new, old, A, config.clip_low, config.clip_high)
-            ratio = 1.0
-            if config.token_ratio == "trace":
-                total = sum(z) - float(trace.logprobs.astype(float).sum())
-                ratio = min(math.exp(min(total, 20)), config.token_ratio_cap)
-            fixed = config.token_signal == "fixed"
-            for S, log_c in zip(signal, y, strict=True):
-                terms["token"] -= ratio * (1.0 if fixed else S) * log_c
-            if config.format_where == "all":
-                terms["format"] -= config.format_coefficient * (start + end)
-            elif not emitted:
-                terms["format"] -= config.format_coefficient * end
-    scale = 1 / (config.length_constant * len(groups) * TRACES)
-    return {name: term * scale for name, term in terms.items()}
-
-
-NOTHING_SCORED = SamplingScores()
-
-
-def loss_and_gradient(batch, settings, scored=NOTHING_SCORED, params=PARAMS):
+def loss_and_gradient(batch, settings, frozen=NONE_FROZEN, params=PARAMS):
     """Loss terms and gradient, jitted."""
-    return over_micro_batches([batch], settings, [scored], params)
+    return over_micro_batches([batch], settings, [frozen], params)
 
 
-def over_micro_batches(batches, settings, scored=None, params=PARAMS):
+def over_micro_batches(batches, settings, frozen=None, params=PARAMS):
     """The same of the sum over micro-batches."""
     groups = sum(int(batch.groups.kept_P.sum()) for batch in batches)
     sequences = groups * batches[0].groups.trace_length_PK.shape[-1]
@@ -97,8 +42,8 @@ def over_micro_batches(batches, settings, scored=None, params=PARAMS):
     def loss_fn(params, inputs):
         return nrt_loss(params, *inputs, sequences=sequences, settings=settings)
 
-    scored = scored or [NOTHING_SCORED] * len(batches)
-    return worlds.summed(loss_fn, params, list(zip(batches, scored, strict=True)))
+    frozen = frozen or [NONE_FROZEN] * len(batches)
+    return worlds.summed(loss_fn, params, list(zip(batches, frozen, strict=True)))
 
 
 def assert_close(first, second, tolerance):
@@ -132,25 +77,40 @@ VARIANTS = [
         "format_where": "not_emitted",
         "token_signal": "fixed",
     },
+    {"scheme": "am", "old_logprobs": "recompute", "importance_cap": 1.5},
 ]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(map(str, v.values())))
 def test_every_term_equals_the_plain_recomputation(variant):
-    groups = worlds.random_groups(PROMPTS, TRACES)
+    groups, batch = worlds.random_groups(PROMPTS, TRACES), worlds.random_batch(PROMPTS, TRACES)
     settings = worlds.settings(DEFINITION, **variant)
-    metrics, _ = loss_and_gradient(worlds.random_batch(PROMPTS, TRACES), settings)
-    expected = plain_loss(groups, settings.objective)
+    frozen = frozen_logprobs_fn(settings, several_updates=False, reference=None)(PARAMS, batch)
+    metrics, _ = loss_and_gradient(batch, settings, frozen)
+    expected = plain_loss(POLICY, groups, settings.objective)
     for name, value in expected.items():
         assert metrics.sums[f"loss/{name}"] == pytest.approx(value, rel=2e-4, abs=2e-6), name
+
+
+def test_importance_weights_are_on_both_sides_of_one_and_of_the_cap():
+    """Else the comparison above would not see the ratio inverted, or the cap missing."""
+    ratios = []
+    for group in worlds.random_groups(PROMPTS, TRACES):
+        prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
+        for trace in group.traces:
+            z = POLICY.logprobs(prompt, trace.tokens, answer, 1.0)[1]
+            ratios += np.exp(z - trace.logprobs.astype(float)).tolist()
+    assert min(ratios) < 0.9
+    assert any(1.1 < ratio < 1.4 for ratio in ratios)
+    assert max(ratios) > 1.6
 
 
 def test_the_trace_is_scored_at_the_sampling_temperature():
     groups = worlds.random_groups(PROMPTS, TRACES)
     settings = worlds.settings(DEFINITION, temperature=0.7)
     metrics, _ = loss_and_gradient(worlds.random_batch(PROMPTS, TRACES), settings)
-    expected = plain_loss(groups, settings.objective, temperature=0.7)
-    at_one = plain_loss(groups, settings.objective, temperature=1.0)
+    expected = plain_loss(POLICY, groups, settings.objective, temperature=0.7)
+    at_one = plain_loss(POLICY, groups, settings.objective, temperature=1.0)
     assert metrics.sums["loss/trace"] == pytest.approx(expected["trace"], rel=2e-4)
     assert metrics.sums["loss/token"] == pytest.approx(expected["token"], rel=2e-4)
     assert abs(expected["trace"] - at_one["trace"]) > 0.01 * abs(at_one["trace"])
@@ -171,7 +131,7 @@ def test_gradient_is_the_sum_of_terms_of_algorithm_1():
 def _on_policy(group):
     traces = []
     for trace in group.traces:
-        z = plain_logprobs(
+        z = POLICY.logprobs(
             group.example.prompt_tokens, trace.tokens, group.example.answer_tokens, 1.0
         )[1]
         traces.append(dataclasses.replace(trace, logprobs=np.asarray(z, np.float32)))
@@ -183,20 +143,20 @@ def _surrogate_by_hand(params, groups, config):
     total = 0.0
     for group in groups:
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
-        base = plain_logprobs(prompt, [], answer, 1.0)[3]
+        base = POLICY.logprobs(prompt, [], answer, 1.0)[3]
         baseline, _ = oracle.aggregate(config.scheme, base, base, "mean", config.weight_cap)
-        judged = [
+        rewarded = [
             oracle.aggregate(
                 config.scheme,
-                plain_logprobs(prompt, t.tokens, answer, 1.0)[3],
+                POLICY.logprobs(prompt, t.tokens, answer, 1.0)[3],
                 base,
                 "mean",
                 config.weight_cap,
             )
             for t in group.traces
         ]
-        advantage = oracle.advantages([r for r, _ in judged], baseline, "grpo")
-        for trace, (_, signal), A in zip(group.traces, judged, advantage, strict=True):
+        advantage = oracle.advantages([r for r, _ in rewarded], baseline, "grpo")
+        for trace, (_, signal), A in zip(group.traces, rewarded, advantage, strict=True):
             sequence = np.concatenate([prompt, [THINK_START], trace.tokens, [THINK_END], answer])
             sequence = sequence.astype(np.int32)
             log_pi = jax.nn.log_softmax(
@@ -233,20 +193,20 @@ def test_chunk_size_changes_neither_loss_nor_gradient():
 
 def test_padding_changes_neither_loss_nor_gradient():
     batch, settings = worlds.random_batch(PROMPTS, TRACES), worlds.settings(DEFINITION)
-    wider = TrainBatch(
-        worlds.wider(batch.prompts, 3, "segments_US"),
-        worlds.wider(batch.traces, 5, "segments_URW"),
-        worlds.wider(batch.baselines, 2, "segments_URW"),
+    wider = NrtBatch(
+        worlds.wider(batch.prompts, 3, "segments_packs_S"),
+        worlds.wider(batch.completions, 5, "segments_BW"),
+        worlds.wider(batch.baselines, 2, "segments_BW"),
         batch.groups._replace(
             sampler_logprob_PKT=jnp.pad(
                 batch.groups.sampler_logprob_PKT,
-                ((0, 0), (0, 0), (0, 0), (0, 5)),
+                ((0, 0), (0, 0), (0, 5)),
                 constant_values=np.nan,
             ),
-            # Rows are wider, so a branch's place among the tokens of its unit is another.
-            branch_start_PK=batch.groups.branch_start_PK
-            + 5 * (batch.groups.branch_start_PK // batch.traces.inputs_URW.shape[2]),
-            answer_PA=jnp.pad(batch.groups.answer_PA, ((0, 0), (0, 0), (0, 2)), constant_values=7),
+            # Rows are wider, so completions start elsewhere in the rows of their pack.
+            completion_start_PK=batch.groups.completion_start_PK
+            + 5 * (batch.groups.completion_start_PK // batch.completions.inputs_BW.shape[1]),
+            answer_PA=jnp.pad(batch.groups.answer_PA, ((0, 0), (0, 2)), constant_values=7),
         ),
     )
     first, second = loss_and_gradient(batch, settings), loss_and_gradient(wider, settings)
@@ -261,31 +221,31 @@ def test_remat_changes_neither_loss_nor_gradient(remat):
     assert_close(loss_and_gradient(batch, worlds.settings(definition)), plain, 1e-5)
 
 
-def test_baseline_scored_before_equals_the_one_of_the_same_pass():
+def test_a_frozen_baseline_equals_the_one_of_the_same_pass():
     batch, settings = worlds.random_batch(PROMPTS, TRACES), worlds.settings(DEFINITION)
-    score = make_scorer(settings, several_updates=True, reference=None)
-    scored = score(PARAMS, batch)
-    assert scored.log_c_base_PA is not None
-    assert scored.old_logprob_PKT is None
+    frozen_logprobs = frozen_logprobs_fn(settings, several_updates=True, reference=None)
+    frozen = frozen_logprobs(PARAMS, batch)
+    assert frozen.log_c_base_PA is not None
+    assert frozen.old_PKT is None
     same_pass = loss_and_gradient(batch, settings)
-    assert_close(loss_and_gradient(batch, settings, scored), same_pass, 1e-5)
+    assert_close(loss_and_gradient(batch, settings, frozen), same_pass, 1e-5)
 
 
-def test_nothing_is_scored_before_where_one_pass_serves():
+def test_nothing_is_frozen_where_one_pass_serves():
     settings = worlds.settings(DEFINITION)
-    score = make_scorer(settings, several_updates=False, reference=None)
-    assert score(PARAMS, worlds.random_batch()) == SamplingScores()
+    frozen_logprobs = frozen_logprobs_fn(settings, several_updates=False, reference=None)
+    assert frozen_logprobs(PARAMS, worlds.random_batch()) == FrozenLogprobs()
 
 
 def test_rewards_follow_the_policy_that_is_asked_for():
-    """Weights moved since the rollout: `current` judges by the new ones, `sampling` by the old."""
+    """The weights moved since the rollout: `current` uses the new ones, `sampling` the old ones."""
     batch = worlds.random_batch(PROMPTS, TRACES)
     moved = jax.tree.map(lambda w: w * 1.3, PARAMS)
     rewards = {}
     for policy in ("current", "sampling"):
         settings = worlds.settings(DEFINITION, reward_policy=policy)
-        scored = make_scorer(settings, several_updates=True, reference=None)(PARAMS, batch)
-        rewards[policy] = loss_and_gradient(batch, settings, scored, params=moved)[0]
+        frozen = frozen_logprobs_fn(settings, several_updates=True, reference=None)(PARAMS, batch)
+        rewards[policy] = loss_and_gradient(batch, settings, frozen, params=moved)[0]
     unmoved = loss_and_gradient(batch, worlds.settings(DEFINITION))[0]
     mean = {name: float(m.means["reward/mean"][0]) for name, m in rewards.items()}
     assert mean["sampling"] == pytest.approx(float(unmoved.means["reward/mean"][0]), rel=1e-5)
@@ -297,8 +257,8 @@ def test_rewards_follow_the_policy_that_is_asked_for():
 def test_recomputed_old_logprobs_make_the_first_ratio_one():
     batch = worlds.random_batch(PROMPTS, TRACES)
     settings = worlds.settings(DEFINITION, old_logprobs="recompute")
-    scored = make_scorer(settings, several_updates=False, reference=None)(PARAMS, batch)
-    metrics, _ = loss_and_gradient(batch, settings, scored)
+    frozen = frozen_logprobs_fn(settings, several_updates=False, reference=None)(PARAMS, batch)
+    metrics, _ = loss_and_gradient(batch, settings, frozen)
     total, count = metrics.means["policy/ratio"]
     assert total / count == pytest.approx(1, abs=1e-5)
     assert metrics.means["policy/clip_share"][0] == 0
@@ -308,10 +268,10 @@ def test_recomputed_old_logprobs_make_the_first_ratio_one():
 def test_importance_cap_weighs_trace_tokens_by_trainer_over_sampler():
     batch = worlds.random_batch(PROMPTS, TRACES)
     plain = worlds.settings(DEFINITION, old_logprobs="recompute")
-    scored = make_scorer(plain, several_updates=False, reference=None)(PARAMS, batch)
+    frozen = frozen_logprobs_fn(plain, several_updates=False, reference=None)(PARAMS, batch)
     capped = worlds.settings(DEFINITION, old_logprobs="recompute", importance_cap=0.01)
-    tiny = loss_and_gradient(batch, capped, scored)[0].sums["loss/trace"]
-    full = loss_and_gradient(batch, plain, scored)[0].sums["loss/trace"]
+    tiny = loss_and_gradient(batch, capped, frozen)[0].sums["loss/trace"]
+    full = loss_and_gradient(batch, plain, frozen)[0].sums["loss/trace"]
     # Every ratio of this batch is above the cap, so the whole term is scaled by it.
     assert float(tiny) == pytest.approx(0.01 * float(full), rel=1e-3)
 
@@ -319,11 +279,11 @@ def test_importance_cap_weighs_trace_tokens_by_trainer_over_sampler():
 def test_kl_term_is_zero_at_the_reference_and_pulls_back_towards_it():
     batch = worlds.random_batch(PROMPTS, TRACES)
     settings = worlds.settings(DEFINITION, kl_coefficient=0.5)
-    score = make_scorer(settings, several_updates=False, reference=PARAMS)
-    metrics, _ = loss_and_gradient(batch, settings, score(PARAMS, batch))
+    frozen_logprobs = frozen_logprobs_fn(settings, several_updates=False, reference=PARAMS)
+    metrics, _ = loss_and_gradient(batch, settings, frozen_logprobs(PARAMS, batch))
     assert float(metrics.sums["loss/kl"]) == pytest.approx(0, abs=1e-6)
     moved = jax.tree.map(lambda w: w * 1.2, PARAMS)
-    metrics, _ = loss_and_gradient(batch, settings, score(moved, batch), params=moved)
+    metrics, _ = loss_and_gradient(batch, settings, frozen_logprobs(moved, batch), params=moved)
     assert metrics.sums["loss/kl"] > 1e-3
 
 
@@ -344,11 +304,11 @@ def test_metrics_count_what_they_say():
     rewards, baselines, above = [], [], 0
     for group in groups:
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
-        base = plain_logprobs(prompt, [], answer, 1.0)[3]
+        base = POLICY.logprobs(prompt, [], answer, 1.0)[3]
         cap = settings.objective.weight_cap
         baselines.append(oracle.aggregate("ws_neg_log_p", base, base, "mean", cap)[0])
         for trace in group.traces:
-            y = plain_logprobs(prompt, trace.tokens, answer, 1.0)[3]
+            y = POLICY.logprobs(prompt, trace.tokens, answer, 1.0)[3]
             rewards.append(oracle.aggregate("ws_neg_log_p", y, base, "mean", cap)[0])
             above += len(trace.tokens) > 0 and rewards[-1] > baselines[-1]
     total, count = metrics.means["reward/mean"]
@@ -364,4 +324,4 @@ def test_metrics_count_what_they_say():
 
 def test_eos_is_part_of_the_answer():
     batch = worlds.random_batch(1, 1)
-    assert int(batch.groups.answer_PA[0, 0, batch.groups.answer_length_P[0, 0] - 1]) == EOS
+    assert int(batch.groups.answer_PA[0, batch.groups.answer_length_P[0] - 1]) == EOS

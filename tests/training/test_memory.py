@@ -14,7 +14,7 @@ from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.errors import RunFailed
 from nrt_jax.models.sharding import batch_sharding, make_mesh, param_shardings
-from nrt_jax.training.forward import SamplingScores
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.memory import (
     ACTIVATIONS,
@@ -63,7 +63,7 @@ def after_updates(state: TrainState, shardings: TrainState, seeds) -> TrainState
     layout = Layout(8, mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])
     for seed in seeds:
         batches = worlds.batches_of(worlds.random_groups(8, 2, seed), Packer(layout))
-        batches = [(batch, SamplingScores()) for batch in batches]
+        batches = [(batch, FrozenLogprobs()) for batch in batches]
         state, _ = update(state, jax.device_put(batches, batch_sharding(mesh)))
     return state
 
@@ -152,7 +152,7 @@ def test_programs_are_told_of_once_with_what_they_take(caplog):
         shardings,
         memory.add_program,
     )
-    batch = (worlds.random_batch(4, 2), SamplingScores())
+    batch = (worlds.random_batch(4, 2), FrozenLogprobs())
     state = first_state(shardings)
     with caplog.at_level(logging.INFO, logger="nrt_jax.training.memory"):
         for _ in range(2):

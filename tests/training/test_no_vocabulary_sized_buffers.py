@@ -23,28 +23,28 @@ from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh
 from nrt_jax.training.batch import nrt_batch, sft_batch
+from nrt_jax.training.frozen_logprobs import frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
-from nrt_jax.training.scoring import make_scorer
 from nrt_jax.training.sft import sft_loss_of_rows
-from nrt_jax.training.update import LossFn, Total, Update, nothing
+from nrt_jax.training.update import LossFn, Total, Update, zero_total
 from tests.training import worlds
 
 CHUNK = 32
 """Tokens of a device whose logits may lie there at a time."""
 NO_GROUPS = Plan(
     Shape(
-        units=4,
+        packs=4,
         groups=2,
         prompt_tokens=32,
         rows=4,
         row_tokens=64,
         baseline_tokens=32,
-        branch_tokens=16,
+        completion_tokens=16,
         answer_tokens=8,
     ),
-    units=[],
+    packs=[],
 )
 """Its batch is all padding: a program knows the shapes alone."""
 ARCHITECTURE = worlds.ARCHITECTURE.model_copy(update={"vocab_size": 1009, "hidden_size": 8})
@@ -88,14 +88,14 @@ def add_program(world: World, loss_fn: LossFn, batch: Any) -> jax.stages.Compile
     """What a training step runs a micro-batch."""
     optimizer = make_optimizer(OptimizerConfig(), updates=1)
     shardings = state_shardings(optimizer, world.params, world.mesh)
-    metrics = jax.eval_shape(partial(nothing, loss_fn), world.params, batch).metrics
+    metrics = jax.eval_shape(partial(zero_total, loss_fn), world.params, batch).metrics
     total = Total(world.params, metrics)
     add = Update(loss_fn, optimizer, shardings).add
     return add.lower(world.params, total, batch).compile(COMPILER)
 
 
 def on_mesh(world: World, batch: Any) -> Any:
-    """Shapes of a batch's arrays, whose first dims count units."""
+    """Shapes of a batch's arrays, whose first dims are split pack by pack."""
     sharding = batch_sharding(world.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
@@ -109,7 +109,9 @@ def scorer_of(world: World, chunk: int) -> Callable[[Any, Any, Any], Any]:
     settings = worlds.settings(world.definition, chunk=chunk, **OBJECTIVE)
 
     def score(params: Any, reference: Any, batch: Any) -> Any:
-        return make_scorer(settings, several_updates=True, reference=reference)(params, batch)
+        return frozen_logprobs_fn(settings, several_updates=True, reference=reference)(
+            params, batch
+        )
 
     return score
 
@@ -124,14 +126,14 @@ def nrt(world: World, chunk: int) -> tuple[jax.stages.Compiled, int]:
         return nrt_loss(params, *inputs, sequences=32, settings=settings)
 
     program = add_program(world, loss_fn, (batch, on_mesh(world, scores)))
-    return program, batch.traces.inputs_URW.size
+    return program, batch.completions.inputs_BW.size
 
 
 def scoring(world: World, chunk: int) -> tuple[jax.stages.Compiled, int]:
     batch = packed_batch(world)
     scorer = jax.jit(scorer_of(world, chunk))
     program = scorer.lower(world.params, world.params, batch).compile(COMPILER)
-    return program, batch.traces.inputs_URW.size
+    return program, batch.completions.inputs_BW.size
 
 
 def sft(world: World, chunk: int) -> tuple[jax.stages.Compiled, int]:
@@ -141,7 +143,7 @@ def sft(world: World, chunk: int) -> tuple[jax.stages.Compiled, int]:
         return sft_loss_of_rows(params, *inputs, world.definition, chunk)
 
     program = add_program(world, loss_fn, (batch, np.float32(64)))
-    return program, batch.inputs_URW.size
+    return program, batch.inputs_BW.size
 
 
 def most_tokens(program: jax.stages.Compiled, vocabulary: int) -> int:

@@ -40,12 +40,12 @@ def check(plans: list[Plan], lengths: list[Lengths], layout: Layout) -> None:
     assert sorted(p for plan in plans for p in plan.groups) == list(range(len(lengths)))
     for plan in plans:
         shape = plan.shape
-        assert shape.units % layout.shards == 0
-        assert len(plan.units) <= shape.units
+        assert shape.packs % layout.shards == 0
+        assert len(plan.packs) <= shape.packs
         for tokens in (shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens):
             assert tokens % layout.sequence_shards == 0
-        for unit in plan.units:
-            assert len(unit.groups) <= shape.groups
+        for pack in plan.packs:
+            assert len(pack.groups) <= shape.groups
             free = {
                 "prompt": np.ones((1, shape.prompt_tokens), bool),
                 "rows": np.ones((shape.rows, shape.row_tokens), bool),
@@ -57,13 +57,15 @@ def check(plans: list[Plan], lengths: list[Lengths], layout: Layout) -> None:
                 assert free[name][row, start : start + length].all()
                 free[name][row, start : start + length] = False
 
-            for g, p in enumerate(unit.groups):
+            for g, p in enumerate(pack.groups):
                 group = lengths[p]
-                assert max(group.branches) <= shape.branch_tokens
+                assert max(group.completions) <= shape.completion_tokens
                 assert group.baseline - 1 <= shape.answer_tokens
-                take("prompt", 0, unit.prompt_starts[g], group.prompt)
-                take("baseline", 0, unit.baseline_starts[g], group.baseline)
-                for (row, start), length in zip(unit.branch_places[g], group.branches, strict=True):
+                take("prompt", 0, pack.prompt_starts[g], group.prompt)
+                take("baseline", 0, pack.baseline_starts[g], group.baseline)
+                for (row, start), length in zip(
+                    pack.completion_places[g], group.completions, strict=True
+                ):
                     take("rows", row, start, length)
 
 
@@ -107,16 +109,16 @@ def test_a_micro_batch_takes_no_more_memory_than_one_of_the_largest_groups():
 
 def _random_group(rng: np.random.Generator) -> Lengths:
     answer = int(rng.integers(1, 40))
-    branches = tuple(int(n) + 1 + answer for n in rng.integers(0, 56, 4))
-    return Lengths(int(rng.integers(1, 64)), branches, 1 + answer)
+    completions = tuple(int(n) + 1 + answer for n in rng.integers(0, 56, 4))
+    return Lengths(int(rng.integers(1, 64)), completions, 1 + answer)
 
 
-def test_without_packing_there_is_a_row_a_branch_and_a_unit_a_group():
+def test_without_packing_there_is_one_completion_per_row_and_one_group_per_pack():
     lengths = [Lengths(4, (3, 3), 2), Lengths(9, (20, 2), 3)]
     (plan,) = Packer(Layout(2, packing=False)).plan(lengths)
-    assert [unit.groups for unit in plan.units] == [[1], [0]]
-    for unit in plan.units:
-        assert sorted(unit.branch_places[0]) == [(0, 0), (1, 0)]
+    assert [pack.groups for pack in plan.packs] == [[1], [0]]
+    for pack in plan.packs:
+        assert sorted(pack.completion_places[0]) == [(0, 0), (1, 0)]
 
 
 def test_worked_example():
@@ -124,10 +126,10 @@ def test_worked_example():
     lengths = [Lengths(4, (5, 5), 3), Lengths(2, (3, 2), 2)]
     packer = Packer(Layout(1, equal_keys=20, largest=Lengths(8, (8, 8), 8)))
     (plan,) = packer.plan(lengths)
-    (unit,) = plan.units
-    assert (unit.groups, unit.prompt_starts, unit.baseline_starts) == ([0, 1], [0, 4], [0, 3])
+    (pack,) = plan.packs
+    assert (pack.groups, pack.prompt_starts, pack.baseline_starts) == ([0, 1], [0, 4], [0, 3])
     assert plan.shape[2:6] == (8, 2, 8, 8)
-    assert unit.branch_places == [[(0, 0), (1, 0)], [(0, 5), (1, 5)]]
+    assert pack.completion_places == [[(0, 0), (1, 0)], [(0, 5), (1, 5)]]
     metrics = packing_metrics([plan], packer)
     assert metrics["batch/padding_share"] == pytest.approx(1 - (6 + 15 + 5) / (8 + 16 + 8))
 

@@ -11,15 +11,15 @@ from nrt_jax.checkpoints.saved_groups import pack_groups, read_arrays, unpack_gr
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.training import nrt
-from nrt_jax.training.batch import flat_groups, group_lengths, nrt_batch
+from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import (
     NrtSettings,
-    SamplingScores,
-    as_branches,
+    completion_logprobs,
     run_prompts,
-    score_branches,
 )
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loop import train
+from nrt_jax.training.loss import mask_completions
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.rollouts import Sampler
 from tests.training import worlds
@@ -96,12 +96,12 @@ class Watched:
         think = {"think_start": settings.think_start, "think_end": settings.think_end}
         batch = worlds.as_jax(nrt_batch(groups, plan, **think))
         decoder = nnx.merge(settings.definition, worlds.as_jax(self.weights[version]))
-        scores = score_branches(decoder, settings, run_prompts(decoder, batch), batch)
-        branches = as_branches(
-            scores, flat_groups(batch.groups), SamplingScores(), settings.objective
+        logprobs = completion_logprobs(decoder, settings, run_prompts(decoder, batch), batch)
+        completions = mask_completions(
+            *logprobs, FrozenLogprobs(), batch.groups, settings.objective
         )
-        gap_BT = np.abs(branches.logprob_BT - branches.sampler_logprob_BT)
-        return float(np.where(branches.covered_BT, gap_BT, 0).max())
+        gap_PKT = np.abs(completions.logprob_PKT - completions.sampler_PKT)
+        return float(np.where(completions.covered_PKT, gap_PKT, 0).max())
 
 
 def watched(tiny_config, directory, *overrides: str) -> Watched:

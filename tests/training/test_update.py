@@ -12,7 +12,7 @@ from nrt_jax.checkpoints.train_state import init_state, state_shardings
 from nrt_jax.config.mesh import MeshConfig, parse_mesh
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.sharding import batch_sharding, make_mesh, param_shardings
-from nrt_jax.training.forward import SamplingScores
+from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer, make_schedule
 from nrt_jax.training.packing import Layout, Packer
@@ -70,7 +70,7 @@ def two_steps(mesh, layout: Layout):
     losses = []
     for seed in (0, 1):
         batches = worlds.batches_of(worlds.random_groups(8, 2, seed), packer)
-        batches = [(batch, SamplingScores()) for batch in batches]
+        batches = [(batch, FrozenLogprobs()) for batch in batches]
         state, metrics = update(state, jax.device_put(batches, batch_sharding(mesh)))
         losses.append(float(metrics["loss/total"]))
     return jax.device_get(state.params), losses

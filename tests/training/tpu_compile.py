@@ -27,25 +27,25 @@ from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.attention_backend import choose_backend
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh, replicated
-from nrt_jax.training.batch import TrainBatch, nrt_batch
+from nrt_jax.training.batch import NrtBatch, nrt_batch
 from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.frozen_logprobs import frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
-from nrt_jax.training.scoring import make_scorer
-from nrt_jax.training.update import Total, Update, nothing
+from nrt_jax.training.update import Total, Update, zero_total
 from tests.engine.tpu_compile import SHAPES, bytes_per_chip
 from tests.training import worlds
 
 TRACES = 8
 SHAPE = Shape(
-    units=8,
+    packs=8,
     groups=1,
     prompt_tokens=1024,
     rows=4,
     row_tokens=2048,
     baseline_tokens=256,
-    branch_tokens=1024,
+    completion_tokens=1024,
     answer_tokens=256,
 )
 """Groups of a prompt of 1,000 tokens, an answer of 200 and eight traces of some 700."""
@@ -73,11 +73,11 @@ def main(shape: str, mesh_axes: str) -> None:
     state = abstract_state(optimizer, params, shardings)
 
     def loss_fn(params: Any, batch: Any) -> Any:
-        sequences = SHAPE.units * SHAPE.groups * TRACES
+        sequences = SHAPE.packs * SHAPE.groups * TRACES
         return nrt_loss(params, *batch, sequences=sequences, settings=settings)
 
     batch = abstract_batch(mesh)
-    scorer = jax.jit(make_scorer(settings, several_updates=True, reference=None))
+    scorer = jax.jit(frozen_logprobs_fn(settings, several_updates=True, reference=None))
     score, score_costs = compiled(lambda: scorer.lower(params, batch))
     scores = jax.tree.map(
         lambda leaf, sharding: leaf.update(sharding=sharding),
@@ -96,16 +96,16 @@ def main(shape: str, mesh_axes: str) -> None:
     print(json.dumps(report))
 
 
-def abstract_batch(mesh: Mesh) -> TrainBatch:
+def abstract_batch(mesh: Mesh) -> NrtBatch:
     """A micro-batch of SHAPE, in shapes."""
     groups, sharding = worlds.random_groups(1, TRACES), batch_sharding(mesh)
-    batch = nrt_batch(groups, Plan(SHAPE, units=[]), think_start=2, think_end=3)
+    batch = nrt_batch(groups, Plan(SHAPE, packs=[]), think_start=2, think_end=3)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), batch)
 
 
 def abstract_total(loss_fn: Any, params: Any, batch: Any, mesh: Mesh) -> Total:
     """The sums over no micro-batch, in shapes."""
-    total = jax.eval_shape(partial(nothing, loss_fn), params, batch)
+    total = jax.eval_shape(partial(zero_total, loss_fn), params, batch)
     everywhere = replicated(mesh)
     gradient = jax.tree.map(lambda g, p: g.update(sharding=p.sharding), total.gradient, params)
     metrics = jax.tree.map(lambda metric: metric.update(sharding=everywhere), total.metrics)

@@ -1,4 +1,4 @@
-"""A tiny decoder and made-up groups for the tests of the training room."""
+"""A tiny decoder and made-up groups for the tests of training."""
 
 from functools import partial
 
@@ -9,10 +9,10 @@ from flax import nnx
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.training.batch import TrainBatch, group_lengths, nrt_batch
+from nrt_jax.training.batch import NrtBatch, group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.update import Metrics, add_micro_batch, nothing
+from nrt_jax.training.update import Metrics, add_micro_batch, zero_total
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
 VOCAB, EOS, THINK_START, THINK_END = 16, 1, 2, 3
@@ -69,17 +69,17 @@ def _trace(rng: np.random.Generator, k: int) -> Trace:
     return Trace(tokens(rng, length), logprobs, end, 0.0 if end is None else -1.5)
 
 
-def random_batch(prompts: int = 4, traces: int = 4, seed: int = 0) -> TrainBatch:
+def random_batch(prompts: int = 4, traces: int = 4, seed: int = 0) -> NrtBatch:
     return batch_of(random_groups(prompts, traces, seed))
 
 
-def batch_of(groups: list[Group], packer: Packer | None = None) -> TrainBatch:
-    """One micro-batch: a unit a group and a row a branch, unless a packer says otherwise."""
+def batch_of(groups: list[Group], packer: Packer | None = None) -> NrtBatch:
+    """One micro-batch: one group per pack and one completion per row, unless a packer is given."""
     (batch,) = batches_of(groups, packer or Packer(Layout(len(groups), packing=False)))
     return batch
 
 
-def batches_of(groups: list[Group], packer: Packer) -> list[TrainBatch]:
+def batches_of(groups: list[Group], packer: Packer) -> list[NrtBatch]:
     """The groups as micro-batches."""
     plans = packer.plan([group_lengths(group) for group in groups])
     think = {"think_start": THINK_START, "think_end": THINK_END}
@@ -91,7 +91,7 @@ def summed(loss_fn, params, batches) -> tuple[Metrics, dict]:
     # Compiled in a third of the time, and run once.
     quickly = {"xla_backend_optimization_level": 0}
     add = jax.jit(partial(add_micro_batch, loss_fn), compiler_options=quickly)
-    total = nothing(loss_fn, params, batches[0])
+    total = zero_total(loss_fn, params, batches[0])
     for batch in batches:
         total = add(params, total, batch)
     return total.metrics, total.gradient

@@ -1,0 +1,82 @@
+"""Logprobs that stay fixed during the updates of a step, computed before the first of them.
+
+They are those of the sampling policy (the weights before the first update) and of the reference
+policy. With one mini-batch per step and the default objective there are none to compute: the
+update's own forward pass is the sampling policy's.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from nrt_jax.models.decoder import Decoder
+from nrt_jax.training.batch import NrtBatch, answer_values
+from nrt_jax.training.forward import (
+    NrtSettings,
+    baseline_logprobs,
+    completion_logprobs,
+    run_prompts,
+)
+
+
+class FrozenLogprobs(NamedTuple):
+    """Constants of the loss of one micro-batch; None where the objective does not need them."""
+
+    log_c_base_PA: Float[Array, "P A"] | None = None
+    log_c_PKA: Float[Array, "P K A"] | None = None
+    old_PKT: Float[Array, "P K T"] | None = None
+    reference_PKT: Float[Array, "P K T"] | None = None
+    """Under the weights before the first step, for the KL term."""
+
+
+FrozenLogprobsFn = Callable[[Any, NrtBatch], FrozenLogprobs]
+
+
+def frozen_logprobs_fn(
+    settings: NrtSettings, *, several_updates: bool, reference: Any | None
+) -> FrozenLogprobsFn:
+    """A function of (weights, micro-batch) that computes what the objective needs.
+
+    c_base, when several updates share a rollout or the reward is the sampling policy's; c of every
+    trace for `reward_policy: sampling`; log pi of z for `old_logprobs: recompute`; and log pi of z
+    under the `reference` weights for a KL term.
+    """
+    objective = settings.objective
+    wants_c = objective.reward_policy == "sampling"
+    wants_old = objective.old_logprobs == "recompute"
+    wants_base = several_updates or wants_c
+
+    @jax.jit
+    def under_sampling_policy(params: Any, batch: NrtBatch) -> FrozenLogprobs:
+        decoder: Decoder = nnx.merge(settings.definition, params)
+        prompts = run_prompts(decoder, batch)
+        frozen = FrozenLogprobs()
+        if wants_base:
+            log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
+            frozen = frozen._replace(log_c_base_PA=log_c_base_PA)
+        if wants_c or wants_old:
+            logprob_PKT, _ = completion_logprobs(decoder, settings, prompts, batch)
+            log_c_PKA = answer_values(logprob_PKT, batch.groups) if wants_c else None
+            frozen = frozen._replace(
+                log_c_PKA=log_c_PKA, old_PKT=logprob_PKT if wants_old else None
+            )
+        return frozen
+
+    @jax.jit
+    def under_reference(params: Any, batch: NrtBatch) -> Float[Array, "P K T"]:
+        decoder: Decoder = nnx.merge(settings.definition, params)
+        prompts = run_prompts(decoder, batch)
+        return completion_logprobs(decoder, settings, prompts, batch)[0]
+
+    def frozen_logprobs(params: Any, batch: NrtBatch) -> FrozenLogprobs:
+        frozen = FrozenLogprobs()
+        if wants_base or wants_old:
+            frozen = under_sampling_policy(params, batch)
+        if reference is not None:
+            frozen = frozen._replace(reference_PKT=under_reference(reference, batch))
+        return frozen
+
+    return frozen_logprobs
