@@ -1,4 +1,4 @@
-"""Which groups share rows of a batch: little padding, in few shapes, each of which is a program.
+"""Which groups share the rows of a micro-batch: little padding, in few shapes.
 
 A pack is what attention sees together: one row of S tokens that holds one or several prompts, and
 rows of W tokens that hold their completions. Two groups of K = 2 traces in one pack:
@@ -8,48 +8,37 @@ rows of W tokens that hold their completions. Two groups of K = 2 traces in one 
                a2 a2 a2 a2 a2 b2 b2 .
     baselines  a0 a0 a0 b0 b0 .  .  .           the empty traces
 
-A micro-batch is a number of packs. Everything here is lengths in tokens; batch.py makes the arrays.
+A micro-batch is a number of packs of one shape, and every shape is a compiled program. A packer
+takes a shape that it knows as long as that leaves little padding; else it searches for the cheapest
+one. Everything here is lengths in tokens; batch.py makes the arrays.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any, NamedTuple
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.flops import Rows, forward_flops
 
-BEARABLE_PADDING = 0.10
-"""Share of padding for which no new shape is looked for while there are few."""
-LARGEST_WASTE = 1.05
-"""A shape that a batch before had is taken again unless it costs this times the best there is."""
+TOLERATED_PADDING = 0.10
+"""Share of padding at which a packer that knows few shapes takes one of them without a search."""
 MICRO_BATCH_COST = 128
-"""What one micro-batch more costs, in positions: its gradient is added to the others."""
-SLACK = 1.05
-"""Room of a pack beyond that of its mean groups, which all of them do not fill alike."""
-MOST_GROUPS = 64
-"""Groups that may share a pack."""
-GROUPS_PER_PACK = (1, 2, 3, 4, 6, 8, 12, 16)
-EVEN_PARTS = (1, 2, 3, 4, 6)
-"""Micro-batches that all groups that are left are split into evenly."""
-WINDOW = 4
-"""Groups that are tried, for each that a shape has room for: enough to fill holes."""
-ROWS_PER_PACK = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
+"""Cost of one more micro-batch, in positions: its gradient is added to those of the others."""
 
 
 class Lengths(NamedTuple):
-    """Tokens of one group."""
+    """Token counts of one group."""
 
     prompt: int
     completions: tuple[int, ...]
     """Predicted tokens of each completion: z, t_end and y*."""
     baseline: int
-    """Predicted tokens of the empty trace: t_end and y*."""
+    """Predicted tokens of the empty trace's completion: t_end and y*."""
 
 
 class Shape(NamedTuple):
-    """What the arrays of a micro-batch are like; one compiled program each."""
+    """Sizes of the arrays of a micro-batch."""
 
     packs: int
     """On all devices."""
@@ -57,11 +46,12 @@ class Shape(NamedTuple):
     """Most groups of a pack."""
     prompt_tokens: int
     rows: int
+    """Rows of completions per pack."""
     row_tokens: int
     baseline_tokens: int
-    """All baselines of a pack lie in one row."""
+    """Tokens of the one row that holds all baselines of a pack."""
     completion_tokens: int
-    """Longest completion; a row may hold several."""
+    """Tokens of the longest completion."""
     answer_tokens: int
 
     @property
@@ -71,7 +61,7 @@ class Shape(NamedTuple):
 
     @property
     def pack_scores(self) -> int:
-        """Pairs of a query and a key in the rows of completions of a pack."""
+        """Pairs of a query and a key in the completion rows of a pack."""
         return self.rows * self.row_tokens * (self.prompt_tokens + self.row_tokens)
 
 
@@ -84,47 +74,54 @@ class Layout(NamedTuple):
     sequence_shards: int = 1
     """Devices that the tokens of a row are split over."""
     equal_keys: float = math.inf
-    """Keys a token at which attention costs what the rest of a layer does."""
+    """Keys per token at which attention costs as much as the rest of a layer."""
     packing: bool = True
     most_shapes: int | None = None
-    """None: any number."""
+    """None for any number."""
     largest: Lengths | None = None
     """Lengths that no group of the run exceeds."""
 
 
 def equal_keys(architecture: Architecture) -> float:
-    """Keys a token at which attention costs what the products with weights do."""
-    of_a_token = forward_flops(architecture, Rows(tokens=1, keys=1))
-    return of_a_token.weights / of_a_token.attention
+    """Keys per token at which attention costs as much as the products with weights."""
+    per_token = forward_flops(architecture, Rows(tokens=1, keys=1))
+    return per_token.weights / per_token.attention
+
+
+# --- packs and plans -----------------------------------------------------------------------------
 
 
 @dataclass
 class Pack:
-    """The places of the groups that share a pack."""
+    """Places of the groups that share a pack."""
 
     shape: Shape
     packing: bool = True
+    """False: one completion per row."""
     groups: list[int] = field(default_factory=list)
-    """Which groups, by their number in the mini-batch."""
+    """The groups, by their index in the mini-batch."""
     prompt_starts: list[int] = field(default_factory=list)
     completion_places: list[list[tuple[int, int]]] = field(default_factory=list)
     """Row and first token of each completion of each group."""
     baseline_starts: list[int] = field(default_factory=list)
     prompt_used: int = 0
-    completion_used: int = 0
     baseline_used: int = 0
     row_used: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.row_used = [0] * self.shape.rows
 
+    @property
+    def completions_used(self) -> int:
+        """Tokens of all completions."""
+        return sum(self.row_used)
+
     def add(self, group: int, lengths: Lengths) -> bool:
-        """Take the group in, where it fits."""
-        shape, tokens = self.shape, sum(lengths.completions)
+        """Add the group if it fits."""
+        shape = self.shape
         if (
             len(self.groups) == shape.groups
             or self.prompt_used + lengths.prompt > shape.prompt_tokens
-            or self.completion_used + tokens > shape.rows * shape.row_tokens
             or self.baseline_used + lengths.baseline > shape.baseline_tokens
         ):
             return False
@@ -137,7 +134,6 @@ class Pack:
         self.prompt_starts.append(self.prompt_used)
         self.baseline_starts.append(self.baseline_used)
         self.prompt_used += lengths.prompt
-        self.completion_used += tokens
         self.baseline_used += lengths.baseline
         return True
 
@@ -145,10 +141,12 @@ class Pack:
 def _place(
     used: list[int], width: int, lengths: Sequence[int], shared: bool
 ) -> tuple[list[int], list[tuple[int, int]]] | None:
-    """Each length into the first row with room, long ones first; None where one finds none.
+    """First-fit-decreasing into rows of `width` tokens; None if a length fits in no row.
 
-    A row that is not shared is full as soon as it holds anything.
+    Rows that are not `shared` take one length each.
     """
+    if sum(used) + sum(lengths) > len(used) * width:
+        return None
     used, places = list(used), [(0, 0)] * len(lengths)
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         for row, start in enumerate(used):
@@ -161,20 +159,20 @@ def _place(
 
 
 class Plan(NamedTuple):
-    """Where the groups of a micro-batch go."""
+    """The packs of a micro-batch."""
 
     shape: Shape
     packs: list[Pack]
 
     @property
     def groups(self) -> list[int]:
-        """Which groups, by their number in the mini-batch."""
+        """The groups, by their index in the mini-batch."""
         return [group for pack in self.packs for group in pack.groups]
 
     @property
     def padding(self) -> float:
         """Share of the positions that hold no token."""
-        used = sum(u.prompt_used + u.completion_used + u.baseline_used for u in self.packs)
+        used = sum(p.prompt_used + p.completions_used + p.baseline_used for p in self.packs)
         return 1 - used / self.slots
 
     @property
@@ -183,25 +181,38 @@ class Plan(NamedTuple):
         return self.shape.packs * self.shape.pack_tokens
 
 
+def packing_metrics(plans: Sequence[Plan], packer: "Packer") -> dict[str, float]:
+    """Padding and micro-batches of a step, and the number of shapes so far."""
+    slots = sum(plan.slots for plan in plans)
+    return {
+        "batch/padding_share": sum(plan.padding * plan.slots for plan in plans) / slots,
+        "batch/micro_batches": float(len(plans)),
+        "batch/shapes": float(len(packer.shapes)),
+    }
+
+
+# --- packer --------------------------------------------------------------------------------------
+
+
 @dataclass
 class Packer:
-    """Lays mini-batches out, in no more shapes than the layout allows."""
+    """Splits mini-batches into micro-batches of at most `layout.most_shapes` shapes."""
 
     layout: Layout
     shapes: list[Shape] = field(default_factory=list)
-    """Those in use; part of a run's state, since a sum may round by the shape it runs in."""
+    """Known shapes. They are saved with a run, since sums may round differently in other shapes."""
 
     def get_state(self) -> dict[str, Any]:
         """The shapes, for a checkpoint."""
         return {"layout": repr(self.layout), "shapes": [list(shape) for shape in self.shapes]}
 
     def set_state(self, saved: dict[str, Any]) -> None:
-        """Go on with the shapes of a checkpoint, if they are of the same layout."""
+        """Continue with the shapes of a checkpoint, if its layout is the same."""
         if saved["layout"] == repr(self.layout):
             self.shapes = [Shape(*sizes) for sizes in saved["shapes"]]
 
     def plan(self, lengths: Sequence[Lengths]) -> list[Plan]:
-        """The groups of a mini-batch as micro-batches, those with the longest completions first."""
+        """The groups of a mini-batch as micro-batches, groups with long completions first."""
         left = sorted(range(len(lengths)), key=lambda p: (-max(lengths[p].completions), p))
         plans = []
         while left:
@@ -211,37 +222,36 @@ class Packer:
         return plans
 
     def _next(self, left: dict[int, Lengths]) -> Plan:
-        """A micro-batch with the first of the groups: in the best of the known shapes, or in one
-        that wastes less and becomes known."""
+        """A micro-batch that holds the first of the groups, and others that fit."""
         known = [plan for shape in self.shapes if (plan := self._fill(left, shape)).packs]
-        again = min(known, key=self._cost, default=None)
-        if again is not None and (again.padding <= self._bearable() or self._full):
-            return again
-        if self._full:
-            # The last one must hold whatever comes.
+        best = min(known, key=self._cost, default=None)
+        if best is not None and best.padding <= self._tolerated_padding():
+            return best
+        if self._one_shape_left:
+            # The last shape must hold whatever comes.
             assert self.layout.largest is not None, "a bound needs the largest group there can be"
-            best = self._fill(left, _alone([self.layout.largest], self.layout))
+            best = self._fill(left, _one_group_per_pack([self.layout.largest], self.layout))
             assert best.packs, "no group is larger than the largest"
         else:
-            best = min(self._candidates(left), key=self._cost)
-            if again is not None and self._cost(again) <= LARGEST_WASTE * self._cost(best):
-                return again
-        self.shapes.append(best.shape)
+            best = min((*known, *self._candidates(left)), key=self._cost)
+        if best.shape not in self.shapes:
+            self.shapes.append(best.shape)
         return best
 
     @property
-    def _full(self) -> bool:
-        """Whether no shape may become known but that of the largest groups."""
+    def _one_shape_left(self) -> bool:
         most = self.layout.most_shapes
         return most is not None and len(self.shapes) >= most - 1
 
-    def _bearable(self) -> float:
-        """The share of padding for which no other shape is looked for: more, the fewer are left."""
+    def _tolerated_padding(self) -> float:
+        """Share of padding for which no other shape is searched: more, the fewer are left."""
+        if self._one_shape_left:
+            return 1.0
         most = self.layout.most_shapes or math.inf
-        return BEARABLE_PADDING + (1 - BEARABLE_PADDING) * (len(self.shapes) / most) ** 3
+        return TOLERATED_PADDING + (1 - TOLERATED_PADDING) * (len(self.shapes) / most) ** 3
 
     def _cost(self, plan: Plan) -> float:
-        """Positions with the keys that each sees, for each token that is no padding."""
+        """Work per token that is not padding: positions, weighted by the keys that each sees."""
         shape, keys = plan.shape, self.layout.equal_keys
         S, W, E = shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens
         cost = S * (1 + S / keys) + shape.rows * W * (1 + (S + W) / keys)
@@ -249,18 +259,18 @@ class Packer:
         return (cost * shape.packs + MICRO_BATCH_COST) / ((1 - plan.padding) * plan.slots)
 
     def _fill(self, left: dict[int, Lengths], shape: Shape) -> Plan:
-        """The groups that find room, the first of all among them; no packs where that has none.
+        """The groups that fit, the first of all among them; no packs if that one does not fit.
 
-        Each goes into the fullest pack with room for it.
+        Each group goes into the fullest pack that still takes it.
         """
         packs: list[Pack] = []
-        for p, lengths in islice(left.items(), WINDOW * shape.packs * shape.groups):
+        for p, lengths in left.items():
             completion, answer = max(lengths.completions), lengths.baseline - 1
             fits = completion <= shape.completion_tokens and answer <= shape.answer_tokens
-            fullest_first = sorted(packs, key=lambda pack: -pack.completion_used)
+            fullest_first = sorted(packs, key=lambda pack: -pack.completions_used)
             if len(packs) < shape.packs:
                 fullest_first.append(Pack(shape, self.layout.packing))
-            added = next((u for u in fullest_first if fits and u.add(p, lengths)), None)
+            added = next((pack for pack in fullest_first if fits and pack.add(p, lengths)), None)
             if added is None and not packs:
                 break
             if added is not None and len(added.groups) == 1:
@@ -268,53 +278,39 @@ class Packer:
         return Plan(shape, packs)
 
     def _candidates(self, left: dict[int, Lengths]) -> Iterator[Plan]:
-        """A pack a group, and plans of more groups and rows a pack, none of which takes more memory
-        than a pack a group can."""
+        """One group per pack; and more groups per pack, within the memory that one of the largest
+        size per pack may take."""
         layout = self.layout
         count = min(len(left), layout.micro_batch_prompts)
-        first = list(islice(left.values(), count))
-        alone = _alone(first, layout)
+        first = list(left.values())[:count]
+        alone = _one_group_per_pack(first, layout)
         yield self._fill(left, alone._replace(packs=_multiple(count, layout.shards)))
         if not layout.packing:
             return
-        # Memory must do for a pack a group of the largest size.
-        most = alone if layout.largest is None else _alone([layout.largest], layout)
-        even = [len(left) / (layout.shards * parts) for parts in EVEN_PARTS]
-        shapes = (
-            *_shared(first, layout, alone, GROUPS_PER_PACK),
-            *_shared(list(left.values()), layout, alone, [g for g in even if g > 1]),
-        )
-        for shape in shapes:
+        limit = alone if layout.largest is None else _one_group_per_pack([layout.largest], layout)
+        for shape in _shared(first, layout, alone._replace(groups=len(left))):
             fits = min(
-                most.packs * most.pack_tokens // shape.pack_tokens,
-                most.packs * most.pack_scores // shape.pack_scores,
+                limit.packs * limit.pack_tokens // shape.pack_tokens,
+                limit.packs * limit.pack_scores // shape.pack_scores,
             )
-            most_packs = fits // layout.shards
-            for packs in {most_packs, (most_packs + 1) // 2, min(most_packs, 1)}:
-                packs *= layout.shards
-                plan = self._fill(left, shape._replace(packs=packs))
+            most = fits // layout.shards
+            for packs in {most, (most + 1) // 2, min(most, 1)}:
+                plan = self._fill(left, shape._replace(packs=packs * layout.shards))
                 if plan.packs:
                     yield self._trimmed(plan)
 
     def _trimmed(self, plan: Plan) -> Plan:
-        """Without packs that nothing is in."""
+        """Without empty packs."""
         packs = _multiple(len(plan.packs), self.layout.shards)
-        groups = _power(max(len(pack.groups) for pack in plan.packs))
+        groups = _power_of_two(max(len(pack.groups) for pack in plan.packs))
         return plan._replace(shape=plan.shape._replace(packs=packs, groups=groups))
 
 
-def packing_metrics(plans: Sequence[Plan], packer: Packer) -> dict[str, float]:
-    """How well the groups of a step fill their rows, and in how many shapes so far."""
-    slots = sum(plan.slots for plan in plans)
-    return {
-        "batch/padding_share": sum(plan.padding * plan.slots for plan in plans) / slots,
-        "batch/micro_batches": float(len(plans)),
-        "batch/shapes": float(len(packer.shapes)),
-    }
+# --- shapes --------------------------------------------------------------------------------------
 
 
-def _alone(lengths: Sequence[Lengths], layout: Layout) -> Shape:
-    """A pack a group and a row a completion, as long as the longest."""
+def _one_group_per_pack(lengths: Sequence[Lengths], layout: Layout) -> Shape:
+    """One completion per row, in rows as long as the longest."""
     shards = layout.sequence_shards
     longest = max(max(group.completions) for group in lengths)
     return Shape(
@@ -324,36 +320,38 @@ def _alone(lengths: Sequence[Lengths], layout: Layout) -> Shape:
         rows=max(len(group.completions) for group in lengths),
         row_tokens=_rounded(longest, shards),
         baseline_tokens=_rounded(max(group.baseline for group in lengths), shards),
-        completion_tokens=_power(longest),
-        answer_tokens=_power(max(group.baseline - 1 for group in lengths)),
+        completion_tokens=_power_of_two(longest),
+        answer_tokens=_power_of_two(max(group.baseline - 1 for group in lengths)),
     )
 
 
-def _shared(
-    lengths: Sequence[Lengths], layout: Layout, alone: Shape, numbers: Sequence[float | int]
-) -> Iterator[Shape]:
-    """Units with room for such numbers of groups of the mean size, and always for the largest."""
+def _shared(lengths: Sequence[Lengths], layout: Layout, alone: Shape) -> Iterator[Shape]:
+    """Packs for 1, 2, 4, ... groups of the mean size, which also hold the largest of them."""
     count, shards = len(lengths), layout.sequence_shards
 
-    def room(groups: float | int, sizes: Sequence[int]) -> int:
-        return max(max(sizes), math.ceil(SLACK * groups * sum(sizes) / count))
+    def tokens(groups: int, sizes: Sequence[int]) -> int:
+        return max(max(sizes), math.ceil(groups * sum(sizes) / count))
 
-    for groups in numbers:
-        tokens = room(groups, [sum(group.completions) for group in lengths])
+    for groups in _powers_of_two(alone.groups):
+        completion_tokens = tokens(groups, [sum(group.completions) for group in lengths])
+        prompt_tokens = tokens(groups, [group.prompt for group in lengths])
+        baseline_tokens = tokens(groups, [group.baseline for group in lengths])
         shape = alone._replace(
-            groups=MOST_GROUPS,
-            prompt_tokens=_rounded(room(groups, [group.prompt for group in lengths]), shards),
-            baseline_tokens=_rounded(room(groups, [group.baseline for group in lengths]), shards),
+            prompt_tokens=_rounded(prompt_tokens, shards),
+            baseline_tokens=_rounded(baseline_tokens, shards),
         )
-        for rows in ROWS_PER_PACK:
-            width = max(alone.row_tokens, _rounded(math.ceil(tokens / rows), shards))
+        # From one long row to rows as short as the longest completion.
+        for rows in _powers_of_two(2 * -(-completion_tokens // alone.row_tokens) - 1):
+            width = max(alone.row_tokens, _rounded(math.ceil(completion_tokens / rows), shards))
             yield shape._replace(rows=rows, row_tokens=width)
-            if alone.row_tokens * rows >= tokens:
-                break
 
 
-def _power(length: int) -> int:
-    """Up to a power of two, 0 of nothing."""
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << i for i in range(most.bit_length())]
+
+
+def _power_of_two(length: int) -> int:
+    """Rounded up to a power of two; 0 stays 0."""
     return 0 if length <= 0 else 1 << (length - 1).bit_length()
 
 
@@ -362,7 +360,7 @@ def _multiple(number: int, of: int) -> int:
 
 
 def _rounded(length: int, shards: int) -> int:
-    """Up to one of sixteen lengths an octave, multiples of 8 and of the shards."""
+    """Rounded up to one of sixteen lengths per octave, multiples of 8 and of the shards."""
     if length <= 0:
         return 0
     step = max(8, 1 << max(0, (length - 1).bit_length() - 5))
