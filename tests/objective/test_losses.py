@@ -43,6 +43,9 @@ BY_HAND = [
     (0.5, -1.0, 0.8, 0.0, 0.0, 0.0, True),
     (1.2, 2.0, -2.4, -2.4, -2.4 * (math.log(1.2) - 2), -2.4, False),
     (0.9, -2.0, 1.8, 1.8, 1.8 * (math.log(0.9) - 2), 1.8, False),
+    # Between the bounds that an exchange of clip_low and clip_high would give.
+    (1.25, 1.0, -1.25, -1.25, -1.25 * (math.log(1.25) - 2), -1.25, False),
+    (0.75, -1.0, 0.8, 0.0, 0.0, 0.0, True),
     (1.5, 0.0, 0.0, 0.0, 0.0, 0.0, False),
 ]
 
