@@ -17,10 +17,11 @@ class TrainConfig(Section):
     micro_batch_prompts: int = Field(default=8, ge=1)
     """Prompts whose activations exist at once; divides mini_batch_prompts, changes no result."""
     packing: bool = True
-    """Put short branches, and prompts, into one row; false for a row each. Changes no number."""
+    """Pack several short completions, and prompts, into one row; false for a row each. Changes no
+    result."""
     batch_shapes: int = Field(default=16, ge=2)
-    """Most shapes of batches, each of which is a compiled program. Shapes are chosen from the
-    lengths as they come; the last of them holds whatever the limits of lengths allow."""
+    """Most shapes of micro-batches, each of which is a compiled program. Shapes are chosen from the
+    lengths of the batches; the last of them holds the longest groups that the limits allow."""
     max_skipped_updates: int = Field(default=10, ge=1)
     """The run stops after this many non-finite gradients in a row."""
 
