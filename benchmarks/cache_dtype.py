@@ -27,10 +27,10 @@ from nrt_jax.checkpoints.import_format import read_params
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.engine.decode_state import DecodeState
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="a Hugging Face directory; random without one")
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--copies", type=int, default=4)
+    parser.add_argument("--samples", type=int, default=4)
     parser.add_argument("--trace-tokens", type=int, default=128)
     args = parser.parse_args()
     architecture, definition, params = _model(args.model)
@@ -66,20 +66,20 @@ def main() -> None:
     shape = (args.prompts, args.prompt_tokens)
     tokens_PS = rng.integers(0, architecture.vocab_size, shape, np.int32)
     make = partial(
-        DecoderEngine,
+        Engine,
         definition,
         architecture,
         make_mesh(MeshConfig(), jax.devices()[:1]),
-        slots=args.prompts * args.copies,
+        slots=args.prompts * args.samples,
         max_prompt_tokens=args.prompt_tokens,
         max_new_tokens=args.trace_tokens,
         stop_ids=frozenset(),
-        copies=args.copies,
+        num_samples=args.samples,
         attention="xla",
     )
     engines = {dtype: make(cache_dtype=jnp.dtype(dtype)) for dtype in DTYPES}
     requests = [
-        Request(tokens, p, args.copies, args.trace_tokens) for p, tokens in enumerate(tokens_PS)
+        Request(tokens, p, args.samples, args.trace_tokens) for p, tokens in enumerate(tokens_PS)
     ]
     traces = generate(engines["float32"], params, requests, jax.random.key(0))
     tokens_BT = np.stack([trace.tokens for group in traces for trace in group])
@@ -103,11 +103,11 @@ def _model(directory: Path | None) -> tuple[Architecture, nnx.GraphDef, Any]:
 
 
 def measure(
-    engines: dict[str, DecoderEngine], params: Any, tokens_PS: np.ndarray, tokens_BT: np.ndarray
+    engines: dict[str, Engine], params: Any, tokens_PS: np.ndarray, tokens_BT: np.ndarray
 ) -> dict[str, Loss]:
     """Every engine's loss against the one named float32, on the traces `tokens_BT`.
 
-    Rows of `tokens_BT` are the copies of prompt 0, then those of prompt 1, and so on.
+    Rows of `tokens_BT` are the samples of prompt 0, then those of prompt 1, and so on.
     """
     traces, greedy = len(tokens_BT) // len(tokens_PS), Sampling(temperature=0.0)
     # A greedy slot takes the token that it is given.
@@ -156,12 +156,10 @@ def _distribution(logits_BV: Float[Array, "B V"], token_B: Array) -> _Distributi
     )
 
 
-def _decode(
-    engine: DecoderEngine, params: Any, state: DecodeState, token_B: np.ndarray
-) -> DecodeState:
+def _decode(engine: Engine, params: Any, state: DecodeState, token_B: np.ndarray) -> DecodeState:
     """Run a given token in every slot."""
     given_BV = jax.nn.one_hot(token_B, state.logits_BV.shape[1])
-    state, _ = engine.generate_steps(params, state._replace(logits_BV=given_BV), 1)
+    state, _ = engine.generate(params, state._replace(logits_BV=given_BV), 1)
     return state
 
 

@@ -39,9 +39,9 @@ from nrt_jax.checkpoints.train_state import init_state, state_shardings
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import ModelConfig
 from nrt_jax.config.objective import ObjectiveConfig
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.requests import Request
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.training.batch import group_lengths, nrt_batch
@@ -87,7 +87,7 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
     optimizer = optax.adamw(1e-5)
     shardings = state_shardings(optimizer, params, mesh)
     state = init_state(optimizer, params, shardings)
-    engine = DecoderEngine(
+    engine = Engine(
         definition,
         architecture,
         mesh,
@@ -95,7 +95,7 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         max_prompt_tokens=max(len(example.prompt_tokens) for example in examples),
         max_new_tokens=NEW_TOKENS,
         stop_ids=frozenset(),
-        copies=TRACES,
+        num_samples=TRACES,
     )
     settings = NrtSettings(definition, ObjectiveConfig(), THINK_START, THINK_END, 1.0, CHUNK_TOKENS)
     update = Update(
@@ -142,7 +142,7 @@ def _prompt(backend: tokenizers.Tokenizer, text: str) -> np.ndarray:
 
 
 def _sample(
-    engine: DecoderEngine, params: Any, examples: list[TokenizedExample], step: int
+    engine: Engine, params: Any, examples: list[TokenizedExample], step: int
 ) -> list[tuple[Trace, ...]]:
     requests = [
         Request(example.prompt_tokens, example.example.index, TRACES, NEW_TOKENS)

@@ -2,10 +2,10 @@
 
     python benchmarks/prompt_sharing_decode.py
 
-An engine of the comparison model's shape decodes 8 traces of each prompt: once with `copies=8`, so
-that the traces of a prompt share its room, and once with `copies=1`, a room for each trace. Bytes
-are those of the keys and values of all slots, the traces' own included; times are CPU seconds of a
-decode step, the least of several dispatches of 16 steps.
+An engine of the comparison model's shape decodes 8 traces of each prompt: once with
+`num_samples=8`, where the traces of a prompt share its prompt slot, and once with `num_samples=1`,
+where each trace has a prompt slot. Bytes are those of the keys and values of all slots, the traces'
+own included; times are CPU seconds per decode step, the least of several dispatches of 16 steps.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from shapes import PEER, start_traces
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.engine.decode_state import DecodeState
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.sharding import make_mesh
@@ -51,15 +51,15 @@ def main() -> None:
 def measure(
     architecture: Architecture, prompt_tokens: int, prompts: int, new_tokens: int
 ) -> tuple[Cost, Cost]:
-    """Costs with a room for each prompt, and with one for each of its 8 copies."""
+    """Costs with a prompt slot for each prompt, and with one for each of its 8 traces."""
     definition, state = nnx.split(Decoder(architecture, nnx.Rngs(0)))
     params = nnx.to_pure_dict(state)
     rng = np.random.default_rng(0)
     shape = (prompts, prompt_tokens)
     tokens_PS = rng.integers(0, architecture.vocab_size, shape, np.int32)
 
-    def cost(copies: int) -> Cost:
-        engine = DecoderEngine(
+    def cost(num_samples: int) -> Cost:
+        engine = Engine(
             definition,
             architecture,
             make_mesh(MeshConfig(), jax.devices()[:1]),
@@ -67,7 +67,7 @@ def measure(
             max_prompt_tokens=prompt_tokens,
             max_new_tokens=new_tokens,
             stop_ids=frozenset(),
-            copies=copies,
+            num_samples=num_samples,
         )
         state = start_traces(engine, params, tokens_PS, COPIES, Sampling())
         return _decode_cost(engine, params, state, new_tokens)
@@ -75,12 +75,12 @@ def measure(
     return cost(COPIES), cost(1)
 
 
-def _decode_cost(engine: DecoderEngine, params: Any, state: DecodeState, new_tokens: int) -> Cost:
+def _decode_cost(engine: Engine, params: Any, state: DecodeState, new_tokens: int) -> Cost:
     cache_bytes = sum(x.nbytes for x in jax.tree.leaves(state.layers))
     seconds = []
     for _ in range(new_tokens // STEPS):
         start = time.process_time()
-        state, sampled = engine.generate_steps(params, state, STEPS)
+        state, sampled = engine.generate(params, state, STEPS)
         jax.block_until_ready(sampled)
         seconds.append((time.process_time() - start) / STEPS)
     return Cost(cache_bytes, min(seconds[1:]))  # The first compiles.

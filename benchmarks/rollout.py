@@ -5,7 +5,7 @@
 
 Two workloads, both of `--prompts` prompts with 8 traces each: all traces of one length, and lengths
 drawn from a log-normal distribution whose cap is 16 times its median. Each is sampled by the engine
-with the prompt held once for its traces, by the engine with a copy for each, and by a plain
+with the prompt held once for its traces, by the engine with a copy per trace, and by a plain
 compiled while_loop (benchmarks/plain_sampler.py); with --transformers the first one also by
 `generate` of transformers, on the GPU where torch has one. Times are of the second run of each; the
 first compiles. CPU seconds are the figure to compare on a shared machine.
@@ -33,8 +33,9 @@ from shapes import LLAMA_1B, PEER
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
-from nrt_jax.engine.engine import DecoderEngine
-from nrt_jax.engine.scheduler import Request, Scheduler
+from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.requests import Request
+from nrt_jax.engine.scheduler import Scheduler
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.sharding import make_mesh
 
@@ -103,8 +104,8 @@ def _samplers(
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """What samples the workload, by name; each call gives the figures that it knows."""
 
-    def engine(copies: int) -> DecoderEngine:
-        return DecoderEngine(
+    def engine(num_samples: int) -> Engine:
+        return Engine(
             definition,
             architecture,
             make_mesh(MeshConfig(), jax.devices()[:1]),
@@ -113,7 +114,7 @@ def _samplers(
             max_new_tokens=longest,
             stop_ids=frozenset(),
             dtype=args.dtype,
-            copies=copies,
+            num_samples=num_samples,
         )
 
     shared = [
@@ -121,7 +122,7 @@ def _samplers(
         for p, (tokens, lengths) in enumerate(zip(tokens_PS, lengths_PK, strict=True))
     ]
     apart = [
-        request._replace(copies=1, stream=request.stream * COPIES + k, max_tokens=int(limit))
+        request._replace(num_samples=1, stream=request.stream * COPIES + k, max_tokens=int(limit))
         for request in shared
         for k, limit in enumerate(np.atleast_1d(request.max_tokens))
     ]
@@ -134,7 +135,7 @@ def _samplers(
 
 
 def _run_engine(
-    engine: DecoderEngine, params: Any, requests: Sequence[Request], steps: int
+    engine: Engine, params: Any, requests: Sequence[Request], steps: int
 ) -> dict[str, Any]:
     scheduler = Scheduler(engine, params, steps=steps)
     for request in requests:

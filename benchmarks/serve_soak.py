@@ -33,8 +33,8 @@ import numpy as np
 from nrt_jax.config.load import load_config
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.engine.generate import generate
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request
 from nrt_jax.serving.served_model import ServedModel, open_checkpoint
 
 PATIENCE_S = 120.0

@@ -1,6 +1,6 @@
 """Models of the sizes that the benchmarks take, and their traces started side by side.
 
-Letters: P prompts, S prompt tokens, K traces that share a room.
+Letters: P prompts, S prompt tokens, K traces that share a prompt slot.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.engine.decode_state import DecodeState, SlotRequests, bucket, padded, slot_sampling
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
 from nrt_jax.engine.sampling import Sampling
 
@@ -38,26 +38,28 @@ LLAMA_1B = Architecture(
 
 
 def start_traces(
-    engine: DecoderEngine, params: Any, tokens_PS: np.ndarray, traces: int, sampling: Sampling
+    engine: Engine, params: Any, tokens_PS: np.ndarray, traces: int, sampling: Sampling
 ) -> DecodeState:
-    """All slots after their prompts: `traces` of each, in rooms of as many as the engine's copies.
+    """All slots after their prompts, `traces` of each, in full prompt slots.
 
     The traces of prompt 0 have the first slots. Each may get the engine's `max_new_tokens`.
     """
-    (P, S), K = tokens_PS.shape, engine.copies
-    assert traces % K == 0, "rooms are full"
-    rooms = traces // K
-    state = engine.init_decode_state(Sizes(P * rooms, bucket(S), bucket(engine.max_new_tokens)))
+    (P, S), K = tokens_PS.shape, engine.num_samples
+    assert traces % K == 0, "prompt slots are full"
+    prompt_slots = traces // K
+    state = engine.init_decode_state(
+        Sizes(P * prompt_slots, bucket(S), bucket(engine.max_new_tokens))
+    )
     for p, tokens_S in enumerate(tokens_PS):
         prefix = engine.prefill(params=params, padded_tokens=padded(tokens_S), true_length=S)
-        for room in range(p * rooms, (p + 1) * rooms):
+        for prompt_slot in range(p * prompt_slots, (p + 1) * prompt_slots):
             requests = SlotRequests(
-                slot_K=room * K + np.arange(K, dtype=np.int32),
+                slot_K=prompt_slot * K + np.arange(K, dtype=np.int32),
                 row_K=np.arange(K, dtype=np.int32),
-                prompt=room,
-                key_K=jax.random.split(jax.random.key(room), K),
+                prompt=prompt_slot,
+                key_K=jax.random.split(jax.random.key(prompt_slot), K),
                 limit_K=np.full(K, engine.max_new_tokens, np.int32),
                 sampling=slot_sampling([sampling] * K),
             )
-            state = engine.insert_copies(prefix, state, requests)
+            state = engine.insert(prefix, state, requests)
     return state

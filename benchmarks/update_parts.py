@@ -48,7 +48,7 @@ def update_parts(
         decoder = nnx.merge(definition, params)
         targets_BW = batch.completions.targets_BW
         hidden_BWD = decoder.embedding[...][targets_BW]
-        return jnp.sum(decoder.scores(hidden_BWD, targets_BW, chunk_tokens).logprob_BT)
+        return jnp.sum(decoder.token_logprobs(hidden_BWD, targets_BW, chunk_tokens).logprob_BT)
 
     flops = update_flops(architecture, batches)
     figures = {

@@ -32,6 +32,7 @@ FREE_TO_CHANGE = (
     "model.remat",
     "model.logprob_chunk_tokens",
     "optimizer.offload",
+    "rollout.driver",
     "train.micro_batch_prompts",
     "train.packing",
     "train.batch_shapes",

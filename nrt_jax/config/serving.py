@@ -13,7 +13,8 @@ class ServingConfig(Section):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP server; 0 takes a free one, which the first line of output names."""
     grpc_port: int | None = Field(default=9000, ge=0, le=65535)
-    """Port of JetStream's gRPC server; 0 takes a free one, null starts none."""
+    """Port of JetStream's gRPC server; 0 takes a free one, null starts none. Without the package
+    (pip install 'nrt-jax[jetstream]') the default starts none."""
     name: str | None = Field(default=None, min_length=1)
     """What requests call the model; null for the name of the run's directory."""
     slots: int = Field(default=16, ge=1)

@@ -1,6 +1,6 @@
-"""What a decode state goes through: sequences start in slots, tokens are drawn and run.
+"""Transitions of the decode state: sequences start in slots, tokens are drawn and run.
 
-Pure functions, which the engine compiles. Letters: those of decode_state.py, and G query heads a
+Pure functions, which the engine compiles. Letters: those of decode_state.py, and G query heads per
 key/value head.
 """
 
@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from nrt_jax.engine.decode_state import DecodeState, Sampled, SlotRequests, sizes_of
-from nrt_jax.engine.kv_cache import KVCache, Places
+from nrt_jax.engine.kv_cache import KVCache, SlotMap
 from nrt_jax.engine.paged_kv_cache import PagedCache
 from nrt_jax.engine.prefill import Prefix
 from nrt_jax.engine.sampling import most_probable, sample
@@ -26,29 +26,35 @@ class Decoding(NamedTuple):
 
     cache: KVCache | PagedCache
     shards: int
-    copies: int
+    num_samples: int
+    """K: most slots that share one prompt slot."""
     is_stop_V: Bool[np.ndarray, "V"]
     """The tokens that end any sequence."""
     top_logprobs: int
-    """R: most probable tokens that are reported for each token drawn."""
+    """Most probable tokens that are reported for each token drawn."""
     dtype: DTypeLike
     unstacks_once: bool
-    """Slice the stacked weights before the steps and not in each: on CPU a slice is a copy."""
+    """Slice the stacked weights once before the steps: on a CPU each slice copies them."""
 
 
-def insert_copies(
+def insert_samples(
     prefix: Prefix,
     state: DecodeState,
     prompts: list[Any],
     requests: SlotRequests,
     decoding: Decoding,
 ) -> tuple[DecodeState, list[Any]]:
-    """Start K sequences after one prompt; `prompts` is what that changes of the layers' caches."""
-    places, prompt = state.places, jnp.asarray(requests.prompt)
-    B, copies, shards = len(state.active_B), decoding.copies, decoding.shards
+    """Start K sequences after one prompt.
+
+    `prompts` holds the part of each layer's cache that this changes; it is returned with the
+    prompt's keys and values written.
+    """
+    slot_map, prompt = state.slot_map, jnp.asarray(requests.prompt)
+    B, K, shards = len(state.active_B), decoding.num_samples, decoding.shards
+    # Indices out of range, which the updates below drop.
     slot_K = jnp.where(requests.slot_K < 0, B, requests.slot_K)
-    row_K = jnp.where(requests.slot_K < 0, copies, requests.row_K)
-    per_shard = places.prompt_length_N.shape[0] // shards
+    row_K = jnp.where(requests.slot_K < 0, K, requests.row_K)
+    prompts_per_shard = slot_map.prompt_length_P.shape[0] // shards
     prompts = [
         decoding.cache.insert(layer, k, v, prompt, prefix.length, slot_K)
         for layer, k, v in zip(prompts, prefix.k_LSHd, prefix.v_LSHd, strict=True)
@@ -58,11 +64,11 @@ def insert_copies(
         return all_slots.at[slot_K].set(value, mode="drop")
 
     state = state._replace(
-        places=Places(
-            places.prompt_length_N.at[prompt].set(prefix.length),
-            places.slots_NK.at[prompt, row_K].set(slot_K % (B // shards), mode="drop"),
-            put(places.place_B, prompt % per_shard * copies + row_K),
-            put(places.own_length_B, 0),
+        slot_map=SlotMap(
+            prompt_length_P=slot_map.prompt_length_P.at[prompt].set(prefix.length),
+            slots_PK=slot_map.slots_PK.at[prompt, row_K].set(slot_K % (B // shards), mode="drop"),
+            prompt_row_B=put(slot_map.prompt_row_B, prompt % prompts_per_shard * K + row_K),
+            own_length_B=put(slot_map.own_length_B, 0),
         ),
         logits_BV=put(state.logits_BV, prefix.logits_V[None]),
         seen_BV=put(state.seen_BV, prefix.seen_V[None]),
@@ -94,19 +100,19 @@ def decode_steps(
         weights = decoder.split_layers() if layers is None else layers
         return _run(decoder, weights, state, token_B, sampled.done_B, decoding), sampled
 
-    nothing = _nothing_sampled(steps, len(started_B), decoding.top_logprobs)
-    return jax.lax.while_loop(goes_on, step, (state, nothing))
+    empty = _nothing_sampled(steps, len(started_B), decoding.top_logprobs)
+    return jax.lax.while_loop(goes_on, step, (state, empty))
 
 
 def _nothing_sampled(steps: int, slots: int, top: int) -> Sampled:
     return Sampled(
-        jnp.zeros((steps, slots), jnp.int32),
-        jnp.zeros((steps, slots), jnp.float32),
-        jnp.zeros((steps, slots, top), jnp.int32),
-        jnp.zeros((steps, slots, top), jnp.float32),
-        jnp.zeros(slots, jnp.int32),
-        jnp.zeros(slots, bool),
-        jnp.int32(0),
+        tokens=jnp.zeros((steps, slots), jnp.int32),
+        logprobs=jnp.zeros((steps, slots), jnp.float32),
+        top_ids=jnp.zeros((steps, slots, top), jnp.int32),
+        top_logprobs=jnp.zeros((steps, slots, top), jnp.float32),
+        count_B=jnp.zeros(slots, jnp.int32),
+        done_B=jnp.zeros(slots, bool),
+        steps=jnp.int32(0),
     )
 
 
@@ -117,17 +123,17 @@ def _draw(
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
     token_B, logprob_B = sample(state.logits_BV, state.seen_BV, keys_B, state.sampling)
     stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] | (state.generated_B + 1 >= state.limit_B)
-    stopped_B |= jnp.any(state.sampling.stop_BX == token_B[:, None], axis=1)
+    stopped_B |= jnp.any(state.sampling.stop_ids == token_B[:, None], axis=1)
     i = sampled.steps
     if decoding.top_logprobs:
-        top_id_BR, top_logprob_BR = most_probable(state.logits_BV, decoding.top_logprobs)
+        top_ids, top_logprobs = most_probable(state.logits_BV, decoding.top_logprobs)
         sampled = sampled._replace(
-            top_id_CBR=sampled.top_id_CBR.at[i].set(top_id_BR),
-            top_logprob_CBR=sampled.top_logprob_CBR.at[i].set(top_logprob_BR),
+            top_ids=sampled.top_ids.at[i].set(top_ids),
+            top_logprobs=sampled.top_logprobs.at[i].set(top_logprobs),
         )
     return token_B, sampled._replace(
-        token_CB=sampled.token_CB.at[i].set(token_B),
-        logprob_CB=sampled.logprob_CB.at[i].set(logprob_B),
+        tokens=sampled.tokens.at[i].set(token_B),
+        logprobs=sampled.logprobs.at[i].set(logprob_B),
         count_B=sampled.count_B + state.active_B,
         done_B=sampled.done_B | (state.active_B & stopped_B),
         steps=i + 1,
@@ -144,9 +150,10 @@ def _run(
 ) -> DecodeState:
     """Run the token of every slot; slots that are not active stay as they are."""
     logits_BV, caches = _next_logits(decoder, layers, state, token_B, decoding)
+    own_length_B = state.slot_map.own_length_B + state.active_B
     return state._replace(
         layers=caches,
-        places=state.places._replace(own_length_B=state.places.own_length_B + state.active_B),
+        slot_map=state.slot_map._replace(own_length_B=own_length_B),
         logits_BV=logits_BV,
         seen_BV=state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True),
         position_B=state.position_B + state.active_B,
@@ -162,8 +169,8 @@ def _next_logits(
     token_B: Int[Array, "B"],
     decoding: Decoding,
 ) -> tuple[Float[Array, "B V"], tuple[Any, ...]]:
-    """Logits after one token a slot, and the caches with its keys and values."""
-    cache_step = decoding.cache.begin_step(state.places, sizes_of(state), state.active_B)
+    """Logits after one token per slot, and the caches with its keys and values."""
+    cache_step = decoding.cache.begin_step(state.slot_map, sizes_of(state), state.active_B)
 
     def attend(layer, q_B1HGd, k_B1Hd, v_B1Hd):
         out_BHGd, layer = decoding.cache.attend(

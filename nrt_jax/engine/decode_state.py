@@ -1,7 +1,7 @@
-"""What the engine holds between calls: prompts after prefill, and every slot's sequence.
+"""The engine's state between calls: the caches, and what every slot draws from next.
 
-Letters: L layers, B slots, N prompts, K copies of one prompt, S prompt tokens, H key/value heads,
-d head dim, V vocabulary, C decode steps, R most probable tokens that are reported.
+Letters: L layers, B slots, P prompt slots, K samples of one prompt, S prompt tokens, H key/value
+heads, d head dim, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from nrt_jax.engine.kv_cache import Places, Sizes, fit_in_shards, gather_in_shards
+from nrt_jax.engine.kv_cache import Sizes, SlotMap, fit_in_shards, gather_in_shards
 from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
 from nrt_jax.models.sharding import partition_spec
 
@@ -21,23 +21,23 @@ SMALLEST_BUCKET = 16
 
 
 def bucket(length: int) -> int:
-    """Smallest power of two, 16 or more, that holds `length` tokens."""
+    """Smallest power of two, 16 or more, that is at least `length`."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def padded(tokens: np.ndarray) -> Int[np.ndarray, "S"]:
-    """The tokens, int32, with zeros behind them up to a bucket."""
+    """The tokens as int32, followed by zeros up to a bucket."""
     return np.pad(tokens.astype(np.int32), (0, bucket(len(tokens)) - len(tokens)))
 
 
 class SlotRequests(NamedTuple):
-    """What each of K copies of one prompt is to do; a slot of -1 is no copy."""
+    """What K samples of one prompt are to do; an entry whose slot is -1 is unused."""
 
     slot_K: Int[Array | np.ndarray, "K"]
     row_K: Int[Array | np.ndarray, "K"]
-    """The copy's row among those of its prompt."""
+    """The sample's row among those of its prompt slot."""
     prompt: Int[Array | np.ndarray, ""] | int
-    """Where the prompt's keys and values lie, 0 to N - 1, in the shard of the slots."""
+    """Prompt slot that the keys and values go to, 0 to P - 1, in the shard of the slots."""
     key_K: Key[Array, "K"]
     limit_K: Int[Array | np.ndarray, "K"]
     sampling: SlotSampling
@@ -47,10 +47,11 @@ class DecodeState(NamedTuple):
     """Every slot's cache and the logits its next token will be drawn from."""
 
     layers: tuple[Any, ...]
-    """In the form of the engine's cache."""
-    places: Places
+    """Caches, in the form of the engine's attention."""
+    slot_map: SlotMap
     logits_BV: Float[Array, "B V"]
     seen_BV: Bool[Array, "B V"]
+    """Tokens of the slot's prompt and sample, for the repetition penalty."""
     position_B: Int[Array, "B"]
     generated_B: Int[Array, "B"]
     limit_B: Int[Array, "B"]
@@ -60,32 +61,33 @@ class DecodeState(NamedTuple):
 
 
 class Sampled(NamedTuple):
-    """What some decode steps wrote: slot b's tokens are the first `count_B[b]` of its column."""
+    """Tokens of one dispatch: slot b drew the first `count_B[b]` tokens of its column."""
 
-    token_CB: Int[Array, "C B"]
-    logprob_CB: Float[Array, "C B"]
-    top_id_CBR: Int[Array, "C B R"]
-    top_logprob_CBR: Float[Array, "C B R"]
+    tokens: Int[Array, "max_steps B"]
+    logprobs: Float[Array, "max_steps B"]
+    top_ids: Int[Array, "max_steps B top"]
+    top_logprobs: Float[Array, "max_steps B top"]
     count_B: Int[Array, "B"]
     done_B: Bool[Array, "B"]
-    """The last token ended the sequence, by itself or by the limit."""
+    """The last token ended the sequence, as a stop token or at the limit."""
     steps: Int[Array, ""]
+    """Decode steps that were run."""
 
 
-class Moves(NamedTuple):
-    """More slots or fewer; who knows all sequences says where each of them is to be."""
+class SlotMoves(NamedTuple):
+    """Where every slot's sequence comes from when the number of slots changes."""
 
     from_B: Int[Array | np.ndarray, "B"]
-    """The old slot of each, counted within the shard; any for one that is free."""
+    """The old slot of each new one, counted within the shard; any value for one that is free."""
     free_B: Bool[Array | np.ndarray, "B"]
-    slots_NK: Int[Array | np.ndarray, "N K"]
-    place_B: Int[Array | np.ndarray, "B"]
+    slots_PK: Int[Array | np.ndarray, "P K"]
+    prompt_row_B: Int[Array | np.ndarray, "B"]
 
 
 def slot_sampling(settings: Sequence[Sampling]) -> SlotSampling:
     """One row for each of `settings`."""
-    stop_BX = np.full((len(settings), MAX_STOP_IDS), -1, np.int32)
-    for row, sampling in zip(stop_BX, settings, strict=True):
+    stop_rows = np.full((len(settings), MAX_STOP_IDS), -1, np.int32)
+    for row, sampling in zip(stop_rows, settings, strict=True):
         row[: len(sampling.stop_ids)] = sorted(sampling.stop_ids)
 
     def column(name: str, dtype: type) -> np.ndarray:
@@ -97,22 +99,38 @@ def slot_sampling(settings: Sequence[Sampling]) -> SlotSampling:
         top_k_B=column("top_k", np.int32),
         min_p_B=column("min_p", np.float32),
         penalty_B=column("repetition_penalty", np.float32),
-        stop_BX=stop_BX,
+        stop_ids=stop_rows,
     )
 
 
+@jax.jit
+def sample_keys(
+    key: Key[Array, ""], stream: int | Int[Array, ""], sample_K: Int[Array | np.ndarray, "K"]
+) -> Key[Array, "K"]:
+    """Keys of samples `sample_K` of the prompt that `stream` names; `key` is that of the step."""
+    prompt_key = jax.random.fold_in(key, stream)
+    return jax.vmap(lambda sample: jax.random.fold_in(prompt_key, sample))(sample_K)
+
+
 def sizes_of(state: DecodeState) -> Sizes:
-    """Room of the caches."""
+    """Capacity of the caches."""
     return state.layers[0].sizes
 
 
-def empty_state(layers: tuple[Any, ...], slots: int, copies: int, vocab_size: int) -> DecodeState:
-    """No slot is active."""
-    N, B = layers[0].sizes.prompts, slots
+def empty_state(
+    layers: tuple[Any, ...], slots: int, num_samples: int, vocab_size: int
+) -> DecodeState:
+    """A state in which no slot is active."""
+    P, B = layers[0].sizes.prompts, slots
     zeros_B = jnp.zeros(B, jnp.int32)
     return DecodeState(
         layers=layers,
-        places=Places(jnp.zeros(N, jnp.int32), jnp.zeros((N, copies), jnp.int32), zeros_B, zeros_B),
+        slot_map=SlotMap(
+            prompt_length_P=jnp.zeros(P, jnp.int32),
+            slots_PK=jnp.zeros((P, num_samples), jnp.int32),
+            prompt_row_B=zeros_B,
+            own_length_B=zeros_B,
+        ),
         logits_BV=jnp.zeros((B, vocab_size), jnp.float32),
         seen_BV=jnp.zeros((B, vocab_size), bool),
         position_B=zeros_B,
@@ -125,28 +143,33 @@ def empty_state(layers: tuple[Any, ...], slots: int, copies: int, vocab_size: in
 
 
 def state_shardings(mesh: Mesh, shapes: DecodeState) -> DecodeState:
-    """Slots and prompts over the batch axes, key/value heads over the tensor axis."""
+    """Slots and prompt slots over the batch axes, key/value heads over the tensor axis."""
     rows = NamedSharding(mesh, partition_spec(("batch",)))
     heads = NamedSharding(mesh, partition_spec(shapes.layers[0].logical_axes))
     everywhere_rows = jax.tree.map(lambda _: rows, shapes)
     return everywhere_rows._replace(layers=jax.tree.map(lambda _: heads, shapes.layers))
 
 
-def resized(places: Places, sizes: Sizes, shards: int) -> Places:
-    """More rooms for prompts."""
-    return places._replace(
-        prompt_length_N=fit_in_shards(places.prompt_length_N, sizes.prompts, shards),
-        slots_NK=fit_in_shards(places.slots_NK, sizes.prompts, shards),
+def resize_slot_map(slot_map: SlotMap, sizes: Sizes, shards: int) -> SlotMap:
+    """The same map with `sizes.prompts` prompt slots."""
+    return slot_map._replace(
+        prompt_length_P=fit_in_shards(slot_map.prompt_length_P, sizes.prompts, shards),
+        slots_PK=fit_in_shards(slot_map.slots_PK, sizes.prompts, shards),
     )
 
 
-def moved(rest: DecodeState, moves: Moves, shards: int) -> DecodeState:
-    """All but the layers' caches, with the sequences in other slots."""
-    from_UI = moves.from_B.reshape(shards, -1)
-    places = rest.places
-    rest = rest._replace(places=places.own_length_B)
-    rest = jax.tree.map(lambda x_B: gather_in_shards(x_B, from_UI), rest)
+def move_slots(rest: DecodeState, moves: SlotMoves, shards: int) -> DecodeState:
+    """Everything but the layers' caches, with the sequences in other slots."""
+    from_shards = moves.from_B.reshape(shards, -1)
+    slot_map = rest.slot_map
+    rest = rest._replace(slot_map=slot_map.own_length_B)
+    rest = jax.tree.map(lambda x_B: gather_in_shards(x_B, from_shards), rest)
     return rest._replace(
-        places=Places(places.prompt_length_N, moves.slots_NK, moves.place_B, rest.places),
+        slot_map=SlotMap(
+            prompt_length_P=slot_map.prompt_length_P,
+            slots_PK=moves.slots_PK,
+            prompt_row_B=moves.prompt_row_B,
+            own_length_B=rest.slot_map,
+        ),
         active_B=rest.active_B & ~moves.free_B,
     )

@@ -1,19 +1,19 @@
-"""Keys and values of the sequences being decoded, each prompt's stored once for all its copies.
+"""Keys and values of the sequences being decoded, with each prompt stored once for its samples.
 
-Letters: U shards of the slots (one for each device along the batch axes), I slots and M prompts of
-one shard, B = U * I slots, N = U * M prompts, K copies of one prompt at most, S prompt tokens,
-T tokens of a slot's own, R slots that are read, H key/value heads, G query heads a key/value head,
-d head dim.
-
-A slot continues a prompt of its own shard. Its query meets the prompt's keys beside the queries of
-the prompt's other slots, in one matrix product that reads these keys once, and then its own keys:
+Slots and prompt slots are split into shards, one for each device along the batch axes, and a slot
+continues a prompt of its own shard. The queries of all slots of a prompt are multiplied with the
+prompt's keys in one matrix product that reads these keys once, and each query with its slot's own
+keys:
 
     slot          0  1  2  3
-    prompt        0  0  -  1        slots_NK   [[0 1] [3 -]]
-    place         0  1  -  2        (prompt * K + row: where slots_NK names the slot)
+    prompt slot   0  0  -  1        slots_PK     [[0 1] [3 -]]
+    prompt row    0  1  -  2        prompt_row_B: prompt slot * K + its row in slots_PK
 
-The two softmaxes are merged by their log-sum-exps. Moving the queries to the prompts and the
-results back moves one vector a head, not a cache.
+The two softmaxes are merged by their log-sum-exps. Gathering queries by prompt, and scattering
+results back, moves one vector per head and not a cache.
+
+Letters: B slots, P prompt slots, K rows of a prompt slot (most samples that share it), S prompt
+tokens, T own tokens of a slot, H key/value heads, G query heads per key/value head, d head dim.
 """
 
 from typing import Any, NamedTuple
@@ -28,76 +28,78 @@ from jaxtyping import Array, Bool, Float, Int
 from nrt_jax.models.sharding import partition_spec
 
 BATCH_AXES = partition_spec(("batch",))[0]
-"""Mesh axes that the slots, and the prompts with them, are spread over."""
+"""Mesh axes that slots and prompt slots are sharded over."""
 
 _LOWEST = float(jnp.finfo(jnp.float32).min) / 2
 
 
-class Places(NamedTuple):
-    """Which prompt each slot continues, and how far prompts and slots are filled."""
+class SlotMap(NamedTuple):
+    """Which prompt each slot continues, and how many tokens prompts and slots hold."""
 
-    prompt_length_N: Int[Array, "N"]
-    slots_NK: Int[Array, "N K"]
-    """Slots of each prompt, counted within the shard; rows that are free hold any slot."""
-    place_B: Int[Array, "B"]
-    """prompt * K + row, counted within the shard."""
+    prompt_length_P: Int[Array, "P"]
+    slots_PK: Int[Array, "P K"]
+    """Slots of each prompt, counted within the shard; free rows hold any slot."""
+    prompt_row_B: Int[Array, "B"]
+    """prompt slot * K + row, counted within the shard."""
     own_length_B: Int[Array, "B"]
 
     def prompt_of_slots(self, shards: int) -> Int[Array, "B"]:
-        """The prompt that each slot continues, 0 to N - 1."""
-        (N, K), (B,) = self.slots_NK.shape, self.place_B.shape
-        return self.place_B // K + jnp.arange(B) // (B // shards) * (N // shards)
+        """The prompt slot that each slot continues, 0 to P - 1."""
+        (P, K), (B,) = self.slots_PK.shape, self.prompt_row_B.shape
+        return self.prompt_row_B // K + jnp.arange(B) // (B // shards) * (P // shards)
 
 
 class Sizes(NamedTuple):
-    """Room of a cache."""
+    """Capacity of a cache."""
 
     prompts: int
-    """N, of all shards together."""
+    """Prompt slots of all shards together."""
     prompt_tokens: int
+    """Tokens that a prompt slot holds."""
     own_tokens: int
+    """Tokens that a slot holds after its prompt."""
 
 
 class Stored(NamedTuple):
-    """Keys or values; int8 ones have a float32 factor for each token and head."""
+    """Keys or values; int8 values have a float32 factor for each token and head."""
 
     values: Array
     scale: Float[Array, "..."] | None
 
 
 class LayerCache(NamedTuple):
-    """One layer: the prompts' keys and values, and those that the slots wrote themselves."""
+    """One layer: keys and values of the prompts, and of the slots' own tokens."""
 
-    prompt_k_NHSd: Stored
-    prompt_v_NHSd: Stored
+    prompt_k_PHSd: Stored
+    prompt_v_PHSd: Stored
     own_k: Stored
-    """[B, H, d, T], or [B, H, T, d] where the form says so."""
+    """[B, H, d, T], or [B, H, T, d] without `own_k_tokens_last`."""
     own_v_BHTd: Stored
 
     @property
     def sizes(self) -> Sizes:
-        """Room of the layer."""
-        N, _, S, _ = self.prompt_k_NHSd.values.shape
-        return Sizes(N, S, self.own_v_BHTd.values.shape[2])
+        """Capacity of the layer."""
+        P, _, S, _ = self.prompt_k_PHSd.values.shape
+        return Sizes(P, S, self.own_v_BHTd.values.shape[2])
 
     @property
     def logical_axes(self) -> tuple[str | None, ...]:
-        """Of every array's first dims."""
+        """Logical axes of the first dims of every array."""
         return ("batch", "kv_heads")
 
 
 class Masks(NamedTuple):
-    """What the queries of one step may see, and where their keys go; the same in every layer."""
+    """What the queries of one step attend to and where their keys are written, in every layer."""
 
-    places: Places
-    prompt_NKS: Bool[Array, "N #K S"]
+    slot_map: SlotMap
+    prompt_PKS: Bool[Array, "P #K S"]
     own_BT: Bool[Array, "B T"]
     at_B: Int[Array, "B"]
-    """T for a slot whose cache stays as it is."""
+    """Position of the new key; T for a slot whose cache does not change."""
 
 
 class Partial(NamedTuple):
-    """Attention over some of the keys: the weighted sum, the weights' sum, and their maximum."""
+    """Attention over some of the keys: weighted sum of values, sum of weights, largest score."""
 
     out_BHGd: Float[Array, "B H G d"]
     sum_BHG: Float[Array, "B H G"]
@@ -105,14 +107,14 @@ class Partial(NamedTuple):
 
 
 class KVCache:
-    """The form that XLA computes with, on every platform; `window` is the sliding window's.
+    """The cache for XLA's attention, on every platform; `window` is the sliding window in tokens.
 
-    `PagedCache` and `TritonCache` have the same methods. A cache's arrays are the caller's: all
-    methods are functions of them, to be traced.
+    `PagedCache` and `TritonCache` have the same methods. The arrays belong to the caller: every
+    method is a pure function of them, to be traced.
     """
 
     own_k_tokens_last = True
-    """A step's scores then come from a product over d with T contiguous."""
+    """The scores of a step are then a product over d with T contiguous."""
 
     def __init__(self, mesh: Mesh, window: int | None = None):
         self._mesh, self._window = mesh, window
@@ -122,7 +124,7 @@ class KVCache:
         self, sizes: Sizes, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> LayerCache:
         """A layer without contents."""
-        N, S, T = sizes
+        P, S, T = sizes
         H, d = kv_heads, head_dim
 
         def stored(*shape: int, token_shape: tuple[int, ...]) -> Stored:
@@ -132,18 +134,18 @@ class KVCache:
 
         own_k = (slots, H, d, T) if self.own_k_tokens_last else (slots, H, T, d)
         return LayerCache(
-            stored(N, H, S, d, token_shape=(N, H, S)),
-            stored(N, H, S, d, token_shape=(N, H, S)),
+            stored(P, H, S, d, token_shape=(P, H, S)),
+            stored(P, H, S, d, token_shape=(P, H, S)),
             stored(*own_k, token_shape=(slots, H, T)),
             stored(slots, H, T, d, token_shape=(slots, H, T)),
         )
 
     def prompts_of(self, layer: LayerCache) -> LayerCache:
-        """What `insert` changes: the slots' own part is left out."""
+        """The part that `insert` changes: everything but the slots' own tokens."""
         return layer._replace(own_k=None, own_v_BHTd=None)
 
     def with_prompts(self, layer: LayerCache, prompts: LayerCache) -> LayerCache:
-        """The layer with what `insert` made of `prompts_of`."""
+        """The layer with its prompts replaced by what `insert` returned."""
         return prompts._replace(own_k=layer.own_k, own_v_BHTd=layer.own_v_BHTd)
 
     def insert(
@@ -155,37 +157,37 @@ class KVCache:
         length: Int[Array, ""],
         slot_K: Int[Array, "K"],
     ) -> LayerCache:
-        """Write one prompt of `length` tokens for the slots of `slot_K`, of which B is no slot.
+        """Write one prompt of `length` tokens to prompt slot `prompt`.
 
-        A prompt shorter than its room leaves the rest of the room as it is.
+        It is for the slots `slot_K`, where B means none. Entries past the prompt keep their values.
         """
         del length, slot_K
 
         def write(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice(old, new[None], (prompt, *([0] * (old.ndim - 1))))
 
-        stored_k, stored_v = prompts.prompt_k_NHSd, prompts.prompt_v_NHSd
+        stored_k, stored_v = prompts.prompt_k_PHSd, prompts.prompt_v_PHSd
         return prompts._replace(
-            prompt_k_NHSd=jax.tree.map(write, stored_k, store(k_SHd.swapaxes(0, 1), stored_k)),
-            prompt_v_NHSd=jax.tree.map(write, stored_v, store(v_SHd.swapaxes(0, 1), stored_v)),
+            prompt_k_PHSd=jax.tree.map(write, stored_k, store(k_SHd.swapaxes(0, 1), stored_k)),
+            prompt_v_PHSd=jax.tree.map(write, stored_v, store(v_SHd.swapaxes(0, 1), stored_v)),
         )
 
-    def begin_step(self, places: Places, sizes: Sizes, active_B: Bool[Array, "B"]) -> Masks:
-        """What all layers share in a step that runs the tokens at `own_length_B`.
+    def begin_step(self, slot_map: SlotMap, sizes: Sizes, active_B: Bool[Array, "B"]) -> Masks:
+        """What all layers share in a step that runs the token at `own_length_B` of each slot.
 
-        These see themselves. The caches of slots that are not active stay as they are.
+        The token attends to itself too. Caches of slots that are not active do not change.
         """
         own_T = jnp.arange(sizes.own_tokens)[None]
-        own_BT = own_T <= places.own_length_B[:, None]
+        own_BT = own_T <= slot_map.own_length_B[:, None]
         position_S = jnp.arange(sizes.prompt_tokens)[None, None]
-        prompt_NKS = position_S < places.prompt_length_N[:, None, None]
+        prompt_PKS = position_S < slot_map.prompt_length_P[:, None, None]
         if self._window is not None:
-            own_BT &= places.own_length_B[:, None] - own_T < self._window
-            own_NK = self._to_prompts(places.own_length_B, places)
-            query_NK1 = (places.prompt_length_N[:, None] + own_NK)[:, :, None]
-            prompt_NKS = prompt_NKS & (query_NK1 - position_S < self._window)
-        at_B = jnp.where(active_B, places.own_length_B, sizes.own_tokens)
-        return Masks(places, prompt_NKS, own_BT, at_B)
+            own_BT &= slot_map.own_length_B[:, None] - own_T < self._window
+            own_PK = self._to_prompts(slot_map.own_length_B, slot_map)
+            query_PK1 = (slot_map.prompt_length_P[:, None] + own_PK)[:, :, None]
+            prompt_PKS = prompt_PKS & (query_PK1 - position_S < self._window)
+        at_B = jnp.where(active_B, slot_map.own_length_B, sizes.own_tokens)
+        return Masks(slot_map, prompt_PKS, own_BT, at_B)
 
     def attend(
         self,
@@ -195,8 +197,8 @@ class KVCache:
         v_BHd: Float[Array, "B H d"],
         step: Masks,
     ) -> tuple[Float[Array, "B H G d"], LayerCache]:
-        """softmax(q k / sqrt(d)) v over [prompt ; own tokens ; this one], float32; and the layer
-        with this token's key and value."""
+        """softmax(q k / sqrt(d)) v over [prompt ; own tokens ; this token] in float32, and the
+        layer with this token's key and value."""
         layer = self._append(layer, k_BHd, v_BHd, step.at_B)
         of_prompts = self._attend_prompts(layer, q_BHGd, step)
         return merge(of_prompts, self._attend_own(layer, q_BHGd, step)), layer
@@ -210,20 +212,20 @@ class KVCache:
     ) -> LayerCache:
         slots = jnp.arange(k_BHd.shape[0])
         k, v = store(k_BHd, layer.own_k), store(v_BHd, layer.own_v_BHTd)
-        k_place = (slots, slice(None), slice(None), at_B)
-        v_place = (slots, slice(None), at_B)
+        d_first = (slots, slice(None), slice(None), at_B)
+        d_last = (slots, slice(None), at_B)
 
-        def write(old: Array | None, place: tuple, new: Array | None) -> Array | None:
-            return None if old is None else old.at[place].set(new, mode="drop")
+        def write(old: Array | None, index: tuple, new: Array | None) -> Array | None:
+            return None if old is None else old.at[index].set(new, mode="drop")
 
         own_k, own_v = layer.own_k, layer.own_v_BHTd
         return layer._replace(
             own_k=Stored(
-                write(own_k.values, k_place if self.own_k_tokens_last else v_place, k.values),
-                write(own_k.scale, v_place, k.scale),
+                write(own_k.values, d_first if self.own_k_tokens_last else d_last, k.values),
+                write(own_k.scale, d_last, k.scale),
             ),
             own_v_BHTd=Stored(
-                write(own_v.values, v_place, v.values), write(own_v.scale, v_place, v.scale)
+                write(own_v.values, d_last, v.values), write(own_v.scale, d_last, v.scale)
             ),
         )
 
@@ -240,33 +242,33 @@ class KVCache:
     def _attend_prompts(
         self, layer: LayerCache, q_BHGd: Float[Array, "B H G d"], step: Masks
     ) -> Partial:
-        k, v = layer.prompt_k_NHSd, layer.prompt_v_NHSd
-        q_NKHGd = self._to_prompts(_scaled(q_BHGd), step.places)
-        scores = _product("nrhgd,nhsd->nhrgs", q_NKHGd, k.values)
+        k, v = layer.prompt_k_PHSd, layer.prompt_v_PHSd
+        q_PKHGd = self._to_prompts(_scaled(q_BHGd), step.slot_map)
+        scores = _product("nrhgd,nhsd->nhrgs", q_PKHGd, k.values)
         scores = scores if k.scale is None else scores * k.scale[:, :, None, None]
-        weights, partial = _softmax(scores, step.prompt_NKS[:, None, :, None])
+        weights, partial = _softmax(scores, step.prompt_PKS[:, None, :, None])
         weights = weights if v.scale is None else weights * v.scale[:, :, None, None]
         of_prompts = partial(_product("nhrgs,nhsd->nhrgd", weights, v.values))
-        return jax.tree.map(lambda x: self._to_slots(x.swapaxes(1, 2), step.places), of_prompts)
+        return jax.tree.map(lambda x: self._to_slots(x.swapaxes(1, 2), step.slot_map), of_prompts)
 
-    def _to_prompts(self, x: Array, places: Places) -> Array:
-        """[B, ...] to [N, K, ...]: the values of each prompt's slots."""
-        rows = gather_in_shards(x, places.slots_NK.reshape(self._shards, -1))
-        return rows.reshape(*places.slots_NK.shape, *x.shape[1:])
+    def _to_prompts(self, x: Array, slot_map: SlotMap) -> Array:
+        """[B, ...] to [P, K, ...]: the rows of each prompt's slots."""
+        rows = gather_in_shards(x, slot_map.slots_PK.reshape(self._shards, -1))
+        return rows.reshape(*slot_map.slots_PK.shape, *x.shape[1:])
 
-    def _to_slots(self, x: Array, places: Places) -> Array:
-        """[N, K, ...] to [B, ...]."""
+    def _to_slots(self, x: Array, slot_map: SlotMap) -> Array:
+        """[P, K, ...] to [B, ...]."""
         rows = x.reshape(-1, *x.shape[2:])
-        return gather_in_shards(rows, places.place_B.reshape(self._shards, -1))
+        return gather_in_shards(rows, slot_map.prompt_row_B.reshape(self._shards, -1))
 
     def resize(self, layer: LayerCache, new: Sizes) -> LayerCache:
-        """The same contents in another room; what does not fit is cut off."""
+        """The same contents with other sizes; what does not fit is cut off."""
         prompts = lambda x: fit(fit_in_shards(x, new.prompts, self._shards), 2, new.prompt_tokens)  # noqa: E731
         own = lambda x: fit(x, 2, new.own_tokens)  # noqa: E731
         own_k_axis = 3 if self.own_k_tokens_last else 2
         return LayerCache(
-            jax.tree.map(prompts, layer.prompt_k_NHSd),
-            jax.tree.map(prompts, layer.prompt_v_NHSd),
+            jax.tree.map(prompts, layer.prompt_k_PHSd),
+            jax.tree.map(prompts, layer.prompt_v_PHSd),
             Stored(
                 fit(layer.own_k.values, own_k_axis, new.own_tokens),
                 jax.tree.map(own, layer.own_k.scale),
@@ -274,50 +276,51 @@ class KVCache:
             jax.tree.map(own, layer.own_v_BHTd),
         )
 
-    def move_slots(self, layer: LayerCache, from_UI: Int[Array, "U I"]) -> LayerCache:
-        """More slots or fewer: each gets the own tokens of an old one of its shard."""
+    def move_slots(self, layer: LayerCache, from_slots: Int[Array, "shards slots"]) -> LayerCache:
+        """More slots or fewer: each gets the own tokens of an old slot of its shard."""
         own_k, own_v = jax.tree.map(
-            lambda x: gather_in_shards(x, from_UI), (layer.own_k, layer.own_v_BHTd)
+            lambda x: gather_in_shards(x, from_slots), (layer.own_k, layer.own_v_BHTd)
         )
         return layer._replace(own_k=own_k, own_v_BHTd=own_v)
 
     def read(
-        self, layer: LayerCache, places: Places, slot_R: Int[Array, "R"]
-    ) -> tuple[Float[Array, "R ST H d"], Float[Array, "R ST H d"]]:
-        """Keys and values of some slots, as the decoder takes a prefix."""
-        prompt_R = places.prompt_of_slots(self._shards)[slot_R]
+        self, layer: LayerCache, slot_map: SlotMap, slot_rows: Int[Array, "rows"]
+    ) -> tuple[Float[Array, "rows cached H d"], Float[Array, "rows cached H d"]]:
+        """Keys and values of some slots, as a prefix for the decoder."""
+        prompt_rows = slot_map.prompt_of_slots(self._shards)[slot_rows]
         own_k = layer.own_k
         if self.own_k_tokens_last:
             own_k = own_k._replace(values=own_k.values.swapaxes(2, 3))
-        k = [_values(layer.prompt_k_NHSd, prompt_R), _values(own_k, slot_R)]
-        v = [_values(layer.prompt_v_NHSd, prompt_R), _values(layer.own_v_BHTd, slot_R)]
-        k_RTHd, v_RTHd = (jnp.concatenate(x, axis=2).swapaxes(1, 2) for x in (k, v))
-        return k_RTHd, v_RTHd
+        k = [_values(layer.prompt_k_PHSd, prompt_rows), _values(own_k, slot_rows)]
+        v = [_values(layer.prompt_v_PHSd, prompt_rows), _values(layer.own_v_BHTd, slot_rows)]
+        k, v = (jnp.concatenate(x, axis=2).swapaxes(1, 2) for x in (k, v))
+        return k, v
 
     def read_positions(
         self,
-        places: Places,
+        slot_map: SlotMap,
         sizes: Sizes,
-        slot_R: Int[Array, "R"],
-        own_length_R: Int[Array, "R"],
-    ) -> tuple[Int[Array, "R ST"], Bool[Array, "R ST"]]:
-        """Positions of what `read` gives, and which entries hold prompt or own tokens."""
-        length_R1 = places.prompt_length_N[places.prompt_of_slots(self._shards)[slot_R]][:, None]
-        prompt_RS, own_RT = (
-            jnp.broadcast_to(jnp.arange(n)[None], (len(slot_R), n)) for n in sizes[1:]
+        slot_rows: Int[Array, "rows"],
+        own_length_rows: Int[Array, "rows"],
+    ) -> tuple[Int[Array, "rows cached"], Bool[Array, "rows cached"]]:
+        """Positions of what `read` returns, and which entries hold prompt or own tokens."""
+        prompt_rows = slot_map.prompt_of_slots(self._shards)[slot_rows]
+        length = slot_map.prompt_length_P[prompt_rows][:, None]
+        in_prompt, in_own = (
+            jnp.broadcast_to(jnp.arange(n)[None], (len(slot_rows), n)) for n in sizes[1:]
         )
-        valid = [prompt_RS < length_R1, own_RT < own_length_R[:, None]]
-        positions = [prompt_RS, length_R1 + own_RT]
+        valid = [in_prompt < length, in_own < own_length_rows[:, None]]
+        positions = [in_prompt, length + in_own]
         return jnp.concatenate(positions, axis=1), jnp.concatenate(valid, axis=1)
 
 
 def shards_of(mesh: Mesh) -> int:
-    """Groups of slots that stay on one device along the batch axes."""
+    """Groups of slots that lie on one device along the batch axes."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def store(x: Float[Array, "*B d"], like: Stored) -> Stored:
-    """`x` in the form of `like`: cast, or rounded to 127 steps of its largest value over d."""
+    """`x` as `like` stores it: cast, or rounded to 127 steps of its largest value over d."""
     if like.scale is None:
         return Stored(x.astype(like.values.dtype), None)
     x = x.astype(jnp.float32)
@@ -343,9 +346,9 @@ def fit(x: Array, axis: int, size: int) -> Array:
 
 
 def fit_in_shards(x: Array, size: int, shards: int) -> Array:
-    """`fit` along the first dim, in each shard's part of it."""
-    x_U = x.reshape(shards, -1, *x.shape[1:])
-    return fit(x_U, 1, size // shards).reshape(size, *x.shape[1:])
+    """`fit` along the first dim, within each shard."""
+    by_shard = x.reshape(shards, -1, *x.shape[1:])
+    return fit(by_shard, 1, size // shards).reshape(size, *x.shape[1:])
 
 
 def _scaled(q_BHGd: Float[Array, "B H G d"]) -> Float[Array, "B H G d"]:
@@ -353,7 +356,7 @@ def _scaled(q_BHGd: Float[Array, "B H G d"]) -> Float[Array, "B H G d"]:
 
 
 def _product(equation: str, x: Float[Array, "..."], stored: Array) -> Float[Array, "..."]:
-    """A product in the cache's own floating dtype, summed in float32."""
+    """A product in the cache's floating dtype (float32 for int8), summed in float32."""
     dtype = stored.dtype if jnp.issubdtype(stored.dtype, jnp.floating) else jnp.float32
     return jnp.einsum(
         equation, x.astype(dtype), stored.astype(dtype), preferred_element_type=jnp.float32
@@ -361,24 +364,24 @@ def _product(equation: str, x: Float[Array, "..."], stored: Array) -> Float[Arra
 
 
 def _softmax(scores: Float[Array, "..."], mask: Bool[Array, "..."]) -> tuple[Array, Any]:
-    """Weights before they are divided by their sum, and what makes a Partial of their product."""
+    """Weights before division by their sum, and what turns their product with v into a Partial."""
     scores = jnp.where(mask, scores, _LOWEST)
     highest = jnp.max(scores, axis=-1)
-    # Where nothing is seen, the weights are 0 and not exp(0).
+    # A query that sees nothing has weights 0 and not exp(0).
     weights = jnp.where(mask, jnp.exp(scores - highest[..., None]), 0.0)
     return weights, lambda out: Partial(out, jnp.sum(weights, axis=-1), highest)
 
 
-def gather_in_shards(x: Array, index_UJ: Int[Array, "U J"]) -> Array:
-    """Rows of each shard's part of `x`, so that none crosses a device."""
-    U, J = index_UJ.shape
-    x_U = x.reshape(U, -1, *x.shape[1:])
-    index = index_UJ.reshape(U, J, *([1] * (x.ndim - 1)))
-    return jnp.take_along_axis(x_U, index, axis=1).reshape(U * J, *x.shape[1:])
+def gather_in_shards(x: Array, index: Int[Array, "shards rows"]) -> Array:
+    """Rows of each shard's part of `x`; no row moves to another device."""
+    shards, rows = index.shape
+    by_shard = x.reshape(shards, -1, *x.shape[1:])
+    index = index.reshape(shards, rows, *([1] * (x.ndim - 1)))
+    return jnp.take_along_axis(by_shard, index, axis=1).reshape(shards * rows, *x.shape[1:])
 
 
-def _values(cache: Stored, rows_R: Int[Array, "R"]) -> Array:
-    values = cache.values[rows_R]
+def _values(cache: Stored, rows: Int[Array, "rows"]) -> Array:
+    values = cache.values[rows]
     if cache.scale is None:
         return values
-    return values.astype(jnp.float32) * cache.scale[rows_R][..., None]
+    return values.astype(jnp.float32) * cache.scale[rows][..., None]

@@ -1,31 +1,26 @@
-"""The engines of a run: one that samples traces, one that writes answers."""
-
-from typing import TypeVar
+"""The engines of a run, for training, evaluation and serving."""
 
 from nrt_jax.checkpoints.run_model import Model, token_id
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.engine import DecoderEngine
-
-E = TypeVar("E", bound=DecoderEngine)
+from nrt_jax.engine.engine import Engine
 
 
-def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> DecoderEngine:
-    """Prompts `x t_start`, up to the longest trace."""
+def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engine:
+    """An engine for traces: prompts `x t_start`, up to the longest trace."""
     return make_engine(
         config,
         model,
-        tokenizer,
         slots=config.rollout.slots,
         longest_prompt=config.data.max_prompt_tokens + 1,
         new_tokens=config.rollout.max_trace_tokens,
         stop_ids=trace_stop_ids(config, tokenizer),
-        copies=config.rollout.traces_per_prompt,
+        num_samples=config.rollout.traces_per_prompt,
     )
 
 
 def trace_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
-    """What ends a trace; InputError for a stop token that the tokenizer does not have."""
+    """Tokens that end a trace; InputError for a stop token that the tokenizer does not have."""
     names = config.rollout.stop_tokens
     return tokenizer.special_ids | {token_id(tokenizer, n, "rollout.stop_tokens") for n in names}
 
@@ -33,22 +28,20 @@ def trace_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
 def make_engine(
     config: RunConfig,
     model: Model,
-    tokenizer: Tokenizer,
     *,
     slots: int,
     longest_prompt: int,
     new_tokens: int,
     stop_ids: frozenset[int],
-    copies: int,
+    num_samples: int = 1,
     top_logprobs: int = 0,
-    kind: type[E] = DecoderEngine,
-) -> E:
-    """An engine for a run's weights, which decodes as the run's config says; sizes in tokens.
+) -> Engine:
+    """An engine for a run's weights that decodes as the run's config says; sizes in tokens.
 
-    Raises InputError when `rollout.attention` asks for a kernel and none here takes the model.
+    Raises InputError when `rollout.attention` names a kernel that does not support the model here.
     """
     rollout = config.rollout
-    return kind(
+    return Engine(
         model.definition,
         model.architecture,
         model.mesh,
@@ -59,8 +52,7 @@ def make_engine(
         dtype=rollout.dtype or config.model.dtype,
         cache_dtype=rollout.cache_dtype,
         attention=rollout.attention,
-        copies=copies,
+        num_samples=num_samples,
         prefill_chunk=rollout.prefill_chunk,
         top_logprobs=top_logprobs,
-        tokenizer_path=str(tokenizer.directory),
     )

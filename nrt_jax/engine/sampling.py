@@ -39,7 +39,7 @@ class SlotSampling(NamedTuple):
     top_k_B: Int[Array, "B"]
     min_p_B: Float[Array, "B"]
     penalty_B: Float[Array, "B"]
-    stop_BX: Int[Array, "B X"]
+    stop_ids: Int[Array, "B X"]
 
 
 def sample(

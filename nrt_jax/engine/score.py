@@ -1,7 +1,6 @@
-"""Logprobs of tokens that nobody sampled: answers after traces, and prompts themselves.
+"""Logprobs of given tokens: answers after traces, and whole prompts.
 
-Pure functions, which the engine compiles. Letters: those of decode_state.py; R rows that are
-scored, S tokens before each, A tokens of a row, W = A - 1 of them with a token before.
+Pure functions, which the engine compiles. Letters: those of decode_state.py; A tokens of a suffix.
 """
 
 import jax
@@ -16,47 +15,47 @@ from nrt_jax.models.decoder import Decoder
 CHUNK_TOKENS = 1024
 
 
-def score_suffixes(
+def suffix_logprobs(
     decoder: Decoder,
     state: DecodeState,
-    slot_R: Int[Array, "R"],
-    trace_length_R: Int[Array, "R"],
-    tokens_RA: Int[Array, "R A"],
+    slot_rows: Int[Array, "rows"],
+    trace_length_rows: Int[Array, "rows"],
+    tokens_rows_A: Int[Array, "rows A"],
     decoding: Decoding,
-) -> Float[Array, "R W"]:
+) -> Float[Array, "rows A-1"]:
     """log pi(token i + 1 | prompt, the slot's first tokens, tokens <= i), from the slot's cache."""
-    cache, places = decoding.cache, state.places
-    layers = [cache.read(layer, places, slot_R) for layer in state.layers]
-    positions_RS, valid_RS = cache.read_positions(places, sizes_of(state), slot_R, trace_length_R)
+    cache, slot_map = decoding.cache, state.slot_map
+    layers = [cache.read(layer, slot_map, slot_rows) for layer in state.layers]
+    positions, valid = cache.read_positions(slot_map, sizes_of(state), slot_rows, trace_length_rows)
     prefix = KVPrefix(
         jnp.stack([k for k, _ in layers]).astype(decoding.dtype),
         jnp.stack([v for _, v in layers]).astype(decoding.dtype),
-        positions_RS,
-        valid_RS.astype(jnp.int32),
+        positions,
+        valid.astype(jnp.int32),
     )
-    prompt_R = places.prompt_of_slots(decoding.shards)[slot_R]
-    end_R1 = (places.prompt_length_N[prompt_R] + trace_length_R)[:, None]
-    positions_RW = end_R1 + jnp.arange(tokens_RA.shape[1] - 1)[None]
-    hidden_RWD, _ = decoder.hidden(
-        tokens_RA[:, :-1], positions_RW, jnp.ones_like(positions_RW), prefix
+    prompt_rows = slot_map.prompt_of_slots(decoding.shards)[slot_rows]
+    start_rows = slot_map.prompt_length_P[prompt_rows] + trace_length_rows
+    positions_BT = start_rows[:, None] + jnp.arange(tokens_rows_A.shape[1] - 1)[None]
+    hidden_BTD, _ = decoder.hidden(
+        tokens_rows_A[:, :-1], positions_BT, jnp.ones_like(positions_BT), prefix
     )
-    return decoder.scores(hidden_RWD, tokens_RA[:, 1:], CHUNK_TOKENS).logprob_BT
+    return decoder.token_logprobs(hidden_BTD, tokens_rows_A[:, 1:], CHUNK_TOKENS).logprob_BT
 
 
-def score_prompt(
+def prompt_logprobs(
     decoder: Decoder, tokens_S: Int[Array, "S"], length: Int[Array, ""], top: int
-) -> tuple[Float[Array, "S"], Int[Array, "S R"], Float[Array, "S R"]]:
-    """log pi(token i + 1 | tokens <= i), and the `top` most probable tokens with theirs."""
+) -> tuple[Float[Array, "S"], Int[Array, "S top"], Float[Array, "S top"]]:
+    """log pi(token i + 1 | tokens <= i), and ids and logprobs of the `top` most probable tokens."""
     positions_1S = jnp.arange(tokens_S.shape[0])[None]
     segments_1S = (positions_1S < length).astype(jnp.int32)
     hidden_1SD, _ = decoder.hidden(tokens_S[None], positions_1S, segments_1S)
 
-    def score(hidden_D: Array, target: Array) -> tuple[Array, Array, Array]:
+    def at_position(hidden_D: Array, target: Array) -> tuple[Array, Array, Array]:
         log_pi_V = jax.nn.log_softmax(decoder.logits(hidden_D))
-        top_R, id_R = jax.lax.top_k(log_pi_V, top)
-        return log_pi_V[target], id_R.astype(jnp.int32), top_R
+        top_logprobs, top_ids = jax.lax.top_k(log_pi_V, top)
+        return log_pi_V[target], top_ids.astype(jnp.int32), top_logprobs
 
     rows = (hidden_1SD[0], jnp.roll(tokens_S, -1))
     return jax.lax.map(
-        lambda row: score(*row), rows, batch_size=min(CHUNK_TOKENS, tokens_S.shape[0])
+        lambda row: at_position(*row), rows, batch_size=min(CHUNK_TOKENS, tokens_S.shape[0])
     )

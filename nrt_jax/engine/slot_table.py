@@ -1,62 +1,62 @@
-"""Which sequence sits in which slot, and which slots continue the prompt of each room.
+"""Which sequence is in which slot, and which slots continue the prompt of each prompt slot.
 
-The host's picture of `decode_state.Places`: slots and rooms are numbered shard after shard, and a
-slot continues a prompt of its own shard, by one of the rows that the prompt's room has:
+The host's side of `kv_cache.SlotMap`. Slots and prompt slots are numbered shard after shard. A slot
+continues a prompt of its own shard, as one of the rows of its prompt slot:
 
-    slot          0      1      2      3
-    sequence      (7,0)  (7,1)  -      (8,0)       (ticket, copy)
-    room 0        ticket 7, rows [0 1]
-    room 1        ticket 8, rows [3 -]
+    slot            0      1      2      3
+    sequence        (7,0)  (7,1)  -      (8,0)       (ticket, sample)
+    prompt slot 0   ticket 7, rows [0 1]
+    prompt slot 1   ticket 8, rows [3 -]
 
-Letters: B slots, N rooms, K rows of a room.
+Letters: B slots, P prompt slots, K rows of a prompt slot.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-from nrt_jax.engine.decode_state import Moves
+from nrt_jax.engine.decode_state import SlotMoves
 
 
 class SequenceId(NamedTuple):
-    """Copy `copy` of the request with this ticket."""
+    """Sample `sample` of the request with this ticket."""
 
     ticket: int
-    copy: int
+    sample: int
 
 
-class Place(NamedTuple):
-    """Where some copies of one request can start: copy i in `slots[i]`, by row `rows[i]`."""
+class Placement(NamedTuple):
+    """Where samples of one request can start: the i-th in `slots[i]`, as row `rows[i]`."""
 
-    room: int
+    prompt_slot: int
     rows: list[int]
     slots: list[int]
 
 
-class _Room(NamedTuple):
-    """A prompt that is continued: whose it is, and the slot of each row."""
+class _PromptSlot(NamedTuple):
+    """A prompt slot in use: whose prompt it holds, and the slot of each row."""
 
     ticket: int
     rows: list[int | None]
 
 
 class SlotTable:
-    """Finds places for sequences, and knows them until they are freed."""
+    """Finds slots for sequences, and tracks the sequences until they are freed."""
 
-    def __init__(self, slots: int, rooms: int, *, shards: int, copies: int):
-        self._shards, self._copies, self._room_count = shards, copies, rooms
+    def __init__(self, slots: int, prompt_slots: int, *, shards: int, num_samples: int):
+        self._shards, self._num_samples, self._prompts = shards, num_samples, prompt_slots
         self._sequences: list[SequenceId | None] = [None] * slots
         self._slot_of: dict[SequenceId, int] = {}
-        # Rooms whose prompt no slot continues have no entry.
-        self._rooms: dict[int, _Room] = {}
+        # Prompt slots that no slot continues have no entry.
+        self._prompt_slots: dict[int, _PromptSlot] = {}
 
     def __len__(self) -> int:
-        """B, with a sequence or without."""
+        """B, slots in use and free ones."""
         return len(self._sequences)
 
     @property
     def sequences(self) -> list[SequenceId | None]:
-        """Those of all slots at this moment."""
+        """A copy of the sequences of all slots."""
         return list(self._sequences)
 
     @property
@@ -76,94 +76,98 @@ class SlotTable:
 
     @property
     def most_in_a_shard(self) -> int:
-        """Sequences of the shard that has most."""
+        """Sequences in the fullest shard."""
         shards = [slot // self.per_shard for slot in self._slot_of.values()]
         return max(map(shards.count, range(self._shards)))
 
     def slot_of(self, sequence: SequenceId) -> int | None:
-        """Where a sequence is; None when it is nowhere."""
+        """The slot of a sequence; None when it has none."""
         return self._slot_of.get(sequence)
 
-    # Places
+    # Starting and freeing sequences
 
-    def find(self, ticket: int, wanted: int) -> Place | None:
-        """A place for as many of `wanted` copies as can start in one room; None when no room is.
+    def find(self, ticket: int, wanted: int) -> Placement | None:
+        """A placement for as many of `wanted` samples as fit one prompt slot; None when none fits.
 
-        It is in a room that holds the request's prompt, or in one that is free.
+        The prompt slot holds the request's prompt already, or is free.
         """
         free: list[list[int]] = [[] for _ in range(self._shards)]
         for slot, sequence in enumerate(self._sequences):
             if sequence is None:
                 free[slot // self.per_shard].append(slot)
-        best: Place | None = None
+        best: Placement | None = None
         for shard, slots in enumerate(free):
-            for room in self._rooms_for(ticket, shard):
-                rows = self._rooms[room].rows if room in self._rooms else [None] * self._copies
+            for number in self._candidates(ticket, shard):
+                used = self._prompt_slots.get(number)
+                rows = [None] * self._num_samples if used is None else used.rows
                 free_rows = [row for row, slot in enumerate(rows) if slot is None]
                 count = min(wanted, len(slots), len(free_rows))
                 if count and (best is None or count > len(best.slots)):
-                    best = Place(room, free_rows[:count], slots[:count])
+                    best = Placement(number, free_rows[:count], slots[:count])
         return best
 
-    def _rooms_for(self, ticket: int, shard: int) -> list[int]:
-        """The shard's rooms that hold this request's prompt, and one that is free."""
-        per_shard = self._room_count // self._shards
-        rooms = range(shard * per_shard, (shard + 1) * per_shard)
-        own = [n for n in rooms if n in self._rooms and self._rooms[n].ticket == ticket]
-        return own + [n for n in rooms if n not in self._rooms][:1]
+    def _candidates(self, ticket: int, shard: int) -> list[int]:
+        """The shard's prompt slots that hold this request's prompt, and one that is free."""
+        per_shard = self._prompts // self._shards
+        numbers = range(shard * per_shard, (shard + 1) * per_shard)
+        used = self._prompt_slots
+        own = [n for n in numbers if n in used and used[n].ticket == ticket]
+        return own + [n for n in numbers if n not in used][:1]
 
-    def occupy(self, place: Place, sequences: list[SequenceId]) -> None:
+    def occupy(self, placement: Placement, sequences: list[SequenceId]) -> None:
         """Put sequences of one request where `find` said."""
-        new = _Room(sequences[0].ticket, [None] * self._copies)
-        rows = self._rooms.setdefault(place.room, new).rows
-        for row, slot, sequence in zip(place.rows, place.slots, sequences, strict=True):
+        new = _PromptSlot(sequences[0].ticket, [None] * self._num_samples)
+        rows = self._prompt_slots.setdefault(placement.prompt_slot, new).rows
+        for row, slot, sequence in zip(placement.rows, placement.slots, sequences, strict=True):
             rows[row] = slot
             self._sequences[slot] = sequence
             self._slot_of[sequence] = slot
 
     def free(self, slot: int) -> SequenceId:
-        """Empty a slot, its row, and the room of a prompt that no other slot continues.
+        """Free a slot and its row, and its prompt slot when no other slot continues the prompt.
 
-        Returns the sequence that was in it.
+        Returns the sequence that was in the slot.
         """
         sequence, self._sequences[slot] = self._sequences[slot], None
         assert sequence is not None
         del self._slot_of[sequence]
-        for number, room in list(self._rooms.items()):
-            if slot in room.rows:
-                room.rows[room.rows.index(slot)] = None
-                if all(row is None for row in room.rows):
-                    del self._rooms[number]
+        for number, used in list(self._prompt_slots.items()):
+            if slot in used.rows:
+                used.rows[used.rows.index(slot)] = None
+                if all(row is None for row in used.rows):
+                    del self._prompt_slots[number]
         return sequence
 
-    # Sizes
+    # Changing the number of slots
 
-    def grow_rooms(self, rooms: int) -> None:
-        """Have `rooms` rooms, which is more than before; each shard's come after those it has."""
-        before, after = self._room_count // self._shards, rooms // self._shards
-        self._rooms = {n // before * after + n % before: room for n, room in self._rooms.items()}
-        self._room_count = rooms
+    def grow_prompt_slots(self, count: int) -> None:
+        """Increase the prompt slots to `count`; each shard's new ones follow its old ones."""
+        before, after = self._prompts // self._shards, count // self._shards
+        self._prompt_slots = {
+            n // before * after + n % before: used for n, used in self._prompt_slots.items()
+        }
+        self._prompts = count
 
-    def move(self, per_shard: int) -> Moves:
-        """Put the sequences of each shard into the first of `per_shard` slots."""
+    def move(self, per_shard: int) -> SlotMoves:
+        """Have `per_shard` slots per shard, with the shard's sequences in the first of them."""
         new: list[SequenceId | None] = [None] * (self._shards * per_shard)
-        from_B, place_B = np.zeros((2, len(new)), np.int32)
-        now: dict[int, int] = {}
+        from_B, prompt_row_B = np.zeros((2, len(new)), np.int32)
+        new_slot: dict[int, int] = {}
         for slot, sequence in enumerate(self._sequences):
             if sequence is None:
                 continue
             shard, old = divmod(slot, self.per_shard)
-            target = shard * per_shard + sum(s // per_shard == shard for s in now.values())
-            new[target], from_B[target], now[slot] = sequence, old, target
-        slots_NK = np.zeros((self._room_count, self._copies), np.int32)
-        rooms_per_shard = self._room_count // self._shards
-        for number, room in self._rooms.items():
-            for row, slot in enumerate(room.rows):
+            target = shard * per_shard + sum(s // per_shard == shard for s in new_slot.values())
+            new[target], from_B[target], new_slot[slot] = sequence, old, target
+        slots_PK = np.zeros((self._prompts, self._num_samples), np.int32)
+        prompts_per_shard = self._prompts // self._shards
+        for number, used in self._prompt_slots.items():
+            for row, slot in enumerate(used.rows):
                 if slot is not None:
-                    room.rows[row] = now[slot]
-                    slots_NK[number, row] = now[slot] % per_shard
-                    place_B[now[slot]] = number % rooms_per_shard * self._copies + row
+                    used.rows[row] = target = new_slot[slot]
+                    slots_PK[number, row] = target % per_shard
+                    prompt_row_B[target] = number % prompts_per_shard * self._num_samples + row
         self._sequences = new
         self._slot_of = {s: slot for slot, s in enumerate(new) if s is not None}
         free_B = np.asarray([sequence is None for sequence in new])
-        return Moves(from_B, free_B, slots_NK, place_B)
+        return SlotMoves(from_B, free_B, slots_PK, prompt_row_B)

@@ -1,8 +1,8 @@
 """The slots' own keys and values, for the decode attention kernel of GPUs.
 
-Letters: those of cache.py. The prompts' part stays XLA's product of many queries with keys they
-share; the kernel takes what is left, one query against keys that no other query meets, and reads
-of each slot's room only what is filled.
+The queries of a prompt's slots share its keys, so that part stays XLA's matrix product. The kernel
+attends from one query to its slot's own keys, and reads only the filled part of them.
+Letters: those of kv_cache.py.
 """
 
 from typing import Any
@@ -18,11 +18,11 @@ from nrt_jax.models.sharding import partition_spec
 
 BLOCK_TOKENS = 128
 MOST_SPLITS = 16
-"""Blocks of one slot's tokens that are worked on side by side."""
+"""Blocks of one slot's tokens that are computed in parallel."""
 
 
 class TritonCache(KVCache):
-    """The form for GPUs; `interpret` runs the kernel on any platform."""
+    """The cache for GPUs; `interpret` runs the kernel on any platform."""
 
     own_k_tokens_last = False
 
@@ -42,11 +42,11 @@ class TritonCache(KVCache):
             check_vma=False,
         )
         k_BHTd, v_BHTd = layer.own_k.values, layer.own_v_BHTd.values
-        return attend(q_BHGd.astype(k_BHTd.dtype), k_BHTd, v_BHTd, step.places.own_length_B)
+        return attend(q_BHGd.astype(k_BHTd.dtype), k_BHTd, v_BHTd, step.slot_map.own_length_B)
 
     def _attend_in_shard(self, q_BHGd: Any, k_BHTd: Any, v_BHTd: Any, length_B: Any) -> Partial:
         (B, H, G, d), T = q_BHGd.shape, k_BHTd.shape[2]
-        # A slot that is done may hold more than its room, cut off when the rooms shrank.
+        # A finished slot may have written more tokens than are left after the cache shrank.
         end_B = jnp.minimum(length_B + 1, T)
         start_B = None if self._window is None else jnp.maximum(end_B - self._window, 0)
         splits = max(1, min(MOST_SPLITS, T // BLOCK_TOKENS))

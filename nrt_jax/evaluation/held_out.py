@@ -16,11 +16,11 @@ from nrt_jax.checkpoints.run_model import Model
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.make import make_engine, trace_engine
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.types import SuffixLogprobs, TokenizedExample, Trace
 
@@ -35,8 +35,8 @@ class Answerer:
     """A model that answers: with a trace first when it has a trace engine, directly otherwise."""
 
     tokenizer: Tokenizer
-    trace_engine: DecoderEngine | None
-    answer_engine: DecoderEngine
+    trace_engine: Engine | None
+    answer_engine: Engine
     max_trace_tokens: int
     max_answer_tokens: int
     trace_temperature: float
@@ -109,7 +109,7 @@ class Answerer:
         return [Request(prompt, index, 1, limit, sampling) for index, prompt in enumerate(prompts)]
 
     def _generate(
-        self, engine: DecoderEngine, params: Any, requests: Sequence[Request], key: jax.Array
+        self, engine: Engine, params: Any, requests: Sequence[Request], key: jax.Array
     ) -> list[Trace]:
         groups = generate(engine, params, requests, key, steps=self.decode_steps)
         return [trace for (trace,) in groups]
@@ -134,12 +134,10 @@ def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
     answers = make_engine(
         config,
         model,
-        tokenizer,
         slots=config.rollout.slots,
         longest_prompt=longest,
         new_tokens=answer_tokens,
         stop_ids=tokenizer.special_ids,
-        copies=1,
     )
     scores = reasons and config.evaluation.score_references
     return Answerer(

@@ -279,7 +279,7 @@ class Decoder(nnx.Module):
         """The output matrix, V padded; the transposed embedding when the two are tied."""
         return self.embedding[...].T if self.architecture.tie_word_embeddings else self.head[...]
 
-    def scores(
+    def token_logprobs(
         self,
         hidden_BTD: Float[Array, "B T D"],
         targets_BT: Int[Array, "B T"],

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.requests import Request
 from nrt_jax.serving.engine_loop import EngineLoop, Generation, PromptScores
 from nrt_jax.serving.errors import ApiError
 from nrt_jax.serving.metrics import Metrics

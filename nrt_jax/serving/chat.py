@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.requests import Request
 from nrt_jax.errors import InputError
 from nrt_jax.serving.call import Call, join, merge
 from nrt_jax.serving.engine_loop import Generation

@@ -6,7 +6,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.requests import Request
 from nrt_jax.serving.call import Call, join, merge
 from nrt_jax.serving.errors import bad_request
 from nrt_jax.serving.logprobs import legacy_logprobs, prompt_scores

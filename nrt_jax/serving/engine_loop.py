@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from nrt_jax.engine.scheduler import Event, Request
+from nrt_jax.engine.requests import Event, Request
 from nrt_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -97,8 +97,8 @@ class Generation:
                 queue.put_nowait(event)
             return
         if event.finished is not None:
-            self._unfinished.discard(event.copy)
-        self._queues[event.copy].put_nowait(event)
+            self._unfinished.discard(event.sample)
+        self._queues[event.sample].put_nowait(event)
 
 
 class _Submit(NamedTuple):
@@ -172,7 +172,7 @@ class EngineLoop:
         """Start a request; without a seed one is drawn. Called on a thread of asyncio."""
         if seed is None:
             seed = int(self._draws.integers(2**31))
-        generation = Generation(self, request.copies, request_id)
+        generation = Generation(self, request.num_samples, request_id)
         self._inbox.put(_Submit(generation, request, seed))
         return generation
 
@@ -238,7 +238,7 @@ class EngineLoop:
             _post({generation: [error]})
             return
         self._tickets[generation], self._running[ticket] = ticket, generation
-        self._copies_left[ticket] = set(range(request.copies))
+        self._copies_left[ticket] = set(range(request.num_samples))
 
     def _end(self, generation: Generation, *, cancel: bool = False) -> None:
         """Forget a request, if it is not forgotten yet."""
@@ -291,7 +291,7 @@ class EngineLoop:
                 continue  # cancelled
             posts.setdefault(generation, []).append(event)
             if event.finished is not None:
-                self._count(generation, event.ticket, event.copy)
+                self._count(generation, event.ticket, event.sample)
         _post(posts)
 
     def _recover(self) -> None:

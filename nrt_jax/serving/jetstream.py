@@ -1,139 +1,303 @@
-"""JetStream's orchestrator and gRPC server on an engine of ours: greedy, token by token.
+"""JetStream on our engine: the adapter to its interface, and the driver of its threads.
 
-The one place that knows what they have to be told (google-jetstream 0.2.2):
+google-jetstream 0.2.2 is an extra, `pip install 'nrt-jax[jetstream]'`. Only this file and
+jetstream_grpc.py import it, and importing them raises ModuleNotFoundError without it. What the
+package does, and what is done about it here:
 
-- Importing them sets the root logger to DEBUG and gives it a handler; that is undone.
-- `jax.tree_map`, which they call, is gone from jax.
-- Their threads answer any exception with SIGKILL of the process. Here it is logged, the requests
-  under way end with the status INTERNAL, and a new driver takes over.
-- A prompt of token ids gets a beginning-of-sequence token put in front, and one that is too long
-  loses its head; here prompts are run as they are, or refused.
-- Their text is decoded token by token, which breaks characters; here it is not.
-- Their server listens on every address; here on the one that it is given.
-- A client that goes away keeps its slot until its last token; here it is freed.
+- Its token utilities import two names from seqio, which brings TensorFlow (2.7 GB). Nothing here
+  calls them: stand-ins are imported where seqio is missing.
+- Importing its orchestrator sets the root logger to DEBUG and adds a handler; both are undone.
+- It calls `jax.tree_map`, which jax no longer has.
+- Its threads answer any exception with SIGKILL of the process. Here the driver's owner is told.
+- It prepends a beginning-of-sequence token to token ids and cuts the head of a long prompt. Here
+  prompts run as they are, and their length is checked before.
+- It drops logprobs, and the token that ended a sequence; both are returned here.
+- It asserts that some slot is in use, although the last sequences may have ended a moment before.
 """
 
-import asyncio
 import contextlib
 import importlib
+import importlib.util
 import logging
-import queue
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent import futures
-from types import ModuleType
-from typing import Any
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import grpc
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jaxtyping import Array, Int, Key
 
-from nrt_jax.engine.decode_state import padded
-from nrt_jax.engine.engine import DecoderEngine
-from nrt_jax.errors import InputError
-from nrt_jax.serving.engine_loop import EngineFailed, new_id
-from nrt_jax.serving.served_model import ServedModel
-from nrt_jax.serving.text import Detokenizer
+from nrt_jax.engine.decode_state import (
+    DecodeState,
+    Sampled,
+    SlotRequests,
+    padded,
+    slot_sampling,
+)
+from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.prefill import Prefix
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.models.sharding import replicated
 
 log = logging.getLogger(__name__)
 
 STOP_S = 60
-"""Seconds that the end of the server waits for a step under way, or its compilation."""
+"""Longest time in seconds to wait for the threads' current step, or its compilation."""
 
 
-def _import_quietly(name: str) -> ModuleType:
+@contextlib.contextmanager
+def _stand_in_for_seqio() -> Iterator[None]:
+    """Where seqio is missing, offer the two class names that JetStream imports from it."""
+    if importlib.util.find_spec("seqio") is not None:
+        yield
+        return
+    vocabularies = types.ModuleType("seqio.vocabularies")
+    for name in ("Vocabulary", "SentencePieceVocabulary"):
+        setattr(vocabularies, name, type(name, (), {}))
+    stand_ins = {"seqio": types.ModuleType("seqio"), "seqio.vocabularies": vocabularies}
+    sys.modules.update(stand_ins)
+    try:
+        yield
+    finally:
+        # Code that asks whether seqio is installed must get the true answer.
+        for name in stand_ins:
+            del sys.modules[name]
+
+
+def import_quietly(name: str) -> types.ModuleType:
+    """Import a module of JetStream, and leave the root logger as it was."""
     root = logging.getLogger()
     level, handlers = root.level, list(root.handlers)
-    module = importlib.import_module(name)
-    root.setLevel(level)
-    root.handlers[:] = handlers
-    return module
+    try:
+        with _stand_in_for_seqio():
+            return importlib.import_module(name)
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers
 
 
-# What these take from seqio has been stood in for by engine/jetstream_compat.py, which the import
-# of our engine has run.
-_orchestrator = _import_quietly("jetstream.core.orchestrator")
-_server_lib = _import_quietly("jetstream.core.server_lib")
-_multifuture = _import_quietly("jetstream.core.utils.async_multifuture")
-_tokenizer_api = _import_quietly("jetstream.engine.tokenizer_api")
-messages = _import_quietly("jetstream.core.proto.jetstream_pb2")
-services = _import_quietly("jetstream.core.proto.jetstream_pb2_grpc")
+_engine_api = import_quietly("jetstream.engine.engine_api")
+_tokenizer_pb2 = import_quietly("jetstream.engine.tokenizer_pb2")
+orchestrator = import_quietly("jetstream.core.orchestrator")
 
 
-class JetStreamTokenizer(_tokenizer_api.Tokenizer):
-    """A run's tokenizer, as JetStream wants one."""
+# The adapter
 
-    def __init__(self, served: ServedModel):
-        self._served = served
 
-    def encode(self, s: str, **kwargs: Any) -> tuple[np.ndarray, int]:
-        """A text's ids as the run begins a sequence, padded to a bucket; and how many they are."""
-        tokens = self._served.text_prompt(s)
-        return padded(tokens), len(tokens)
+class Start(NamedTuple):
+    """What a sequence needs besides its prompt; JetStream's interface has no field for it."""
 
-    def decode(self, token_ids: list[int], **kwargs: Any) -> str:
-        """The text of a whole sequence."""
-        return self._served.tokenizer.decode(token_ids)
+    key: Key[Array, ""]
+    limit: int
+    sampling: Sampling
+
+
+class Prefilled(NamedTuple):
+    """A prompt after prefill, and the request of the one sample that continues it."""
+
+    prefix: Prefix
+    request: SlotRequests
+    """Its slot is not known yet."""
+
+
+@struct.dataclass
+class SampledTokens(_engine_api.ResultTokens):
+    """ResultTokens with two more columns: the bits of the logprob, and whether the slot is done."""
+
+    def convert_to_numpy(self) -> "SampledTokens":
+        """The same columns on the host."""
+        return self.replace(data=np.asarray(self.data))
+
+
+class JetStreamEngine(_engine_api.Engine):
+    """Our engine behind JetStream's interface; it wants an engine whose slots share no prompt.
+
+    A sequence is greedy and goes on to the engine's limit, unless `announce` says otherwise.
+    """
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._columns = jax.jit(_columns, out_shardings=replicated(engine.mesh))
+        self._announced: Start | None = None
+
+    def announce(self, start: Start) -> None:
+        """Say how the sequence of the next prefill is sampled; called in the prefill thread."""
+        self._announced = start
+
+    def prefill(
+        self,
+        *,
+        params: Any,
+        existing_prefix: Prefilled | None = None,
+        padded_tokens: Int[Array | np.ndarray, "S"],
+        true_length: int,
+    ) -> Prefilled:
+        """Run one prompt, or the next part after a prefix."""
+        greedy = Start(jax.random.key(0), self._engine.max_new_tokens, Sampling(temperature=0.0))
+        start, self._announced = self._announced or greedy, None
+        prefix = self._engine.prefill(
+            params=params,
+            existing_prefix=None if existing_prefix is None else existing_prefix.prefix,
+            padded_tokens=padded_tokens,
+            true_length=true_length,
+        )
+        request = SlotRequests(
+            slot_K=np.full(1, -1, np.int32),
+            row_K=np.zeros(1, np.int32),
+            prompt=0,
+            key_K=start.key[None],
+            limit_K=np.asarray([start.limit], np.int32),
+            sampling=slot_sampling([start.sampling]),
+        )
+        return Prefilled(prefix, request)
+
+    def insert(self, prefix: Prefilled, decode_state: DecodeState, slot: int) -> DecodeState:
+        """Start the sequence in `slot`; the state passed in is consumed."""
+        request = prefix.request._replace(slot_K=np.asarray([slot], np.int32), prompt=slot)
+        return self._engine.insert(prefix.prefix, decode_state, request)
+
+    def generate(self, params: Any, decode_state: DecodeState) -> tuple[DecodeState, SampledTokens]:
+        """Draw one token in every slot; the state passed in is consumed."""
+        decode_state, sampled = self._engine.generate(params, decode_state)
+        return decode_state, SampledTokens(
+            data=self._columns(decode_state.generated_B, sampled),
+            tokens_idx=(0, 1),
+            valid_idx=(1, 2),
+            length_idx=(2, 3),
+            samples_per_slot=1,
+        )
+
+    def init_decode_state(self) -> DecodeState:
+        """An empty state with a prompt slot for every slot."""
+        return self._engine.init_decode_state()
+
+    def load_params(self, params: Any) -> Any:
+        """The weights as they are."""
+        return params
+
+    def get_prefix_destination_sharding(self) -> Any:
+        """Every device holds a whole prefix until it is inserted."""
+        return replicated(self._engine.mesh)
+
+    def get_tokenizer(self) -> Any:
+        """Empty parameters: prompts and results are token ids."""
+        return _tokenizer_pb2.TokenizerParameters()
+
+    def build_tokenizer(self, metadata: Any) -> None:
+        """None is needed."""
 
     @property
-    def pad_id(self) -> int:
-        """What a prompt is padded with; never looked at."""
-        return 0
+    def max_concurrent_decodes(self) -> int:
+        """Number of slots."""
+        return self._engine.max_concurrent_decodes
 
     @property
-    def eos_id(self) -> int:
-        """The end-of-sequence token."""
-        return self._served.tokenizer.eos_id
+    def samples_per_slot(self) -> int:
+        """One sequence per slot."""
+        return 1
 
     @property
-    def bos_id(self) -> int:
-        """The beginning-of-sequence token; the end-of-sequence token where there is none."""
-        bos = self._served.tokenizer.bos_id
-        return self.eos_id if bos is None else bos
+    def max_prefill_length(self) -> int:
+        """Longest prompt in tokens, a bucket."""
+        return self._engine.max_prefill_length
 
     @property
-    def stop_tokens(self) -> set[int]:
-        """Every special token."""
-        return set(self._served.tokenizer.special_ids)
+    def mesh(self) -> jax.sharding.Mesh:
+        """The mesh of the weights and of the cache."""
+        return self._engine.mesh
+
+    @property
+    def colocated_cpus(self) -> None:
+        """None are used."""
+        return None
 
 
-class JetStreamEngine(DecoderEngine):
-    """Our engine, with the tokenizer that JetStream asks it for."""
+def _columns(generated_B: Int[Array, "B"], sampled: Sampled) -> Int[Array, "B 5"]:
+    """One step as the columns of JetStream's results, and the two of `SampledTokens`."""
+    bits_B = jax.lax.bitcast_convert_type(sampled.logprobs[0], jnp.int32)
+    columns = (sampled.tokens[0], sampled.count_B, generated_B, bits_B, sampled.done_B)
+    return jnp.stack([column.astype(jnp.int32) for column in columns], axis=1)
 
-    served: ServedModel
 
-    def build_tokenizer(self, metadata: Any) -> JetStreamTokenizer:
-        """That of the run."""
-        return JetStreamTokenizer(self.served)
+# The driver
+
+
+class DrawnToken(NamedTuple):
+    """A token of a sequence, the one that ended it included."""
+
+    token: int
+    logprob: float
+
+
+@dataclass
+class ActiveRequest(orchestrator.ActiveRequest):
+    """A sequence in the orchestrator.
+
+    `max_tokens` may be lowered while it runs, to free its slot.
+    """
+
+    return_channel: Any
+    """Its `add_result` gets the list of DrawnTokens of each step, then `close` is called."""
+    prefill_content: Any = None
+    """Ids of the prompt, [S]."""
+    start: Start | None = None
 
 
 class _Thread(threading.Thread):
-    """In the place of JetThread: hands an exception to the driver that the thread works for."""
+    """Replaces JetThread: passes an exception to the driver that the thread belongs to."""
 
     def __init__(self, target: Any, name: str, daemon: bool = True):
         super().__init__(target=target, name=name, daemon=True)
-        self._driver: _Driver = target.func.__self__
+        self._driver: Driver = target.func.__self__
 
     def run(self) -> None:
-        """Work until the driver stops, or fails."""
+        """Work until the driver stops or the thread fails."""
         try:
             super().run()
-        except Exception:
-            self._driver.failed()
+        except Exception as error:
+            self._driver.failed(error)
 
 
-def _delete(prefix: Any) -> None:
-    jax.tree.map(lambda leaf: leaf.delete(), prefix)
+def _delete(prefilled: Prefilled) -> None:
+    for leaf in jax.tree.leaves(prefilled):
+        if isinstance(leaf, jax.Array):
+            leaf.delete()
 
 
-vars(_orchestrator).update(JetThread=_Thread, delete_pytree=_delete)
+def _process_result_tokens(
+    *, slot: int, slot_max_length: int, result_tokens: SampledTokens, complete: np.ndarray, **_: Any
+) -> tuple[list[DrawnToken], np.ndarray]:
+    """The slot's token of one step, if it drew one, and whether its sequence is complete."""
+    row = np.asarray(result_tokens.data)[slot]
+    token, valid, length, bits, done = row
+    if not valid or length > slot_max_length:
+        return [], np.ones_like(complete)
+    return [DrawnToken(int(token), float(bits.view(np.float32)))], complete | bool(done)
 
 
-class _Driver(_orchestrator.Driver):
-    """JetStream's threads around one engine; `on_failure` is called once when one of them fails."""
+vars(orchestrator).update(
+    JetThread=_Thread,
+    delete_pytree=_delete,
+    token_utils=types.SimpleNamespace(process_result_tokens=_process_result_tokens),
+)
+
+
+class Driver(orchestrator.Driver):
+    """JetStream's threads around one engine, from its construction to `end`.
+
+    `on_failure(driver, error)` is called once, in the first thread that fails.
+    """
 
     def __init__(
-        self, engine: JetStreamEngine, params: Any, on_failure: "Callable[[_Driver], None]"
+        self,
+        engine: JetStreamEngine,
+        params: Any,
+        on_failure: "Callable[[Driver, Exception], object]",
     ):
         self._on_failure = on_failure
         self._ending = threading.Lock()
@@ -146,202 +310,34 @@ class _Driver(_orchestrator.Driver):
             jax_padding=False,
         )
 
-    def failed(self) -> None:
-        """Called in the thread that has raised."""
-        # A driver that ends takes its queues away from under its threads, which then raise too.
+    def failed(self, error: Exception) -> None:
+        """Report an exception; called in the thread that raised it."""
+        # A driver that ends empties the queues that its threads work on, which may then raise.
         if self._ending.acquire(blocking=False):
-            log.exception("a thread of the gRPC server's engine failed")
-            self._on_failure(self)
+            log.exception("a thread of JetStream's driver failed")
+            self._on_failure(self, error)
 
     def end(self) -> threading.Thread:
-        """Stop the threads, which may still be in a step; the thread that waits for them."""
+        """Stop the threads, which may be in a step; returns the thread that waits for them."""
         self._ending.acquire(blocking=False)
         stopping = threading.Thread(target=self.stop, daemon=True)
         stopping.start()
         return stopping
 
     def _process_prefill_content(
-        self, request: Any, tokenizer: Any, is_bos: bool, max_prefill_length: int
+        self, request: ActiveRequest, tokenizer: Any, is_bos: bool, max_prefill_length: int
     ) -> tuple[np.ndarray, int]:
-        tokens = request.prefill_content
+        if request.start is not None:
+            self._prefill_engines[0].announce(request.start)
+        tokens = np.asarray(request.prefill_content, np.int32)
         return padded(tokens), len(tokens)
 
-
-class Drivers:
-    """The driver there is, for JetStream to see as one that does not fail."""
-
-    def __init__(self, served: ServedModel, slots: int, most: int):
-        self._engine = served.engine(slots, kind=JetStreamEngine)
-        self._engine.served = served
-        self._params, self._most = served.trained.params, most
-        self._lock = threading.Lock()
-        self._requests: dict[int, Any] = {}
-        self.live, self.draining = True, False
-        self._driver = self._make()
-
-    def _make(self) -> _Driver:
-        return _Driver(self._engine, self._params, self._replace)
-
-    @property
-    def active(self) -> int:
-        """Requests in work or waiting."""
-        return len(self._requests)
-
-    def place_request_on_prefill_queue(self, request: Any) -> None:
-        """Take on a request; queue.Full when there are too many."""
-        with self._lock:
-            if len(self._requests) >= self._most:
-                raise queue.Full
-            self._requests[id(request)] = request
-            self._driver.place_request_on_prefill_queue(request)
-
-    def release(self, request: Any) -> None:
-        """The request has ended, or nobody waits for it: its slot is free at the next step."""
-        request.max_tokens = 0
-        with self._lock:
-            self._requests.pop(id(request), None)
-
-    def stop(self) -> None:
-        """End all threads, and wait for them: a process that exits under one that runs aborts."""
-        self.live = False
-        self._driver.end().join(STOP_S)
-
-    def _replace(self, failed: _Driver) -> None:
-        with self._lock:
-            # Its end takes them away from the requests.
-            channels = [request.return_channel for request in self._requests.values()]
-            self._requests = {}
-            failed.end()
-            if self.live:
-                self._driver = self._make()
-        for channel in channels:
-            with contextlib.suppress(RuntimeError):  # its event loop has ended
-                channel.set_exception(EngineFailed("the engine failed"))
-
-
-class _Service(_orchestrator.LLMOrchestrator):
-    """The gRPC service, with requests checked before they reach a thread."""
-
-    def __init__(self, served: ServedModel, drivers: Drivers):
-        super().__init__(driver=drivers)
-        self._served, self._drivers = served, drivers
-
-    async def Decode(self, request: Any, context: Any = None) -> AsyncIterator[Any]:
-        """Stream the greedy continuation of a text or of token ids."""
-        if self._drivers.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
-        try:
-            tokens = self._prompt(request)
-        except InputError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        channel = _multifuture.AsyncMultifuture()
-        context.add_done_callback(channel.cancel)
-        active = _orchestrator.ActiveRequest(
-            max_tokens=request.max_tokens,
-            return_channel=channel,
-            prefill_content=tokens,
-            is_client_side_tokenization=True,
-        )
-        request_id = new_id("grpc")
-        try:
-            self._drivers.place_request_on_prefill_queue(active)
-            async for response in self._responses(channel, request.HasField("text_content")):
-                yield response
-        except queue.Full:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests wait; try again later"
-            )
-        except EngineFailed:
-            log.error("request %s ended with the failure of the gRPC server's engine", request_id)
-            await context.abort(
-                grpc.StatusCode.INTERNAL,
-                f"internal error; the server's log has more on request {request_id}",
-            )
-        except futures.CancelledError:
-            pass  # the client went away
-        finally:
-            self._drivers.release(active)
-
-    async def _responses(self, channel: Any, as_text: bool) -> AsyncIterator[Any]:
-        """A message for every token that completes a character, or for every token."""
-        detokenizer, held = Detokenizer(self._served.tokenizer), []
-        async for (sample,) in channel:
-            if not sample.token_ids:
-                continue
-            held += sample.token_ids
-            text = "".join(map(detokenizer.feed, sample.token_ids)) if as_text else ""
-            if text or not as_text:
-                yield _response(text, held)
-                held = []
-        if held:
-            yield _response(detokenizer.flush(), held)
-
-    def _prompt(self, request: Any) -> np.ndarray:
-        """Ids of the prompt; InputError when it, or max_tokens, cannot be served."""
-        served, limits = self._served, self._served.limits
-        kind = request.WhichOneof("content")
-        if kind == "text_content":
-            tokens = served.text_prompt(request.text_content.text)
-        else:
-            tokens = np.array(request.token_content.token_ids, np.int32)
-        size = served.tokenizer.vocab_size
-        if not len(tokens):
-            raise InputError("content: is empty; send a text or token ids")
-        if tokens.min() < 0 or tokens.max() >= size:
-            raise InputError(f"token_ids: must be 0 to {size - 1}")
-        most = min(limits.new, limits.context - len(tokens))
-        if most < 1:
-            raise InputError(f"content: {len(tokens)} tokens; {limits.context - 1} are the most")
-        if not 1 <= request.max_tokens <= most:
-            raise InputError(
-                f"max_tokens: {request.max_tokens}; after {len(tokens)} tokens 1 to {most} can be"
-            )
-        return tokens
-
-
-def _response(text: str, token_ids: list[int]) -> Any:
-    content = messages.DecodeResponse.StreamContent
-    sample = content.Sample(text=text, token_ids=token_ids)
-    return messages.DecodeResponse(stream_content=content(samples=[sample]))
-
-
-@contextlib.contextmanager
-def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in attributes}
-    vars(module).update(attributes)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
-
-
-class GrpcServer:
-    """JetStream's server for one model, listening from `start` to `stop`."""
-
-    def __init__(self, served: ServedModel, host: str, port: int, *, slots: int, most: int):
-        self.drivers = Drivers(served, slots, most)
-        self.port = port
-        shown = f"[{host}]" if ":" in host else host
-
-        def service(driver: Drivers) -> _Service:
-            return _Service(served, driver)
-
-        # Both are read while the server is made.
-        with _replaced(_server_lib, _HOST=shown), _replaced(_orchestrator, LLMOrchestrator=service):
-            self._server = _server_lib.JetStreamServer(
-                self.drivers, threads=4, port=port, credentials=grpc.insecure_server_credentials()
-            )
-
-    def start(self) -> None:
-        """Begin to listen."""
-        self._server.start()
-
-    async def drain(self) -> None:
-        """Take on nothing more, and return when all requests have ended."""
-        self.drivers.draining = True
-        while self.drivers.active:
-            await asyncio.sleep(0.05)
-
-    def stop(self) -> None:
-        """End the server and its threads."""
-        self._server.stop()
+    def _generate_thread(self, idx: int) -> None:
+        while self.live:
+            try:
+                return super()._generate_thread(idx)
+            except AssertionError:
+                # That a slot is in use. If the last sequences ended just before, all slots are
+                # free, so nothing is lost by starting with a new state.
+                if self._generate_slots[idx].qsize() < self._generate_slots[idx].maxsize:
+                    raise

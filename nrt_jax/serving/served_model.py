@@ -14,8 +14,8 @@ from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.engine import DecoderEngine
-from nrt_jax.engine.make import E, make_engine, trace_stop_ids
+from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.make import make_engine, trace_stop_ids
 from nrt_jax.engine.sampling import MAX_STOP_IDS
 from nrt_jax.errors import InputError
 from nrt_jax.serving.text import TokenTexts
@@ -80,19 +80,16 @@ class ServedModel:
         except BadRow as bad:
             raise InputError(bad.detail) from bad
 
-    def engine(self, slots: int, top_logprobs: int = 0, kind: type[E] = DecoderEngine) -> E:
+    def engine(self, slots: int, top_logprobs: int = 0) -> Engine:
         """An engine for prompts and texts of these limits."""
         return make_engine(
             self.trained.config,
             self.trained.model,
-            self.tokenizer,
             slots=slots,
             longest_prompt=self.limits.context,
             new_tokens=self.limits.new,
             stop_ids=self.tokenizer.special_ids,
-            copies=1,
             top_logprobs=top_logprobs,
-            kind=kind,
         )
 
 

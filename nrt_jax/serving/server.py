@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import signal
 import socket
@@ -25,7 +26,7 @@ from nrt_jax.stop import StopRequest
 
 if TYPE_CHECKING:
     # It brings grpc and JetStream's orchestrator, which grpc_port=null leaves alone.
-    from nrt_jax.serving.jetstream import GrpcServer
+    from nrt_jax.serving.jetstream_grpc import GrpcServer
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def serve(checkpoint: Path, overrides: Sequence[str]) -> None:
     Raises InputError for a bad setting, a missing checkpoint and a port that is taken.
     """
     with StopRequest():
-        config = load_config(ServingConfig, [], overrides)
+        config = with_installed_servers(load_config(ServingConfig, [], overrides))
         with listen(config.host, config.port, "port") as listening:
             grpc_port = None if config.grpc_port is None else free_port(config)
             served = open_checkpoint(checkpoint, config)
@@ -46,6 +47,27 @@ def serve(checkpoint: Path, overrides: Sequence[str]) -> None:
             finally:
                 if grpc is not None:
                     grpc.stop()
+
+
+def with_installed_servers(config: ServingConfig) -> ServingConfig:
+    """The config without gRPC where its packages are missing and nobody asked for it.
+
+    Raises InputError when `grpc_port` is set and they are missing.
+    """
+    if config.grpc_port is None:
+        return config
+    try:
+        importlib.import_module("nrt_jax.serving.jetstream_grpc")
+    except ModuleNotFoundError as missing:
+        remedy = "pip install 'nrt-jax[jetstream]'"
+        if "grpc_port" in config.model_fields_set:
+            raise InputError(
+                f"grpc_port={config.grpc_port}: the package {missing.name} is not installed; "
+                f"{remedy}, or set grpc_port=null"
+            ) from None
+        log.info("gRPC is off: the package %s is not installed; %s", missing.name, remedy)
+        return config.model_copy(update={"grpc_port": None})
+    return config
 
 
 def listen(host: str, port: int, name: str) -> socket.socket:
@@ -70,7 +92,7 @@ def free_port(config: ServingConfig) -> int:
 
 def start_grpc(served: ServedModel, config: ServingConfig, port: int) -> "GrpcServer":
     """The gRPC side of a model, listening."""
-    from nrt_jax.serving.jetstream import GrpcServer
+    from nrt_jax.serving.jetstream_grpc import GrpcServer
 
     server = GrpcServer(served, config.host, port, slots=config.grpc_slots, most=config.grpc_queue)
     server.start()
@@ -83,7 +105,7 @@ def make_server(served: ServedModel, config: ServingConfig) -> OpenAIServer:
     params, metrics = served.trained.params, Metrics()
 
     def score(tokens: np.ndarray) -> tuple[Any, Any, Any]:
-        return decoder.score_prompt(params, tokens, config.top_logprobs)
+        return decoder.prompt_logprobs(params, tokens, config.top_logprobs)
 
     engine = EngineLoop(
         lambda: Scheduler(decoder, params, steps=config.decode_steps),

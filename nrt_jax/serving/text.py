@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.scheduler import Event
+from nrt_jax.engine.requests import Event
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 

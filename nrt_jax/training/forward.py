@@ -63,7 +63,9 @@ def run_prompts(decoder: Decoder, batch: NrtBatch) -> Prompts:
 def start_logprobs(decoder: Decoder, settings: NrtSettings, prompts: Prompts) -> Float[Array, " P"]:
     """log pi(t_start | x), which all traces of a prompt share."""
     targets = jnp.full(prompts.last_hidden.shape[:2], settings.think_start, jnp.int32)
-    return decoder.scores(prompts.last_hidden, targets, settings.chunk_tokens)[0].reshape(-1)
+    return decoder.token_logprobs(prompts.last_hidden, targets, settings.chunk_tokens)[0].reshape(
+        -1
+    )
 
 
 def completion_logprobs(
@@ -100,6 +102,6 @@ def _row_logprobs(
         rows.inputs_BW, rows.positions_BW, rows.segments_BW, prefix, rows.prompts_BW
     )
     inverse_temperature_BW = jnp.where(rows.trace_BW, 1.0 / settings.temperature, 1.0)
-    return decoder.scores(
+    return decoder.token_logprobs(
         hidden_BWD, rows.targets_BW, settings.chunk_tokens, inverse_temperature_BW
     )

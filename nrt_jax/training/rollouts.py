@@ -13,10 +13,10 @@ from jaxtyping import Bool, Float
 
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate, generate_and_score
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request
 from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.advantages import zero_std
@@ -40,7 +40,7 @@ class Sampler:
 
     config: RunConfig
     tokenizer: Tokenizer
-    engine: DecoderEngine
+    engine: Engine
     generate: Generate = generate
 
     def sample(
@@ -79,7 +79,7 @@ class Sampler:
         return Request(
             prompt_tokens=np.append(example.prompt_tokens, np.int32(tokenizer.think_start_id)),
             stream=example.example.index,
-            copies=rollout.traces_per_prompt,
+            num_samples=rollout.traces_per_prompt,
             max_tokens=min(rollout.max_trace_tokens, longest_trace),
             sampling=Sampling(
                 temperature=rollout.temperature,

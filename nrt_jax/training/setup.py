@@ -24,7 +24,7 @@ from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_sta
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.make import trace_engine, trace_stop_ids
 from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError
@@ -72,7 +72,7 @@ class Data:
 class Engines:
     """What samples traces and answers, and the weights that it samples with."""
 
-    traces: DecoderEngine | None
+    traces: Engine | None
     """None for sft, which samples none."""
     answerer: Answerer | None
     """None when nothing is evaluated."""

@@ -74,7 +74,7 @@ def sft_loss_of_rows(
     """-sum log pi(y*_i | x, y*_<i) / answer_tokens, the number of those of the mini-batch."""
     decoder = nnx.merge(definition, params)
     hidden_BWD, _ = decoder.hidden(batch.inputs_BW, batch.positions_BW, batch.segments_BW)
-    scores = decoder.scores(hidden_BWD, batch.targets_BW, chunk_tokens)
+    scores = decoder.token_logprobs(hidden_BWD, batch.targets_BW, chunk_tokens)
     loss = masked_sum(sft_loss(scores.logprob_BT), batch.answer_BW) / answer_tokens
     entropy = (masked_sum(scores.entropy_BT, batch.answer_BW), masked_count(batch.answer_BW))
     means = jax.lax.stop_gradient({"policy/entropy": entropy})

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from nrt_jax.engine.decode_state import bucket
-from nrt_jax.engine.kv_cache import KVCache, Places, Sizes, fit_in_shards, shards_of
+from nrt_jax.engine.kv_cache import KVCache, Sizes, SlotMap, fit_in_shards, shards_of
 from nrt_jax.models.sharding import partition_spec
 
 LIKE_ROWS = ("batch", "kv_heads")
@@ -27,7 +27,7 @@ class World:
         sizes: Sizes,
         *,
         slots: int = 8,
-        copies: int = 4,
+        num_samples: int = 4,
         kv_heads: int = 2,
         groups: int = 3,
         head_dim: int = 16,
@@ -35,13 +35,15 @@ class World:
         window: int | None = None,
         seed: int = 0,
     ):
-        self.cache, self.slots, self.copies, self.window = cache, slots, copies, window
+        self.cache, self.slots, self.num_samples, self.window = cache, slots, num_samples, window
         self.mesh, self.shards = cache._mesh, shards_of(cache._mesh)
         self.heads = (kv_heads, groups, head_dim)
         self.layer = self._placed(cache.empty(sizes, slots, kv_heads, head_dim, dtype))
         B, N = slots, sizes.prompts
-        self.places = Places(np.zeros(N, int), np.zeros((N, copies), int), *np.zeros((2, B), int))
-        self.places = jax.tree.map(lambda x: x.astype(np.int32), self.places)
+        self.slot_map = SlotMap(
+            np.zeros(N, int), np.zeros((N, num_samples), int), *np.zeros((2, B), int)
+        )
+        self.slot_map = jax.tree.map(lambda x: x.astype(np.int32), self.slot_map)
         self.random = np.random.default_rng(seed)
         self.seen: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         """Keys and values [tokens, H, d] of each slot that was started."""
@@ -58,17 +60,17 @@ class World:
         """Start `slots`, all of the shard of `prompt`, after a prompt of random keys and values."""
         H, _, d = self.heads
         k, v = self._draw(bucket(length), H, d), self._draw(bucket(length), H, d)
-        slot_K = np.asarray([*slots, *[self.slots] * (self.copies - len(slots))], np.int32)
+        slot_K = np.asarray([*slots, *[self.slots] * (self.num_samples - len(slots))], np.int32)
         prompts = self.cache.prompts_of(self.layer)
         prompts = jax.jit(self.cache.insert)(prompts, k, v, prompt, length, slot_K)
         self.layer = self.cache.with_prompts(self.layer, prompts)
-        places = self.places
-        places.prompt_length_N[prompt] = length
-        per_shard = len(places.prompt_length_N) // self.shards
+        slot_map = self.slot_map
+        slot_map.prompt_length_P[prompt] = length
+        per_shard = len(slot_map.prompt_length_P) // self.shards
         for row, slot in enumerate(slots):
-            places.slots_NK[prompt, row] = slot % (self.slots // self.shards)
-            places.place_B[slot] = prompt % per_shard * self.copies + row
-            places.own_length_B[slot] = 0
+            slot_map.slots_PK[prompt, row] = slot % (self.slots // self.shards)
+            slot_map.prompt_row_B[slot] = prompt % per_shard * self.num_samples + row
+            slot_map.own_length_B[slot] = 0
             self.seen[slot] = k[:length], v[:length]
 
     def step(self, active: list[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -77,56 +79,56 @@ class World:
         (H, G, d), B = self.heads, self.slots
         q, k, v = self._draw(B, H, G, d), self._draw(B, H, d), self._draw(B, H, d)
         is_active_B = np.isin(np.arange(B), active)
-        out, self.layer = self._attend(self.layer, self.places, is_active_B, q, k, v)
-        self.places.own_length_B[active] += 1
+        out, self.layer = self._attend(self.layer, self.slot_map, is_active_B, q, k, v)
+        self.slot_map.own_length_B[active] += 1
         for slot in active:
             keys, values = self.seen[slot]
             self.seen[slot] = np.append(keys, k[None, slot], 0), np.append(values, v[None, slot], 0)
         expected = np.stack([plain_attention(q[b], *self.seen[b], self.window) for b in active])
         return np.asarray(out, np.float64)[active], expected
 
-    def _attend(self, layer: Any, places: Places, is_active_B: Any, *qkv: Any) -> Any:
+    def _attend(self, layer: Any, slot_map: SlotMap, is_active_B: Any, *qkv: Any) -> Any:
         sizes = layer.sizes
 
-        def attend(layer, places, is_active_B, q, k, v):
-            step = self.cache.begin_step(places, sizes, is_active_B)
+        def attend(layer, slot_map, is_active_B, q, k, v):
+            step = self.cache.begin_step(slot_map, sizes, is_active_B)
             return self.cache.attend(layer, q, k, v, step)
 
         if sizes not in self._programs:
             self._programs[sizes] = jax.jit(attend)
-        return self._programs[sizes](layer, jax.tree.map(jnp.asarray, places), is_active_B, *qkv)
+        return self._programs[sizes](layer, jax.tree.map(jnp.asarray, slot_map), is_active_B, *qkv)
 
     def resize(self, sizes: Sizes) -> None:
         """As the engine does it."""
         self.layer = self._placed(jax.jit(self.cache.resize, static_argnums=1)(self.layer, sizes))
         prompts = [
-            fit_in_shards(jnp.asarray(x), sizes.prompts, self.shards) for x in self.places[:2]
+            fit_in_shards(jnp.asarray(x), sizes.prompts, self.shards) for x in self.slot_map[:2]
         ]
-        self.places = Places(*map(np.array, prompts), *self.places[2:])
+        self.slot_map = SlotMap(*map(np.array, prompts), *self.slot_map[2:])
 
     def move(self, to: dict[int, int], slots: int) -> None:
         """Another number of slots, in which `to` says where each started one goes."""
-        per_shard, places = slots // self.shards, self.places
-        from_B, place_B, own_B = np.zeros((3, slots), np.int32)
+        per_shard, slot_map = slots // self.shards, self.slot_map
+        from_B, prompt_row_B, own_B = np.zeros((3, slots), np.int32)
         for old, new in to.items():
             from_B[new] = old % (self.slots // self.shards)
-            place_B[new], own_B[new] = places.place_B[old], places.own_length_B[old]
-            prompt, row = divmod(int(place_B[new]), self.copies)
-            rooms = len(places.prompt_length_N) // self.shards
-            places.slots_NK[new // per_shard * rooms + prompt, row] = new % per_shard
+            prompt_row_B[new], own_B[new] = slot_map.prompt_row_B[old], slot_map.own_length_B[old]
+            prompt, row = divmod(int(prompt_row_B[new]), self.num_samples)
+            prompts = len(slot_map.prompt_length_P) // self.shards
+            slot_map.slots_PK[new // per_shard * prompts + prompt, row] = new % per_shard
         from_UI = jnp.asarray(from_B.reshape(self.shards, -1))
         self.layer = self._placed(jax.jit(self.cache.move_slots)(self.layer, from_UI))
-        self.places = places._replace(place_B=place_B, own_length_B=own_B)
+        self.slot_map = slot_map._replace(prompt_row_B=prompt_row_B, own_length_B=own_B)
         self.seen, self.slots = {new: self.seen[old] for old, new in to.items()}, slots
         self._programs.clear()
 
     def assert_reads(self, tolerance: float = 0.0) -> None:
         """Everything that the started slots have seen can be read, in order of position."""
         slots = sorted(self.seen)
-        slot_R, places = jnp.asarray(slots), jax.tree.map(jnp.asarray, self.places)
-        k, v = jax.jit(self.cache.read)(self.layer, places, slot_R)
-        own_R = places.own_length_B[slot_R]
-        positions, valid = self.cache.read_positions(places, self.layer.sizes, slot_R, own_R)
+        slot_R, slot_map = jnp.asarray(slots), jax.tree.map(jnp.asarray, self.slot_map)
+        k, v = jax.jit(self.cache.read)(self.layer, slot_map, slot_R)
+        own_R = slot_map.own_length_B[slot_R]
+        positions, valid = self.cache.read_positions(slot_map, self.layer.sizes, slot_R, own_R)
         for r, slot in enumerate(slots):
             held = np.asarray(valid[r])
             expected_k, expected_v = self.seen[slot]
@@ -154,25 +156,25 @@ def close(actual: np.ndarray, expected: np.ndarray, tolerance: float) -> None:
 
 
 def busy_world(cache: KVCache, sizes: Sizes, longest: int, **options: Any) -> World:
-    """Every shard: a prompt with several slots, one with a single slot, and rooms that are free."""
+    """Every shard: a prompt with several slots, one with a single slot, and free prompt slots."""
     world = World(cache, sizes, **options)
-    per_shard, rooms = world.slots // world.shards, sizes.prompts // world.shards
+    per_shard, prompts = world.slots // world.shards, sizes.prompts // world.shards
     lengths = (longest, longest // 2 + 1, 1)
     for shard in range(world.shards):
-        slot, room = shard * per_shard, shard * rooms
-        world.insert(room, lengths[shard % 3], [slot + 1, slot + 3])
-        world.insert(room + 1, lengths[(shard + 1) % 3], [slot])
+        slot, prompt = shard * per_shard, shard * prompts
+        world.insert(prompt, lengths[shard % 3], [slot + 1, slot + 3])
+        world.insert(prompt + 1, lengths[(shard + 1) % 3], [slot])
     return world
 
 
-def check_resizing(world: World, rooms: Sequence[Sizes], prompt_tokens: int) -> None:
-    """Each step after another resize is right, and a prompt fits into the last room there is."""
-    for sizes in rooms:
+def check_resizing(world: World, many_sizes: Sequence[Sizes], prompt_tokens: int) -> None:
+    """Each step after another resize is right, and a prompt fits into the last prompt slot."""
+    for sizes in many_sizes:
         world.step()
         world.resize(sizes)
         assert world.layer.sizes == sizes
         close(*world.step(), tolerance=1e-5)
-    world.insert(rooms[-1].prompts - 1, prompt_tokens, [4])
+    world.insert(many_sizes[-1].prompts - 1, prompt_tokens, [4])
     close(*world.step(), tolerance=1e-5)
     world.assert_reads()
 

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from nrt_jax.config.mesh import MeshConfig
-from nrt_jax.engine.engine import DecoderEngine
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.requests import Request
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import make_mesh, param_shardings
@@ -47,7 +47,7 @@ def test_logprobs_are_those_of_the_teacher_forced_forward(temperature, top_p):
 
 def test_sliding_window_and_a_full_cache():
     a = architecture(**WINDOW)
-    full = Request(prompt(32), stream=0, copies=3, max_tokens=12)
+    full = Request(prompt(32), stream=0, num_samples=3, max_tokens=12)
     (group,) = sample(engine(a, 4, stop_ids=NO_STOPS), params(a), [full])
     for trace in group:
         assert len(trace.tokens) == 12
@@ -56,7 +56,7 @@ def test_sliding_window_and_a_full_cache():
 
 
 def test_bfloat16_cache():
-    request = Request(prompt(18), stream=0, copies=4, max_tokens=12)
+    request = Request(prompt(18), stream=0, num_samples=4, max_tokens=12)
     bf16 = engine(dtype=jnp.bfloat16)
     assert bf16.init_decode_state().layers[0].own_v_BHTd.values.dtype == jnp.bfloat16
     (group,) = sample(bf16, params(), [request])
@@ -70,7 +70,7 @@ def test_bfloat16_cache():
 def test_the_weights_of_the_call_are_used():
     doubled = jax.tree.map(lambda w: w, params())
     doubled["head"][...] = 2 * params()["head"][...]
-    request = Request(prompt(5), stream=0, copies=2, max_tokens=6)
+    request = Request(prompt(5), stream=0, num_samples=2, max_tokens=6)
     before = sample(engine(), params(), [request])
     ((trace, _),) = sample(engine(), doubled, [request])
     expected = expected_logprobs(LLAMA_64, request.prompt_tokens, trace, temperature=0.5)
@@ -92,17 +92,17 @@ def test_traces_do_not_depend_on_other_requests(mixed_traces):
 
 
 def test_a_copy_does_not_depend_on_how_many_there_are(mixed_traces):
-    fewer = [request._replace(copies=1) for request in MIXED]
+    fewer = [request._replace(num_samples=1) for request in MIXED]
     assert_same([group[:1] for group in mixed_traces], sample(engine(), params(), fewer))
 
 
-def test_every_request_gets_its_own_copies(mixed_traces):
-    assert [len(group) for group in mixed_traces] == [request.copies for request in MIXED]
+def test_every_request_gets_its_own_samples(mixed_traces):
+    assert [len(group) for group in mixed_traces] == [request.num_samples for request in MIXED]
     for request, group in zip(MIXED, mixed_traces, strict=True):
         longest = int(np.max(request.max_tokens))
         assert all(1 <= len(ids(trace)) <= longest for trace in group)
         if longest > 1:
-            assert len({tuple(ids(trace)) for trace in group}) == request.copies
+            assert len({tuple(ids(trace)) for trace in group}) == request.num_samples
 
 
 def test_the_same_key_repeats_and_another_does_not(mixed_traces):
@@ -113,16 +113,16 @@ def test_the_same_key_repeats_and_another_does_not(mixed_traces):
 
 
 def test_the_stream_names_the_noise():
-    requests = [Request(prompt(5), stream, copies=1, max_tokens=12) for stream in (4, 5, 4)]
+    requests = [Request(prompt(5), stream, num_samples=1, max_tokens=12) for stream in (4, 5, 4)]
     (first,), (other,), (again,) = sample(engine(), params(), requests)
     assert ids(first) == ids(again) != ids(other)
 
 
 def test_no_two_draws_share_their_noise():
-    """Under a uniform model a trace is its noise: none repeats over steps, streams and copies."""
+    """Under a uniform model a trace is its noise: none repeats over steps, streams and samples."""
     flat = jax.tree.map(jnp.zeros_like, params())
     run = engine(slots=16, stop_ids=NO_STOPS)
-    requests = [Request(prompt(4), stream, copies=4, max_tokens=12) for stream in range(4)]
+    requests = [Request(prompt(4), stream, num_samples=4, max_tokens=12) for stream in range(4)]
     rows = np.asarray(
         [
             trace.tokens
@@ -144,7 +144,7 @@ def test_traces_follow_the_models_distribution(temperature, top_p):
     """First tokens, and pairs of tokens, of a model with three tokens."""
     start, a = np.asarray([1, 0, 2], np.int32), THREE_TOKENS
     toy = engine(a, 256, stop_ids=NO_STOPS)
-    request = Request(start, stream=0, copies=4096, max_tokens=2)
+    request = Request(start, stream=0, num_samples=4096, max_tokens=2)
     (group,) = sample(toy, params(a), [request], temperature=temperature, top_p=top_p)
     pairs = np.asarray([trace.tokens for trace in group])
     first_V = nucleus(logits_after(a, start, [0])[0], temperature, top_p)
@@ -157,7 +157,7 @@ def test_traces_follow_the_models_distribution(temperature, top_p):
 
 
 def test_a_special_token_ends_a_trace_and_is_split_off():
-    request = Request(prompt(6), stream=0, copies=64, max_tokens=12)
+    request = Request(prompt(6), stream=0, num_samples=64, max_tokens=12)
     (free,) = sample(engine(slots=16, stop_ids=NO_STOPS), params(), [request])
     (group,) = sample(engine(slots=16), params(), [request])
     for trace, whole in zip(group, free, strict=True):
@@ -174,7 +174,7 @@ def test_a_special_token_ends_a_trace_and_is_split_off():
 
 
 def test_limit_one_and_a_stop_at_the_limit():
-    request = Request(prompt(6, seed=5), stream=0, copies=64, max_tokens=1)
+    request = Request(prompt(6, seed=5), stream=0, num_samples=64, max_tokens=1)
     (group,) = sample(engine(slots=16), params(), [request])
     assert {(len(trace.tokens), trace.end_token in STOPS) for trace in group} == {
         (1, False),
@@ -189,9 +189,9 @@ def test_greedy_traces_are_the_most_probable_ones():
         assert all((trace.tokens.tolist(), trace.end_token) == expected for trace in group)
 
 
-def test_no_requests_and_no_copies():
+def test_no_requests_and_no_samples():
     assert sample(engine(), params(), []) == []
-    assert sample(engine(), params(), [MIXED[0]._replace(copies=0)]) == [()]
+    assert sample(engine(), params(), [MIXED[0]._replace(num_samples=0)]) == [()]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ def test_padding_of_the_vocabulary_is_never_sampled():
     padded = nnx.to_pure_dict(params())
     padded["embedding"] = jnp.pad(padded["embedding"], ((0, 16), (0, 0)), constant_values=9.0)
     padded["head"] = jnp.pad(padded["head"], ((0, 0), (0, 16)), constant_values=9.0)
-    wider = DecoderEngine(
+    wider = Engine(
         definition,
         LLAMA_64,
         one_device(),

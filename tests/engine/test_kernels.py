@@ -10,11 +10,11 @@ from flax import nnx
 
 from nrt_jax.engine import engine as engine_module
 from nrt_jax.engine.attention_kernels import kv_cache
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate_and_score
-from nrt_jax.engine.kv_cache import KVCache, Places, Sizes
+from nrt_jax.engine.kv_cache import KVCache, Sizes, SlotMap
 from nrt_jax.engine.paged_kv_cache import PAGE_TOKENS, PagedCache
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.triton_kv_cache import TritonCache
 from nrt_jax.errors import InputError
 from nrt_jax.models.sharding import param_shardings
@@ -27,11 +27,11 @@ SIZES = Sizes(prompts=8, prompt_tokens=256, own_tokens=128)
 MESHES = [{}, {"data": 2, "fsdp": 2, "tensor": 2}]
 
 
-def gathered_attention(q_BNd, pages_JCEd, length_B, page_BW, window):
+def gathered_attention(q, pages, length_B, page_table_B, window):
     """What the TPU kernel computes, from all pages of a table at once."""
-    (B, N, d), H = q_BNd.shape, pages_JCEd.shape[2] // 2
-    kv = pages_JCEd[page_BW].reshape(B, -1, H, 2, d).astype(jnp.float32)
-    q_BHGd = q_BNd.reshape(B, H, -1, d).astype(jnp.float32)
+    (B, query_heads, d), H = q.shape, pages.shape[2] // 2
+    kv = pages[page_table_B].reshape(B, -1, H, 2, d).astype(jnp.float32)
+    q_BHGd = q.reshape(B, H, -1, d).astype(jnp.float32)
     scores = jnp.einsum("bhgd,bthd->bhgt", q_BHGd, kv[..., 0, :]) * d**-0.5
     position_1T = jnp.arange(kv.shape[1])[None]
     seen_BT = position_1T < length_B[:, None]
@@ -39,7 +39,7 @@ def gathered_attention(q_BNd, pages_JCEd, length_B, page_BW, window):
         seen_BT &= length_B[:, None] - 1 - position_1T < window
     weights = jax.nn.softmax(jnp.where(seen_BT[:, None, None], scores, -jnp.inf), axis=-1)
     out = jnp.einsum("bhgt,bthd->bhgd", weights, kv[..., 1, :])
-    return out.reshape(B, N, d).astype(q_BNd.dtype)
+    return out.reshape(B, query_heads, d).astype(q.dtype)
 
 
 FORMS = {
@@ -90,17 +90,17 @@ def test_a_new_prompt_and_its_slots_leave_the_others_alone(form):
     world.assert_reads()
 
 
-def test_rooms_grow_and_shrink_around_their_contents(form):
-    """From rooms that hold no full page."""
+def test_caches_grow_and_shrink_around_their_contents(form):
+    """From prompt slots that hold no full page."""
     world = busy_world(form(mesh(data=2)), Sizes(4, 32, 16), longest=32)
-    rooms = (
+    many_sizes = (
         Sizes(12, 32, 16),
         Sizes(12, 64, 16),
         Sizes(12, 64, 128),
         Sizes(12, 256, 128),
         Sizes(12, 256, 32),
     )
-    check_resizing(world, rooms, prompt_tokens=199)
+    check_resizing(world, many_sizes, prompt_tokens=199)
 
 
 def test_a_slot_whose_tokens_were_cut_off_does_not_disturb_the_others(form):
@@ -123,11 +123,11 @@ def test_a_prompts_full_pages_are_stored_once():
         jax.eval_shape(lambda n=n: cache.empty(Sizes(n, 1024, 64), 8, 2, 16, jnp.float32))
         for n in (1, 8)
     ]
-    one_room = 1024 * 2 * 2 * 16
-    few, many = (layer.pages_JCEd.size for layer in layers)
-    assert many - few == 7 * one_room
+    one_prompt = 1024 * 2 * 2 * 16
+    few, many = (layer.pages.size for layer in layers)
+    assert many - few == 7 * one_prompt
     # A slot has room for its tokens and for the tail of a prompt.
-    assert few == one_room + 8 * 2 * PAGE_TOKENS * 2 * 2 * 16
+    assert few == one_prompt + 8 * 2 * PAGE_TOKENS * 2 * 2 * 16
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -147,7 +147,7 @@ def test_bfloat16_is_as_near_as_the_xla_form(form):
     [(jnp.float32, None, 1e-5), (jnp.float32, 100, 1e-5), (jnp.bfloat16, None, 2e-2)],
 )
 def test_the_tpu_kernel_itself_attends_to_prompt_and_own_tokens(dtype, window, tolerance):
-    """Slots that share full pages, before and after the rooms grow; the kernel takes d = 128."""
+    """Slots that share full pages, before and after the cache grows; the kernel takes d = 128."""
     options = {"slots": 4, "groups": 2, "head_dim": 128, "dtype": dtype, "window": window}
     cache = PagedCache(mesh(), window)
     world = busy_world(cache, Sizes(2, 128, 32), longest=100, **options)
@@ -164,7 +164,7 @@ def test_the_tpu_kernel_itself_attends_to_prompt_and_own_tokens(dtype, window, t
 def engines(monkeypatch, a, on):
     """One with XLA's attention, and one with pages."""
     make = partial(
-        DecoderEngine,
+        Engine,
         nnx.split(decoder(a))[0],
         a,
         on,
@@ -172,7 +172,7 @@ def engines(monkeypatch, a, on):
         max_prompt_tokens=100,
         max_new_tokens=40,
         stop_ids=STOPS,
-        copies=4,
+        num_samples=4,
     )
     xla = make(attention="xla")
     paged = PagedCache(on, a.sliding_window, gathered_attention)
@@ -185,7 +185,7 @@ def engines(monkeypatch, a, on):
     ("axes", "window"), [({}, 5), ({"data": 2, "fsdp": 2, "tensor": 2}, None)], ids=str
 )
 def test_traces_and_scores_are_those_of_the_xla_form(monkeypatch, axes, window):
-    """Over refilled slots, rooms that grow, and groups that outnumber the slots."""
+    """Over refilled slots, caches that grow, and groups that outnumber the slots."""
     a = architecture(**(WINDOW if window else LLAMA), vocab_size=64)
     lengths = (3, 70, 64, 100, 33)
     requests = [
@@ -234,15 +234,15 @@ def test_auto_takes_the_platforms_kernel_where_it_fits(platform, changes, axes, 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gpu_form_lowers_for_cuda(dtype):
     cache, sizes, S = TritonCache(mesh(), window=1024), Sizes(8, 256, 4096), jax.ShapeDtypeStruct
-    places = Places(*(S(n, jnp.int32) for n in ((8,), (8, 4), (16,), (16,))))
+    slot_map = SlotMap(*(S(n, jnp.int32) for n in ((8,), (8, 4), (16,), (16,))))
     layer = jax.eval_shape(lambda: cache.empty(sizes, 16, 8, 128, dtype))
 
-    def attend(layer, places, active_B, q_BHGd, k_BHd, v_BHd):
-        step = cache.begin_step(places, sizes, active_B)
+    def attend(layer, slot_map, active_B, q_BHGd, k_BHd, v_BHd):
+        step = cache.begin_step(slot_map, sizes, active_B)
         return cache.attend(layer, q_BHGd, k_BHd, v_BHd, step)
 
     arguments = [S((16, *shape), dtype) for shape in ((8, 4, 128), (8, 128), (8, 128))]
     with jax.numpy_rank_promotion("allow"):
-        traced = jax.jit(attend).trace(layer, places, S((16,), bool), *arguments)
+        traced = jax.jit(attend).trace(layer, slot_map, S((16,), bool), *arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1

@@ -46,15 +46,15 @@ def test_a_new_prompt_and_its_slots_leave_the_others_alone():
     world.assert_reads()
 
 
-def test_rooms_grow_and_shrink_around_their_contents():
+def test_caches_grow_and_shrink_around_their_contents():
     world = busy_world(KVCache(mesh(data=2)), SIZES, longest=32)
-    rooms = (
+    many_sizes = (
         SIZES._replace(prompts=12),
         SIZES._replace(prompts=12, prompt_tokens=64),
         Sizes(12, 64, 64),
         Sizes(12, 64, 16),
     )
-    check_resizing(world, rooms, prompt_tokens=60)
+    check_resizing(world, many_sizes, prompt_tokens=60)
 
 
 def test_slots_move_with_their_tokens_to_more_or_fewer_slots():
@@ -62,10 +62,10 @@ def test_slots_move_with_their_tokens_to_more_or_fewer_slots():
     check_moving_slots(world)
 
 
-def test_a_prompt_takes_the_same_room_whatever_the_copies():
+def test_a_prompt_takes_the_same_memory_for_any_number_of_samples():
     cache = KVCache(mesh())
-    shared = World(cache, Sizes(1, 1024, 32), slots=8, copies=8)
-    copied = World(cache, Sizes(8, 1024, 32), slots=8, copies=1)
+    shared = World(cache, Sizes(1, 1024, 32), slots=8, num_samples=8)
+    copied = World(cache, Sizes(8, 1024, 32), slots=8, num_samples=1)
     prompt, own = (2 * 4 * 2 * 16 * tokens for tokens in (1024, 32))  # keys and values, float32
     bytes_of = lambda world: sum(x.nbytes for x in jax.tree.leaves(world.layer))  # noqa: E731
     assert bytes_of(shared) == prompt + 8 * own

@@ -1,4 +1,4 @@
-"""Slots, rooms and dispatches: what a caller sees does not depend on them."""
+"""Slots, cache sizes and dispatches: what a caller sees does not depend on them."""
 
 import jax
 import numpy as np
@@ -11,8 +11,9 @@ from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.engine.decode_state import bucket, sizes_of
 from nrt_jax.engine.generate import generate_and_score
 from nrt_jax.engine.kv_cache import Sizes
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request, Scheduler
+from nrt_jax.engine.scheduler import Scheduler
 from nrt_jax.errors import InputError
 from nrt_jax.models.sharding import make_mesh, param_shardings
 from tests.engine.toy import (
@@ -40,11 +41,11 @@ def sizes(scheduler):
 
 
 def drain(scheduler):
-    """Every sequence's tokens and how it ended, by (ticket, copy)."""
+    """Every sequence's tokens and how it ended, by (ticket, sample)."""
     tokens, ends = {}, {}
     while scheduler.busy:
         for event in scheduler.step():
-            key = event.ticket, event.copy
+            key = event.ticket, event.sample
             assert key not in ends, "nothing follows the end"
             assert len(event.tokens) == len(event.logprobs) > 0
             tokens.setdefault(key, []).extend(event.tokens.tolist())
@@ -58,19 +59,19 @@ def test_traces_do_not_depend_on_the_steps_of_a_dispatch(mixed_traces, steps):
     assert_same(mixed_traces, sample(engine(), params(), MIXED, steps=steps))
 
 
-@pytest.mark.parametrize("copies", [1, 2])
-def test_traces_do_not_depend_on_how_many_copies_share_a_prompt(mixed_traces, copies):
-    assert_same(mixed_traces, sample(engine(copies=copies), params(), MIXED))
+@pytest.mark.parametrize("samples", [1, 2])
+def test_traces_do_not_depend_on_how_many_samples_share_a_prompt(mixed_traces, samples):
+    assert_same(mixed_traces, sample(engine(num_samples=samples), params(), MIXED))
 
 
 def test_a_prompt_in_parts_is_the_prompt():
     whole, parts = engine(), engine(prefill_chunk=16)
     requests = [
-        Request(tokens, stream=i, copies=2, max_tokens=8)
+        Request(tokens, stream=i, num_samples=2, max_tokens=8)
         for i, tokens in enumerate(prompts(30, 16, 17, 32, 3, 31))
     ]
     assert_same(sample(whole, params(), requests), sample(parts, params(), requests))
-    assert parts.compiled["prefill_part"] == 1, "32 tokens of room, 16 a part"
+    assert parts.compiled["prefill_part"] == 1, "a capacity of 32 tokens, 16 per part"
 
 
 def test_a_long_prompt_lets_the_others_decode():
@@ -89,11 +90,11 @@ def test_a_long_prompt_lets_the_others_decode():
     assert heard(engine(prefill_chunk=16, stop_ids=NO_STOPS)) == [one, one, two]
 
 
-def test_rooms_for_prompts_grow_when_stragglers_hold_them():
+def test_prompt_slots_grow_when_stragglers_hold_them():
     """Of each group of four one sequence is long, so four prompts are under way in 16 slots."""
     run = engine(slots=16, stop_ids=NO_STOPS)
     requests = [
-        Request(tokens, stream=i, copies=4, max_tokens=(12, 1, 2, 1))
+        Request(tokens, stream=i, num_samples=4, max_tokens=(12, 1, 2, 1))
         for i, tokens in enumerate(prompts(*[5] * 12))
     ]
     scheduler = Scheduler(run, params(), steps=1)
@@ -106,23 +107,23 @@ def test_rooms_for_prompts_grow_when_stragglers_hold_them():
     alone = engine(slots=4, stop_ids=NO_STOPS)
     for ticket, request in enumerate(requests):
         (group,) = sample(alone, params(), [request])
-        assert [ids(trace) for trace in group] == [tokens[ticket, copy] for copy in range(4)]
+        assert [ids(trace) for trace in group] == [tokens[ticket, k] for k in range(4)]
 
 
-def test_room_for_tokens_grows_and_shrinks():
+def test_the_capacity_for_own_tokens_grows_and_shrinks():
     run = engine(slots=4, stop_ids=NO_STOPS, max_new_tokens=200)
     long = Request(prompt(9), 0, 1, 150)
     short = [Request(tokens, 1 + i, 1, 3) for i, tokens in enumerate(prompts(*[4] * 200))]
     scheduler = Scheduler(run, params(), steps=4)
     for request in [long, *short]:
         scheduler.submit(request, KEY)
-    rooms, tokens = [], {}
+    capacities, tokens = [], {}
     while scheduler.busy:
         for event in scheduler.step():
             tokens.setdefault(event.ticket, []).extend(event.tokens.tolist())
-        rooms.append(sizes(scheduler).own_tokens)
-    assert sorted(set(rooms)) == [32, 64, 128, 256]
-    assert rooms[-1] == 32
+        capacities.append(sizes(scheduler).own_tokens)
+    assert sorted(set(capacities)) == [32, 64, 128, 256]
+    assert capacities[-1] == 32
     (((trace,),), (trace_8,)) = (
         sample(run, params(), [long]),
         sample(run, params(), [long._replace(max_tokens=8)])[0],
@@ -156,14 +157,16 @@ def test_few_sequences_move_into_few_slots():
                 scheduler.submit(request, KEY)
             while scheduler.busy:
                 for event in scheduler.step():
-                    tokens.setdefault((event.ticket, event.copy), []).extend(event.tokens.tolist())
+                    tokens.setdefault((event.ticket, event.sample), []).extend(
+                        event.tokens.tolist()
+                    )
                 slots.add(len(scheduler._table))
                 if first == 0 and len(scheduler._table) == fewest:
                     break
         assert slots >= {16, 4, fewest}
         for ticket, group in enumerate(alone):
-            for copy, trace in enumerate(group):
-                assert tokens[ticket, copy] == ids(trace)
+            for k, trace in enumerate(group):
+                assert tokens[ticket, k] == ids(trace)
 
 
 def test_each_copy_may_have_a_limit_of_its_own():
@@ -182,12 +185,12 @@ def test_requests_may_come_at_any_time(mixed_traces):
         if waiting:
             scheduler.submit(waiting.pop(0), KEY)
         for event in scheduler.step():
-            tokens.setdefault((event.ticket, event.copy), []).extend(event.tokens.tolist())
-            ends[event.ticket, event.copy] = event.finished
+            tokens.setdefault((event.ticket, event.sample), []).extend(event.tokens.tolist())
+            ends[event.ticket, event.sample] = event.finished
     for ticket, group in enumerate(mixed_traces):
-        for copy, trace in enumerate(group):
-            assert tokens[ticket, copy] == ids(trace)
-            assert ends[ticket, copy] == ("length" if trace.end_token is None else "stop")
+        for k, trace in enumerate(group):
+            assert tokens[ticket, k] == ids(trace)
+            assert ends[ticket, k] == ("length" if trace.end_token is None else "stop")
 
 
 @pytest.mark.parametrize("after", [0, 1, 2, 3])
@@ -198,7 +201,7 @@ def test_a_cancelled_request_is_not_heard_of_and_frees_its_slots(mixed_traces, a
 
     def hear(events):
         for event in events:
-            tokens.setdefault((event.ticket, event.copy), []).extend(event.tokens.tolist())
+            tokens.setdefault((event.ticket, event.sample), []).extend(event.tokens.tolist())
 
     for _ in range(after):
         hear(scheduler.step())
@@ -212,8 +215,8 @@ def test_a_cancelled_request_is_not_heard_of_and_frees_its_slots(mixed_traces, a
     assert scheduler.slots_in_use == scheduler.waiting == 0
     assert {key: drawn for key, drawn in tokens.items() if key[0] in cancelled} == heard
     for ticket in set(tickets) - cancelled:
-        for copy, trace in enumerate(mixed_traces[ticket]):
-            assert tokens[ticket, copy] == ids(trace)
+        for k, trace in enumerate(mixed_traces[ticket]):
+            assert tokens[ticket, k] == ids(trace)
 
 
 def test_one_copy_may_be_cancelled(mixed_traces):
@@ -221,16 +224,16 @@ def test_one_copy_may_be_cancelled(mixed_traces):
     tickets = [scheduler.submit(request, KEY) for request in MIXED]
     scheduler.step()
     scheduler.cancel(tickets[2], 1)
-    assert scheduler.slots_in_use == sum(request.copies for request in MIXED) - 1
+    assert scheduler.slots_in_use == sum(request.num_samples for request in MIXED) - 1
     tokens, _ = drain(scheduler)
     for ticket, group in enumerate(mixed_traces):
-        for copy, trace in enumerate(group):
-            cancelled = (ticket, copy) == (tickets[2], 1)
-            assert tokens.get((ticket, copy)) == (None if cancelled else ids(trace))
+        for k, trace in enumerate(group):
+            cancelled = (ticket, k) == (tickets[2], 1)
+            assert tokens.get((ticket, k)) == (None if cancelled else ids(trace))
 
 
 def test_a_request_may_stop_at_tokens_of_its_own():
-    request = Request(prompt(6), stream=0, copies=8, max_tokens=12)
+    request = Request(prompt(6), stream=0, num_samples=8, max_tokens=12)
     run = engine(slots=16)
     (whole,) = sample(run, params(), [request])
     stops = frozenset({int(whole[0].tokens[2]), int(whole[1].tokens[1])})
@@ -248,7 +251,7 @@ def test_too_many_stops_are_refused():
 
 
 def test_the_penalty_counts_the_prompt_and_what_was_written():
-    request = Request(prompt(12), stream=0, copies=2, max_tokens=12)
+    request = Request(prompt(12), stream=0, num_samples=2, max_tokens=12)
     (group,) = sample(
         engine(stop_ids=NO_STOPS), params(), [request], repetition_penalty=1.5, temperature=0.7
     )
@@ -268,21 +271,21 @@ def test_the_most_probable_tokens_are_reported():
     drawn, top_ids, top = {}, {}, {}
     while scheduler.busy:
         for event in scheduler.step():
-            drawn.setdefault(event.copy, []).extend(event.tokens.tolist())
-            top_ids.setdefault(event.copy, []).extend(event.top_ids.tolist())
-            top.setdefault(event.copy, []).extend(event.top_logprobs.tolist())
-    for copy in range(2):
-        log_pi = jax.nn.log_softmax(logits_after(LLAMA_64, prompt(5), drawn[copy]))
+            drawn.setdefault(event.sample, []).extend(event.tokens.tolist())
+            top_ids.setdefault(event.sample, []).extend(event.top_ids.tolist())
+            top.setdefault(event.sample, []).extend(event.top_logprobs.tolist())
+    for k in range(2):
+        log_pi = jax.nn.log_softmax(logits_after(LLAMA_64, prompt(5), drawn[k]))
         order = np.argsort(-np.asarray(log_pi), axis=1)[:, :3]
-        np.testing.assert_array_equal(top_ids[copy], order)
+        np.testing.assert_array_equal(top_ids[k], order)
         expected = np.take_along_axis(np.asarray(log_pi), order, axis=1)
-        np.testing.assert_allclose(top[copy], expected, atol=1e-4)
+        np.testing.assert_allclose(top[k], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("n", [2, 16, 17, 31])
 def test_prompts_are_scored(n):
     tokens = prompt(n)
-    scores, top_ids, top = engine().score_prompt(params(), tokens, 2)
+    scores, top_ids, top = engine().prompt_logprobs(params(), tokens, 2)
     log_pi = np.asarray(jax.nn.log_softmax(logits_after(LLAMA_64, tokens[:1], tokens[1:])))
     assert scores.shape == (n - 1,)
     np.testing.assert_allclose(scores, log_pi[np.arange(n - 1), tokens[1:]], atol=1e-4)
@@ -290,15 +293,17 @@ def test_prompts_are_scored(n):
     np.testing.assert_allclose(top, -np.sort(-log_pi, axis=1)[:, :2], atol=1e-4)
 
 
-@pytest.mark.parametrize("copies", [2, 4])
-def test_suffixes_are_scored_on_the_caches(copies):
+@pytest.mark.parametrize("samples", [2, 4])
+def test_suffixes_are_scored_on_the_caches(samples):
     """After traces that stopped and traces that were cut; more of them than slots."""
     suffixes = [np.asarray([9, 3, 5], np.int32), np.asarray([9, *range(20)], np.int32)]
     requests = [
         Request(tokens, i, 7, 12, suffix_tokens=suffixes[i % 2])
         for i, tokens in enumerate(prompts(5, 18, 30))
     ]
-    groups, scores = generate_and_score(engine(copies=copies), params(), requests, KEY, steps=3)
+    groups, scores = generate_and_score(
+        engine(num_samples=samples), params(), requests, KEY, steps=3
+    )
     assert_same(groups, sample(engine(), params(), requests))
     assert {trace.end_token is None for group in groups for trace in group} == {True, False}
     for request, group, score in zip(requests, groups, scores, strict=True):
@@ -316,8 +321,8 @@ def test_suffixes_are_scored_on_the_caches(copies):
 
 
 def test_nothing_is_compiled_twice():
-    """Programs are bounded by the rooms, which are powers of two; a second run adds none."""
-    run = engine(slots=8, copies=3, stop_ids=NO_STOPS, max_new_tokens=70)
+    """Programs are bounded by the cache sizes, which are powers of two; a second run adds none."""
+    run = engine(slots=8, num_samples=3, stop_ids=NO_STOPS, max_new_tokens=70)
 
     def go(seed):
         rng = np.random.default_rng(0)
@@ -333,6 +338,6 @@ def test_nothing_is_compiled_twice():
     go(2)
     assert dict(run.compiled) == before
     assert run.compiled["prefill"] <= 2, "prompts of 16 and of 32 tokens"
-    rooms = {bucket(n) for n in range(1, 33)}
-    assert run.compiled["generate"] <= len(rooms) * len({32, 64, 128}) * 2 * 2
+    capacities = {bucket(n) for n in range(1, 33)}
+    assert run.compiled["generate"] <= len(capacities) * len({32, 64, 128}) * 2 * 2
     assert run.largest_sizes == Sizes(8, 32, 128)

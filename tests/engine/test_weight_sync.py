@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from nrt_jax.config.mesh import MeshConfig
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.weight_sync import WeightTransfer
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
@@ -113,8 +113,8 @@ def test_a_snapshot_outlives_the_update_that_consumes_the_weights(before, after)
     assert_equal(moved.params, copies)
 
 
-def engine(mesh: Mesh, dtype: Any = jnp.float32) -> DecoderEngine:
-    return DecoderEngine(
+def engine(mesh: Mesh, dtype: Any = jnp.float32) -> Engine:
+    return Engine(
         nnx.split(decoder(A, dtype=dtype))[0],
         A,
         mesh,
@@ -123,11 +123,11 @@ def engine(mesh: Mesh, dtype: Any = jnp.float32) -> DecoderEngine:
         max_new_tokens=6,
         stop_ids=STOPS,
         dtype=dtype,
-        copies=2,
+        num_samples=2,
     )
 
 
-def draw(engine: DecoderEngine, params: Any) -> list[list[int]]:
+def draw(engine: Engine, params: Any) -> list[list[int]]:
     prompts = [np.asarray(row, np.int32) for row in ([1, 2, 3], [9, 8], [5, 5, 5, 5])]
     requests = [Request(prompt, index, 2, 6) for index, prompt in enumerate(prompts)]
     groups = generate(engine, params, requests, jax.random.key(0), steps=2)

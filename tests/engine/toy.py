@@ -13,10 +13,10 @@ from scipy.stats import chisquare
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request
 from nrt_jax.models.sharding import make_mesh
 from nrt_jax.types import Trace
 from tests.models.tiny import LLAMA, architecture, decoder
@@ -44,15 +44,15 @@ def engine(
     a: Architecture = LLAMA_64,
     slots: int = 4,
     *,
-    copies: int = 4,
+    num_samples: int = 4,
     max_new_tokens: int = 12,
     mesh: Mesh | None = None,
     stop_ids: frozenset[int] = STOPS,
     dtype: Any = jnp.float32,
     **options: Any,
-) -> DecoderEngine:
+) -> Engine:
     """Takes prompts of up to 32 tokens; shared by all tests."""
-    return DecoderEngine(
+    return Engine(
         nnx.split(decoder(a, dtype=dtype))[0],
         a,
         mesh or one_device(),
@@ -61,13 +61,13 @@ def engine(
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
         dtype=dtype,
-        copies=copies,
+        num_samples=num_samples,
         **options,
     )
 
 
 def sample(
-    engine: DecoderEngine,
+    engine: Engine,
     weights: Any,
     requests: Sequence[Request],
     *,
@@ -89,12 +89,12 @@ def prompts(*lengths: int, vocab_size: int = 64) -> list[np.ndarray]:
 
 
 MIXED = [
-    Request(tokens, stream=10 + index, copies=copies, max_tokens=limit)
-    for index, (tokens, copies, limit) in enumerate(
+    Request(tokens, stream=10 + index, num_samples=num_samples, max_tokens=limit)
+    for index, (tokens, num_samples, limit) in enumerate(
         zip(prompts(3, 20, 16, 17, 1), [3, 1, 5, 2, 2], [12, 7, 12, 1, 9], strict=True)
     )
 ]
-"""Prompts of both buckets, with copies and limits of their own; 13 sequences."""
+"""Prompts of both buckets, with samples and limits of their own; 13 sequences."""
 
 
 def ids(trace: Trace) -> list[int]:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.engine.decode_state import state_shardings
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
@@ -57,7 +57,7 @@ def main(shape: str, mesh_axes: str) -> None:
     a = Architecture(**SHAPES[shape], head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling())
     decoder = abstract_decoder(a, dtype=jnp.bfloat16)
     params = abstract_params(mesh, decoder, jnp.bfloat16)
-    engine = DecoderEngine(
+    engine = Engine(
         nnx.split(decoder)[0],
         a,
         mesh,
@@ -66,7 +66,7 @@ def main(shape: str, mesh_axes: str) -> None:
         max_new_tokens=NEW_TOKENS,
         stop_ids=frozenset({0}),
         dtype=jnp.bfloat16,
-        copies=COPIES,
+        num_samples=COPIES,
     )
     state = abstract_state(engine, mesh)
     tokens_S = jax.ShapeDtypeStruct((PROMPT_TOKENS,), jnp.int32)
@@ -75,7 +75,7 @@ def main(shape: str, mesh_axes: str) -> None:
             params=params, padded_tokens=tokens_S, true_length=PROMPT_TOKENS
         )
     ).lower(params, tokens_S)
-    decode = jax.jit(engine.generate_steps, static_argnums=(2, 3), donate_argnums=1).lower(
+    decode = jax.jit(engine.generate, static_argnums=(2, 3), donate_argnums=1).lower(
         params, state, STEPS, COPIES
     )
     report = {
@@ -89,7 +89,7 @@ def main(shape: str, mesh_axes: str) -> None:
     print(json.dumps(report))
 
 
-def abstract_state(engine: DecoderEngine, mesh: Mesh) -> Any:
+def abstract_state(engine: Engine, mesh: Mesh) -> Any:
     """A state with room for the longest of all, in shapes."""
     sizes = Sizes(SLOTS // COPIES, PROMPT_TOKENS, NEW_TOKENS)
     shapes = jax.eval_shape(lambda: engine.init_decode_state(sizes))

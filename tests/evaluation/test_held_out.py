@@ -11,7 +11,7 @@ from flax import nnx
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.evaluation.held_out import Answerer, end_name, evaluate
 from nrt_jax.types import Example, TokenizedExample, Trace
 from tests.engine.toy import greedy, one_device
@@ -33,10 +33,10 @@ def a(tokenizer) -> Architecture:
 
 
 @pytest.fixture(scope="module")
-def engines(tokenizer, a) -> tuple[DecoderEngine, DecoderEngine]:
+def engines(tokenizer, a) -> tuple[Engine, Engine]:
     """One for traces, one for answers."""
     one, other = (
-        DecoderEngine(
+        Engine(
             nnx.split(decoder(a))[0],
             a,
             one_device(),

@@ -12,10 +12,10 @@ from nrt_jax.checkpoints.run_model import Model
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
+from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.engine.scheduler import Request
 from nrt_jax.serving.served_model import ServedModel, serve_trained
 from tests.data.made_tokenizers import write_made_tokenizer
 from tests.data.templates import TEMPLATES
@@ -72,7 +72,7 @@ class Reference:
 
     def __init__(self, served: ServedModel):
         self.served = served
-        self.engine: DecoderEngine = served.engine(SLOTS, ServingConfig().top_logprobs)
+        self.engine: Engine = served.engine(SLOTS, ServingConfig().top_logprobs)
 
     def tokens(
         self,

@@ -1,179 +1,211 @@
-"""JetStream's gRPC server on our engine: texts, ids, refusals, failures."""
+"""The adapter to JetStream's interface, its driver, and what the import of the package leaves."""
 
-import logging
-import threading
-import time
-from collections.abc import Iterator
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from queue import Queue
 
-import grpc
+import jax
+import numpy as np
 import pytest
 
-from nrt_jax.config.serving import ServingConfig
-from nrt_jax.serving.jetstream import GrpcServer, JetStreamTokenizer, messages, services
-from nrt_jax.serving.server import free_port, start_grpc
-from tests.serving.live import wait_until
-from tests.serving.models import NEW, PROMPT
-
-TEXTS = ["Natalia sold clips to 48", "Die Straße über die Brücke", "数学的な推論", "a"]
-
-
-@pytest.fixture(scope="module")
-def server(served) -> Iterator[GrpcServer]:
-    config = ServingConfig(grpc_port=0, grpc_slots=2, grpc_queue=8)
-    server = start_grpc(served, config, free_port(config))
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def stub(server):
-    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-        yield services.OrchestratorStub(channel)
-
-
-def of_text(text: str, max_tokens: int = 16):
-    content = messages.DecodeRequest.TextContent(text=text)
-    return messages.DecodeRequest(text_content=content, max_tokens=max_tokens)
-
-
-def of_ids(token_ids: list[int], max_tokens: int = 16):
-    content = messages.DecodeRequest.TokenContent(token_ids=token_ids)
-    return messages.DecodeRequest(token_content=content, max_tokens=max_tokens)
-
-
-def decode(stub, request) -> tuple[str, list[int], list[str]]:
-    """The text and the ids of a stream, and the texts of its messages."""
-    samples = [r.stream_content.samples[0] for r in stub.Decode(request, timeout=60)]
-    texts = [sample.text for sample in samples]
-    return "".join(texts), [token for sample in samples for token in sample.token_ids], texts
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_greedy_texts_and_ids_are_those_of_our_own_loop(stub, served, reference, text):
-    prompt = served.text_prompt(text).tolist()
-    ((expected, _),) = reference.tokens(prompt, 16)
-    whole, tokens, texts = decode(stub, of_text(text))
-    assert tokens == expected
-    assert whole == served.tokenizer.decode(expected)
-    assert not any(part.endswith("\ufffd") for part in texts[:-1])
-    assert decode(stub, of_ids(prompt))[:2] == ("", expected)
-
-
-def test_ids_are_run_as_they_are(stub, served, reference):
-    """No beginning of sequence is put in front of them."""
-    tokens = served.tokenizer.encode(TEXTS[0])
-    ((expected, _),) = reference.tokens(tokens, 5)
-    assert decode(stub, of_ids(tokens, 5))[1] == expected
-    ((begun, _),) = reference.tokens([served.tokenizer.bos_id, *tokens], 5)
-    assert begun != expected
-
-
-def test_more_requests_than_slots(stub, served, reference):
-    prompts = [served.text_prompt(text).tolist() for text in TEXTS]
-    expected = [reference.tokens(p, 3 + n)[0][0] for n, p in enumerate(prompts)]
-    got: dict[int, list[int]] = {}
-
-    def ask(n: int) -> None:
-        got[n] = decode(stub, of_ids(prompts[n], 3 + n))[1]
-
-    threads = [threading.Thread(target=ask, args=(n,)) for n in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [got[n] for n in range(4)] == expected
-
-
-@pytest.mark.parametrize(
-    ("request_", "said"),
-    [
-        (messages.DecodeRequest(max_tokens=3), "content: is empty; send a text or token ids"),
-        (of_ids([613]), "token_ids: must be 0 to 612"),
-        (of_ids([-1]), "token_ids: must be 0 to 612"),
-        (of_ids([5] * (PROMPT + NEW)), f"content: {PROMPT + NEW} tokens; {PROMPT + NEW - 1} are"),
-        (of_ids([5], NEW + 1), f"max_tokens: {NEW + 1}; after 1 tokens 1 to {NEW} can be"),
-        (of_ids([5], 0), f"max_tokens: 0; after 1 tokens 1 to {NEW} can be"),
-    ],
+from nrt_jax.engine.decode_state import padded
+from nrt_jax.engine.sampling import Sampling
+from nrt_jax.serving.jetstream import (
+    Driver,
+    JetStreamEngine,
+    SampledTokens,
+    Start,
+    orchestrator,
 )
-def test_refusals(stub, request_, said):
-    with pytest.raises(grpc.RpcError) as refused:
-        decode(stub, request_)
-    assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert said in refused.value.details()
+from tests.engine.toy import (
+    LLAMA_64,
+    STOPS,
+    engine,
+    greedy,
+    logits_after,
+    params,
+    prompt,
+    prompts,
+)
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+PROBE = """
+import importlib.util, json, logging, sys
+root = logging.getLogger()
+before = root.level, list(root.handlers)
+from nrt_jax.serving import jetstream
+from jetstream.engine import token_utils
+print(json.dumps({
+    "root_logger_untouched": (root.level, root.handlers) == before,
+    "loaded": sorted({"seqio", "tensorflow"} & set(sys.modules)),
+    "seqio_found": importlib.util.find_spec("seqio") is not None,
+    "vocabulary": token_utils.Vocabulary.__module__,
+    "engine": jetstream.JetStreamEngine.__bases__[0].__module__,
+}))
+"""
 
 
-def test_a_client_that_leaves_frees_its_slot(stub, server, served):
-    prompt = served.text_prompt("a").tolist()
-    engine, steps = server.drivers._engine, []
-    generate = engine.generate
-
-    def slowly(*args):
-        steps.append(time.sleep(0.02))
-        return generate(*args)
-
-    engine.generate = slowly
-    calls = [stub.Decode(of_ids(prompt, NEW)) for _ in range(6)]
-    next(iter(calls[0]))
-    for call in calls:
-        call.cancel()
-    wait_until(lambda: not server.drivers.active)
-    free = server.drivers._driver._generate_slots[0]
-    wait_until(lambda: free.qsize() == 2 and not server.drivers._driver._prefill_backlog.qsize())
-    del engine.generate
-    # Two at a time, they would have taken three times as many as one.
-    assert len(steps) < 2 * NEW
-    assert len(decode(stub, of_ids(prompt, 4))[1]) == 4
+def probe(**environment: str) -> dict:
+    result = subprocess.run(
+        [sys.executable, "-c", PROBE],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(result.stdout)
 
 
-def test_too_many_requests(served):
-    config = ServingConfig(grpc_port=0, grpc_slots=2, grpc_queue=1)
-    server = start_grpc(served, config, free_port(config))
-    try:
-        with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
-            stub = services.OrchestratorStub(channel)
-            first = stub.Decode(of_ids([5], NEW))
-            wait_until(lambda: server.drivers.active == 1)
-            with pytest.raises(grpc.RpcError) as refused:
-                decode(stub, of_ids([5], 1))
-            assert refused.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert len(list(first)) > 1
-    finally:
-        server.stop()
+def test_importing_leaves_the_process_as_it_was():
+    seen = probe()
+    assert seen["root_logger_untouched"]
+    assert seen["engine"] == "jetstream.engine.engine_api"
+    assert "tensorflow" not in seen["loaded"]
+    if not seen["seqio_found"]:
+        assert seen["loaded"] == []
 
 
-@pytest.mark.parametrize("method", ["prefill", "insert", "generate"])
-def test_a_failure_in_a_thread_is_an_error_of_the_request(server, stub, served, method, caplog):
-    engine, expected = server.drivers._engine, decode(stub, of_text("a"))
-    before = server.drivers._driver
-
-    def fails(*args, **kwargs):
-        raise RuntimeError("boom")
-
-    setattr(engine, method, fails)
-    with caplog.at_level(logging.ERROR, "nrt_jax.serving"), pytest.raises(grpc.RpcError) as ended:
-        decode(stub, of_text("a"))
-    delattr(engine, method)
-    assert ended.value.code() == grpc.StatusCode.INTERNAL
-    said = ended.value.details() or ""
-    assert "boom" not in said
-    (request_id,) = [word for word in said.split() if word.startswith("grpc-")]
-    assert "RuntimeError: boom" in caplog.text
-    assert request_id in caplog.text
-    # The process lives, and another driver does the work.
-    assert server.drivers._driver is not before
-    assert decode(stub, of_text("a")) == expected
-    assert stub.HealthCheck(messages.HealthCheckRequest()).is_live
+def test_the_real_seqio_is_used_where_there_is_one(tmp_path: Path):
+    package = tmp_path / "seqio"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    names = "class Vocabulary: pass\nclass SentencePieceVocabulary: pass\n"
+    (package / "vocabularies.py").write_text(names)
+    seen = probe(PYTHONPATH=f"{tmp_path}{os.pathsep}{REPOSITORY}")
+    assert seen["loaded"] == ["seqio"]
+    assert seen["vocabulary"] == "seqio.vocabularies"
 
 
-def test_the_tokenizer_that_jetstream_sees(served):
-    tokenizer = JetStreamTokenizer(served)
-    padded, length = tokenizer.encode("Die Straße")
-    assert padded[:length].tolist() == served.text_prompt("Die Straße").tolist()
-    assert (len(padded), padded[length:].any()) == (16, False)
-    assert tokenizer.decode(padded[1:length].tolist()) == "Die Straße"
-    assert tokenizer.eos_id in tokenizer.stop_tokens
-    assert tokenizer.bos_id == served.tokenizer.bos_id
+def test_training_and_the_http_server_import_neither_jetstream_nor_grpc():
+    code = """
+import sys
+from nrt_jax.evaluation import answer
+from nrt_jax.serving import server
+from nrt_jax.training import loop
+print({"jetstream", "grpc", "seqio"} & set(sys.modules))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout == "set()\n"
 
 
-def test_the_root_logger_is_left_alone():
-    assert logging.getLogger().level != logging.DEBUG
+# The adapter
+
+
+def prefill(run, tokens):
+    return run.prefill(params=params(), padded_tokens=padded(tokens), true_length=len(tokens))
+
+
+def drive(run, state, steps):
+    """Results of some steps on the host, as JetStream's detokenize thread reads them."""
+    results = []
+    for _ in range(steps):
+        state, result = run.generate(params(), state)
+        result.copy_to_host_async()
+        results.append(result.convert_to_numpy())
+    return state, results
+
+
+def tokens_at(results, slot):
+    data = [result.get_result_at_slot(slot) for result in results]
+    return [int(d.tokens[0, 0]) for d in data if d.valid[0, 0]]
+
+
+def test_is_an_engine_of_jetstream():
+    run = JetStreamEngine(engine())
+    api = importlib.import_module("jetstream.engine.engine_api")
+    assert isinstance(run, api.Engine)
+    assert run.max_concurrent_decodes == 4
+    assert run.max_prefill_length == 32
+    assert run.samples_per_slot == 1
+    weights = params()
+    assert run.load_params(weights) is weights
+    parameters = importlib.import_module("jetstream.engine.tokenizer_pb2").TokenizerParameters
+    assert run.get_tokenizer() == parameters(path="")
+
+
+def test_driven_as_jetstream_does_it_writes_the_greedy_continuation():
+    """Prefill, transfer, insert, free the prefix, generate, read by slot, refill the slot."""
+    run, (first, second, third) = JetStreamEngine(engine()), prompts(6, 17, 9)
+    state = run.init_decode_state()
+    for slot, tokens in ((2, first), (0, second)):
+        prefix = jax.device_put(prefill(run, tokens), run.get_prefix_destination_sharding())
+        state = run.insert(prefix, state, slot=slot)
+        jax.tree.map(lambda leaf: leaf.delete(), prefix)
+    state, results = drive(run, state, 13)
+    state = run.insert(prefill(run, third), state, slot=2)
+    state, more = drive(run, state, 13)
+    for tokens, slot, read in ((first, 2, results), (second, 0, results), (third, 2, more)):
+        written, end = greedy(LLAMA_64, tokens, 12, STOPS)
+        assert tokens_at(read, slot) == written + ([] if end is None else [end])
+    assert tokens_at(results + more, 1) == tokens_at(more, 0) == []
+
+
+def test_results_are_what_jetstreams_detokenizer_expects():
+    """It stops a slot by its lengths, by its own stop tokens, and at the first invalid token."""
+    run, tokens = JetStreamEngine(engine()), prompt(6)
+    written, end = greedy(LLAMA_64, tokens, 12, STOPS)
+    state = run.insert(prefill(run, tokens), run.init_decode_state(), slot=1)
+    _, results = drive(run, state, 13)
+    data = [result.get_result_at_slot(1) for result in results]
+    drawn = len(written) + (end is not None)
+    assert [int(d.lengths[0]) for d in data[:drawn]] == list(range(1, drawn + 1))
+    assert [bool(d.valid[0, 0]) for d in data] == [True] * drawn + [False] * (13 - drawn)
+    assert data[0].tokens.shape == data[0].valid.shape == (1, 1)
+
+
+def test_convert_to_numpy_keeps_the_columns_and_the_class():
+    run, tokens = JetStreamEngine(engine()), prompt(6)
+    run.announce(Start(jax.random.key(3), 1, Sampling()))
+    state = run.insert(prefill(run, tokens), run.init_decode_state(), 3)
+    _, result = run.generate(params(), state)
+    host = result.convert_to_numpy()
+    assert isinstance(host, SampledTokens)
+    assert isinstance(host.data, np.ndarray)
+    token, valid, length, bits, done = host.data[3]
+    assert (valid, length, done) == (1, 1, 1)
+    assert not host.data[:3, [1, 4]].any()
+    expected = jax.nn.log_softmax(logits_after(LLAMA_64, tokens, [0])[0])[token]
+    np.testing.assert_allclose(bits.view(np.float32), expected, atol=1e-4)
+
+
+def test_an_announcement_is_for_one_prefill():
+    run, tokens = JetStreamEngine(engine()), prompt(6)
+    run.announce(Start(jax.random.key(3), 2, Sampling(temperature=0.5)))
+    first, second = prefill(run, tokens), prefill(run, tokens)
+    for prefilled, limit, temperature in ((first, 2, 0.5), (second, 12, 0.0)):
+        assert prefilled.request.limit_K.tolist() == [limit]
+        assert prefilled.request.sampling.temperature_B.tolist() == [temperature]
+
+
+# The driver
+
+
+@pytest.mark.parametrize(("free_slots", "calls"), [(4, 2), (3, 1)])
+def test_the_generate_thread_starts_over_when_all_slots_are_free(monkeypatch, free_slots, calls):
+    """JetStream asserts that a slot is in use, though its sequence may just have ended."""
+    called = []
+
+    def stock(driver, idx):
+        called.append(idx)
+        assert len(called) > 1
+
+    monkeypatch.setattr(orchestrator.Driver, "_generate_thread", stock)
+    driver = object.__new__(Driver)
+    driver.live, driver._generate_slots = True, [Queue(4)]
+    for slot in range(free_slots):
+        driver._generate_slots[0].put(slot)
+    with contextlib.nullcontext() if free_slots == 4 else pytest.raises(AssertionError):
+        driver._generate_thread(0)
+    assert len(called) == calls

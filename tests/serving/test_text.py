@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.engine.scheduler import Event
+from nrt_jax.engine.requests import Event
 from nrt_jax.serving.text import (
     REPLACEMENT,
     Detokenizer,

@@ -9,9 +9,9 @@ from flax import nnx
 
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.objective import ObjectiveConfig
-from nrt_jax.engine.engine import DecoderEngine
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate, generate_and_score
-from nrt_jax.engine.scheduler import Request
+from nrt_jax.engine.requests import Request
 from nrt_jax.models.sharding import make_mesh
 from nrt_jax.objective.rewards import compute_rewards, score_rewards
 from nrt_jax.training.batch import answer_mask, answer_values, group_lengths
@@ -27,8 +27,8 @@ PROMPTS, TRACES, LIMIT = 5, 8, 5
 EXAMPLES = [group.example for group in worlds.random_groups(PROMPTS, 1)]
 
 
-def engine(slots: int) -> DecoderEngine:
-    return DecoderEngine(
+def engine(slots: int) -> Engine:
+    return Engine(
         DEFINITION,
         ARCHITECTURE,
         make_mesh(MeshConfig(), jax.devices()[:1]),
@@ -36,7 +36,7 @@ def engine(slots: int) -> DecoderEngine:
         max_prompt_tokens=16,
         max_new_tokens=LIMIT,
         stop_ids=frozenset({EOS, THINK_START, THINK_END}),
-        copies=4,
+        num_samples=4,
     )
 
 

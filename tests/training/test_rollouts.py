@@ -83,7 +83,7 @@ def test_how_traces_are_drawn(opened):
     assert steps == 3
     for request, group, row in zip(requests, groups, examples, strict=True):
         assert request.sampling == Sampling(0.8, 0.9, 7, 0.01, 1.2)
-        assert request.copies == 5
+        assert request.num_samples == 5
         assert request.stream == row.example.index
         assert request.prompt_tokens.dtype == np.int32
         assert request.prompt_tokens.tolist() == [1, 4, 3, tokenizer.think_start_id]

@@ -36,9 +36,9 @@ def sample():
     from flax import nnx
 
     from nrt_jax.config.mesh import MeshConfig
-    from nrt_jax.engine.engine import DecoderEngine
+    from nrt_jax.engine.engine import Engine
     from nrt_jax.engine.generate import generate_and_score
-    from nrt_jax.engine.scheduler import Request
+    from nrt_jax.engine.requests import Request
     from nrt_jax.models.decoder import Decoder
     from nrt_jax.models.sharding import abstract_params, make_mesh
     from tests.training.worlds import ARCHITECTURE, EOS, THINK_END, THINK_START
@@ -51,7 +51,7 @@ def sample():
         return nnx.to_pure_dict(nnx.split(Decoder(ARCHITECTURE, nnx.Rngs(0)))[1])
 
     params = jax.jit(draw, out_shardings=shardings)()
-    engine = DecoderEngine(
+    engine = Engine(
         nnx.split(abstract)[0],
         ARCHITECTURE,
         mesh,
@@ -59,7 +59,7 @@ def sample():
         max_prompt_tokens=40,
         max_new_tokens=12,
         stop_ids=frozenset({EOS, THINK_START, THINK_END}),
-        copies=COPIES,
+        num_samples=COPIES,
         prefill_chunk=16,
     )
     rng = np.random.default_rng(0)

@@ -1,0 +1,104 @@
+"""Requests to a scheduler, their progress, and the events that answer them.
+
+Letters: K samples of one prompt, T tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from nrt_jax.engine.decode_state import bucket
+from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.kv_cache import Sizes
+from nrt_jax.engine.prefill import Prefix
+from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling
+from nrt_jax.errors import InputError
+from nrt_jax.types import SuffixLogprobs
+
+SMALLEST_OWN_TOKENS = 32
+"""Capacity of a slot for tokens of its own at first."""
+
+
+class Request(NamedTuple):
+    """Sample `num_samples` sequences after one prompt."""
+
+    prompt_tokens: np.ndarray
+    stream: int
+    """Names the prompt's random stream: together with the key it fixes every draw."""
+    num_samples: int
+    max_tokens: int | tuple[int, ...]
+    """Limit of all samples, or one for each."""
+    sampling: Sampling = Sampling()
+    suffix_tokens: np.ndarray | None = None
+    """t_end y*, scored after each finished sequence and after the empty trace; None: no scores."""
+
+    @property
+    def limits_K(self) -> Int[np.ndarray, "K"]:
+        """Limit of each sample."""
+        return np.broadcast_to(np.asarray(self.max_tokens, np.int32), self.num_samples)
+
+
+class Event(NamedTuple):
+    """New tokens of one sequence since its last event."""
+
+    ticket: int
+    sample: int
+    tokens: Int[np.ndarray, "T"]
+    """A token that stopped the sequence included."""
+    logprobs: Float[np.ndarray, "T"]
+    top_ids: Int[np.ndarray, "T top"]
+    top_logprobs: Float[np.ndarray, "T top"]
+    finished: Literal["stop", "length"] | None
+
+
+@dataclass(eq=False)
+class Job:
+    """A request in progress."""
+
+    ticket: int
+    request: Request
+    key: Key[Array, ""]
+    limits: Int[np.ndarray, "K"]
+    lengths: Int[np.ndarray, "K"]
+    """Tokens of each sample that the host has read."""
+    stop_ids: frozenset[int]
+    started: int = 0
+    running: int = 0
+    prefix: Prefix | None = None
+    prefilled: int = 0
+    suffix_logprobs: SuffixLogprobs | None = None
+
+
+def first_sizes(engine: Engine, requests: Sequence[Request]) -> Sizes:
+    """Cache sizes to start with, for full groups of these requests or of the engine's samples."""
+    samples = min([engine.num_samples, *(max(1, request.num_samples) for request in requests)])
+    longest = max((len(request.prompt_tokens) for request in requests), default=1)
+    per_shard = engine.max_concurrent_decodes // engine.shards
+    return Sizes(
+        -(-per_shard // samples) * engine.shards,
+        bucket(longest),
+        min(SMALLEST_OWN_TOKENS, engine.largest_sizes.own_tokens),
+    )
+
+
+def check(engine: Engine, request: Request, name: str = "prompt") -> None:
+    """Raise InputError for a request beyond the engine's limits; `name` stands for its prompt."""
+    length = len(request.prompt_tokens)
+    if not 1 <= length <= engine.max_prefill_length:
+        raise InputError(
+            f"{name}: {length} tokens; the engine takes 1 to "
+            f"{engine.max_prefill_length} (data.max_prompt_tokens)"
+        )
+    for limit in np.atleast_1d(request.max_tokens).tolist():
+        if not 1 <= limit <= engine.max_new_tokens:
+            raise InputError(
+                f"{name}: a limit of {limit} new tokens; the engine takes 1 "
+                f"to {engine.max_new_tokens}"
+            )
+    if len(request.sampling.stop_ids) > MAX_STOP_IDS:
+        raise InputError(
+            f"{name}: {len(request.sampling.stop_ids)} stop tokens; a request takes {MAX_STOP_IDS}"
+        )
