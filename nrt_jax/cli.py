@@ -14,10 +14,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import nrt_jax
 from nrt_jax.errors import InputError, RunFailed
+
+if TYPE_CHECKING:
+    from nrt_jax.config.run import RunConfig
+    from nrt_jax.engine.generate import Generate
 
 EPILOG = """\
 CONFIG is one or more YAML files or presets, merged from left to right, followed by overrides such
@@ -245,9 +249,26 @@ def _train(args: argparse.Namespace) -> None:
 
     with StopRequest() as stop:
         config = _load(args)
+        generate = _rollout_driver(config)
         from nrt_jax.training.loop import train
 
-        train(config, stop)
+        train(config, stop, generate)
+
+
+def _rollout_driver(config: "RunConfig") -> "Generate":
+    """What `rollout.driver` names; InputError when its package is missing."""
+    if config.rollout.driver == "loop":
+        from nrt_jax.engine.generate import generate
+
+        return generate
+    try:
+        from nrt_jax.serving.jetstream_rollouts import generate
+    except ModuleNotFoundError as missing:
+        raise InputError(
+            f"rollout.driver=jetstream: the package {missing.name} is not installed; "
+            "pip install 'nrt-jax[jetstream]', or set rollout.driver=loop"
+        ) from None
+    return generate
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from nrt_jax.config.load import Section
 from nrt_jax.config.mesh import MeshConfig
 
 AttentionKernel = Literal["auto", "xla", "pallas"]
+Driver = Literal["loop", "jetstream"]
 
 
 class RolloutConfig(Section):
@@ -32,6 +33,9 @@ class RolloutConfig(Section):
     multiplied."""
     stop_tokens: tuple[str, ...] = ()
     """Tokens that end a trace besides the special ones, each an entry of the vocabulary."""
+    driver: Driver = "loop"
+    """What drives the engine: our own loop, or JetStream's orchestrator, on one host. Both draw the
+    same traces; jetstream needs the package (pip install 'nrt-jax[jetstream]')."""
     slots: int = Field(default=64, ge=1)
     """Sequences decoded at the same time."""
     decode_steps: int = Field(default=16, ge=1)

@@ -116,6 +116,11 @@ class RunConfig(Section):
                 "rewards of one trace have no standard deviation, so nothing is left to train on; "
                 "sample 2 or more"
             )
+        if self.rollout.drop_zero_std_groups and self.rollout.driver == "jetstream":
+            raise ValueError(
+                "rollout.drop_zero_std_groups with rollout.driver jetstream: its interface "
+                "scores no answers on the traces' keys and values; set rollout.driver=loop"
+            )
         if self.rollout.temperature != 1 and self.objective.trace_covers == "z_and_end":
             raise ValueError(
                 f"rollout.temperature {self.rollout.temperature} with objective.trace_covers "

@@ -8,6 +8,8 @@ from nrt_jax.engine.engine import Engine
 
 def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engine:
     """An engine for traces: prompts `x t_start`, up to the longest trace."""
+    # JetStream prefills each sample and inserts it alone, so none of its slots share a prompt.
+    shares = config.rollout.driver == "loop"
     return make_engine(
         config,
         model,
@@ -15,7 +17,7 @@ def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engin
         longest_prompt=config.data.max_prompt_tokens + 1,
         new_tokens=config.rollout.max_trace_tokens,
         stop_ids=trace_stop_ids(config, tokenizer),
-        num_samples=config.rollout.traces_per_prompt,
+        num_samples=config.rollout.traces_per_prompt if shares else 1,
     )
 
 

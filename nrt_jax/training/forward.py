@@ -63,9 +63,8 @@ def run_prompts(decoder: Decoder, batch: NrtBatch) -> Prompts:
 def start_logprobs(decoder: Decoder, settings: NrtSettings, prompts: Prompts) -> Float[Array, " P"]:
     """log pi(t_start | x), which all traces of a prompt share."""
     targets = jnp.full(prompts.last_hidden.shape[:2], settings.think_start, jnp.int32)
-    return decoder.token_logprobs(prompts.last_hidden, targets, settings.chunk_tokens)[0].reshape(
-        -1
-    )
+    logprobs = decoder.token_logprobs(prompts.last_hidden, targets, settings.chunk_tokens)
+    return logprobs.logprob_BT.reshape(-1)
 
 
 def completion_logprobs(

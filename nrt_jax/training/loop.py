@@ -1,10 +1,9 @@
 """`nrt-jax train`: open the run, and let the loop of its method train it."""
 
 from nrt_jax.config.run import RunConfig
-from nrt_jax.engine.generate import generate
+from nrt_jax.engine.generate import Generate, generate
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.nrt import train_nrt
-from nrt_jax.training.rollouts import Generate
 from nrt_jax.training.setup import setup
 from nrt_jax.training.sft import train_sft
 

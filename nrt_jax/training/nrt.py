@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nrt_jax.checkpoints.train_state import TrainState
+from nrt_jax.engine.generate import Generate
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.batch import NrtBatch
 from nrt_jax.training.forward import NrtSettings
@@ -12,7 +13,7 @@ from nrt_jax.training.frozen_logprobs import FrozenLogprobsFn, frozen_logprobs_f
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Packer, packing_metrics
 from nrt_jax.training.progress import Prefetched
-from nrt_jax.training.rollouts import Generate, MiniBatch, Sampler, make_batches, rollout_metrics
+from nrt_jax.training.rollouts import MiniBatch, Sampler, make_batches, rollout_metrics
 from nrt_jax.training.setup import Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update

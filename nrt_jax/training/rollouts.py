@@ -3,7 +3,7 @@
 Letters: P prompts, K traces per prompt.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
-from nrt_jax.engine.generate import generate, generate_and_score
+from nrt_jax.engine.generate import Generate, generate, generate_and_score
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.weight_sync import EngineWeights
@@ -25,10 +25,7 @@ from nrt_jax.training.batch import NrtBatch, group_lengths, nrt_batch
 from nrt_jax.training.loss_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
 from nrt_jax.training.setup import SAMPLING_STREAM
-from nrt_jax.types import Group, TokenizedExample, Trace
-
-Generate = Callable[..., list[tuple[Trace, ...]]]
-"""Samples the traces of requests, called like `engine.generate.generate`."""
+from nrt_jax.types import Group, TokenizedExample
 
 
 @dataclass(frozen=True)
