@@ -122,6 +122,18 @@ def test_a_slots_last_sequence_leaves_no_trace_in_its_next():
         np.testing.assert_array_equal(a.logprobs[0, 1], b.logprobs[0, 1])
 
 
+def test_the_penalty_counts_a_slots_own_prompt_and_tokens_alone():
+    """Not those of its neighbours, nor those of the sequence that had the slot before."""
+    run, (first, second) = engine(slots=16, stop_ids=NO_STOPS), prompts(6, 20)
+    state = run.insert(prefill(run, first), run.init_decode_state(), requests([0, 1]))
+    state, results = drive(run, state, 5)
+    state = run.insert(prefill(run, second), state, requests([1, 2], prompt_slot=3))
+    seen = [set(np.nonzero(np.asarray(state.seen_BV)[slot])[0].tolist()) for slot in range(3)]
+    assert seen[0] == {*first.tolist(), *tokens_at(results, 0)}
+    assert seen[1] == seen[2] == set(second.tolist())
+    assert not seen[1] >= seen[0]
+
+
 def test_prefill_does_not_see_its_padding():
     run, tokens = engine(), prompt(9)
     one, other = prefill(run, tokens, padding=0), prefill(run, tokens, padding=5)

@@ -91,7 +91,7 @@ def test_traces_do_not_depend_on_other_requests(mixed_traces):
     assert_same(mixed_traces, alone)
 
 
-def test_a_copy_does_not_depend_on_how_many_there_are(mixed_traces):
+def test_a_sample_does_not_depend_on_how_many_there_are(mixed_traces):
     fewer = [request._replace(num_samples=1) for request in MIXED]
     assert_same([group[:1] for group in mixed_traces], sample(engine(), params(), fewer))
 

@@ -65,6 +65,14 @@ def test_attention_is_the_softmax_over_prompt_and_own_tokens(form, axes, window)
     world.assert_reads()
 
 
+def test_the_window_ends_inside_the_own_tokens(form):
+    """After 30 tokens of its own a slot sees the last 20 of them and nothing of its prompt."""
+    world = busy_world(form(mesh(), 20), Sizes(8, 64, 64), longest=40, window=20)
+    for _ in range(30):
+        outputs = world.step()
+    close(*outputs, tolerance=1e-5)
+
+
 @pytest.mark.parametrize("length", [1, 16, 63, 64, 65, 128, 256])
 def test_prompts_that_end_with_a_page_or_beside_its_end(form, length):
     world = busy_world(form(mesh()), SIZES, longest=length)

@@ -122,6 +122,9 @@ def test_the_capacity_for_own_tokens_grows_and_shrinks():
         for event in scheduler.step():
             tokens.setdefault(event.ticket, []).extend(event.tokens.tolist())
         capacities.append(sizes(scheduler).own_tokens)
+        # Tokens that the host has not read yet count too.
+        slot_map, active_B = scheduler._state.slot_map, np.asarray(scheduler._state.active_B)
+        assert (np.asarray(slot_map.own_length_B)[active_B] <= capacities[-1]).all()
     assert sorted(set(capacities)) == [32, 64, 128, 256]
     assert capacities[-1] == 32
     (((trace,),), (trace_8,)) = (
@@ -169,7 +172,7 @@ def test_few_sequences_move_into_few_slots():
                 assert tokens[ticket, k] == ids(trace)
 
 
-def test_each_copy_may_have_a_limit_of_its_own():
+def test_each_sample_may_have_a_limit_of_its_own():
     run, limits = engine(stop_ids=NO_STOPS), (3, 12, 1, 7, 5)
     (group,) = sample(run, params(), [Request(prompt(7), 0, 5, limits)])
     (whole,) = sample(run, params(), [Request(prompt(7), 0, 5, 12)])
@@ -219,7 +222,7 @@ def test_a_cancelled_request_is_not_heard_of_and_frees_its_slots(mixed_traces, a
             assert tokens[ticket, k] == ids(trace)
 
 
-def test_one_copy_may_be_cancelled(mixed_traces):
+def test_one_sample_may_be_cancelled(mixed_traces):
     scheduler = Scheduler(engine(slots=16), params(), steps=2)
     tickets = [scheduler.submit(request, KEY) for request in MIXED]
     scheduler.step()
