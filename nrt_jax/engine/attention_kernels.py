@@ -1,4 +1,4 @@
-"""Which attention decodes: XLA's own, or the Pallas kernel of the platform."""
+"""The attention of decoding: XLA's own, or the Pallas kernel of the platform."""
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -22,10 +22,10 @@ def kv_cache(
     architecture: Architecture,
     dtype: DTypeLike,
 ) -> KVCache | PagedCache:
-    """The form of the cache for a platform; auto is XLA's where its kernel cannot be used.
+    """The cache for a platform; auto falls back to XLA's where the kernel does not apply.
 
-    Raises InputError when `attention` is pallas and the platform, the model's heads or the cache's
-    dtype are none that its kernel takes.
+    Raises InputError when `attention` is pallas and no kernel supports the platform, the model's
+    heads or the cache's dtype.
     """
     reason = _why_not(platform, mesh, architecture, jnp.dtype(dtype))
     if attention == "pallas" and reason is not None:
@@ -37,7 +37,7 @@ def kv_cache(
 
 
 def _why_not(platform: str, mesh: Mesh, architecture: Architecture, dtype: jnp.dtype) -> str | None:
-    """What of all this the platform's kernel does not take; None when it takes it."""
+    """Why the platform's kernel does not apply; None when it does."""
     if platform not in ("tpu", "gpu"):
         return f"there is no kernel for the {platform}"
     if dtype not in (jnp.float32, jnp.bfloat16):

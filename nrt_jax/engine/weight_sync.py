@@ -1,4 +1,4 @@
-"""The engine's weights after an update: by reference where they agree, else brought over once."""
+"""The engine's weights after an update: the same arrays where they agree, else one transfer."""
 
 import time
 from collections.abc import Mapping
@@ -8,22 +8,22 @@ import jax
 
 
 class EngineWeights(NamedTuple):
-    """Weights as an engine takes them; whoever samples holds one of these from first to last."""
+    """Weights for an engine; all samples of a step are drawn with one of these."""
 
     params: Any
     version: int
-    """Step whose update made them; 0: those before the first."""
+    """Step whose update made them; 0 before the first update."""
     metrics: Mapping[str, float]
-    """`weights/seconds` until they lay where they are wanted, and `weights/bytes` written for that,
-    a weight that several devices hold counted once."""
+    """`weights/seconds` of the transfer and `weights/bytes` written by it, where replicas of a
+    weight count once."""
 
 
 class WeightTransfer:
-    """Brings the training's weights into the shapes, dtypes and shardings of `target`.
+    """Transfers training weights to the dtypes and shardings of `target`.
 
-    Where these are the training's own, the result is the very same arrays. On the same devices it
-    is one jitted program; to other devices the weights are cast where they are and then copied.
-    With `outlives_update` nothing of the result is the training's, whose arrays an update consumes.
+    Where these already agree, the result is the same arrays. On the same devices it is one jitted
+    program; for other devices the weights are cast where they are and then copied. With
+    `outlives_update` the result shares no array with the training's, which an update consumes.
     """
 
     def __init__(self, target: Any, *, outlives_update: bool = False):
@@ -47,7 +47,7 @@ class WeightTransfer:
             cast = params if self._agree(params, "dtype") else self._cast_in_place(params)
             return jax.device_put(cast, self._shardings)
         agree = self._agree(params, "dtype") and self._agree(params, "sharding")
-        # What jit gives out under out_shardings is never the buffer of an argument.
+        # The result of jit with out_shardings never shares a buffer with an argument.
         return params if agree and not self._outlives_update else self._reshard_and_cast(params)
 
     def _cast(self, params: Any) -> Any:

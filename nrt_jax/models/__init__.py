@@ -1,1 +1,1 @@
-"""The decoder of Llama and Mistral, and how it lies on a mesh."""
+"""The decoder of Llama and Mistral, and its layout on a mesh."""

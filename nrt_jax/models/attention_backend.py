@@ -1,4 +1,4 @@
-"""Which attention trains: XLA's own, or the fused kernels of the platform."""
+"""The attention of training: XLA's own, or the fused kernels of the platform."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from nrt_jax.models.splash_attention import splash_attend
 
 Backend = Literal["xla", "splash", "cudnn"]
 RowAttention = Callable[..., Float[Array, "B T H G d"]]
-"""From q [B, T, H, G, d], k and v [B, T, H, d] and one layer's prefix: the attention's output."""
+"""From q [B, T, H, G, d], k and v [B, T, H, d] and the prefix of one layer to the output."""
 
 _FUSED: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}
 SPLASH_HEAD = 64
@@ -35,9 +35,9 @@ def choose_backend(
     dtype: DTypeLike,
     longest: int,
 ) -> Backend:
-    """The platform's backend for contexts of up to `longest` tokens; XLA's where it cannot run.
+    """The platform's backend for contexts of up to `longest` tokens, or XLA's where it cannot run.
 
-    Raises InputError when a backend is asked for by name that cannot.
+    Raises InputError when the backend was named and cannot run.
     """
     named: Backend | None = None if asked == "auto" else asked
     backend: Backend = named or _FUSED.get(platform, "xla")
@@ -50,7 +50,7 @@ def choose_backend(
 def _why_not(
     backend: Backend, platform: str, architecture: Architecture, dtype: jnp.dtype, longest: int
 ) -> str | None:
-    """What of all this a backend does not take; None when it takes it."""
+    """Why the backend cannot run this model here; None when it can."""
     d, window = architecture.head_dim, architecture.sliding_window
     if backend == "xla":
         return None
@@ -59,7 +59,7 @@ def _why_not(
     if backend == "splash":
         if d % SPLASH_HEAD:
             return f"head_dim {d} is no multiple of {SPLASH_HEAD}"
-        # Its masks go by a row's order, not by positions: the prefix has no part in that.
+        # Its masks compare places in a row, not positions, so a window cannot reach the prefix.
         if window is not None and longest > window:
             return f"a sliding_window of {window} tokens hides some of up to {longest} before"
         return None
@@ -79,7 +79,7 @@ def row_attention(
     prefix: KVPrefix | None,
     prefix_segment_ids_BT: Int[Array, "B T"] | None,
 ) -> RowAttention:
-    """Attention of rows as one layer after the other calls it; masks are made once for all."""
+    """Attention for the layers to call in turn; the masks are made once for all layers."""
     if backend == "splash":
         continued_BT = None if prefix is None else prefix_segment_ids_BT
 
@@ -90,11 +90,11 @@ def row_attention(
 
         return splash
     mask_BTT = own_mask(positions_BT, segment_ids_BT, window)
-    mask_PQS = None
+    mask_P_queries_S = None
     if prefix is not None:
         assert prefix_segment_ids_BT is not None
-        mask_PQS = prefix_mask(positions_BT, prefix_segment_ids_BT, prefix, window)
-    # The scores of all pairs are cheaper to compute again than to keep for every layer.
+        mask_P_queries_S = prefix_mask(positions_BT, prefix_segment_ids_BT, prefix, window)
+    # Recomputing the scores of all pairs is cheaper than keeping them for every layer.
     attend_anew = jax.checkpoint(attend)
     fused = partial(cudnn_attend, mesh=mesh) if backend == "cudnn" else attend_anew
 
@@ -104,6 +104,6 @@ def row_attention(
         if here is not None:
             k, v = (constrain(x, mesh, whole) for x in (here.k, here.v))
             here = here._replace(k=k, v=v)
-        return fused(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, here, mask_PQS)
+        return fused(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, here, mask_P_queries_S)
 
     return with_masks

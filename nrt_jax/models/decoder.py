@@ -1,7 +1,7 @@
 """The decoder of Llama and Mistral: one definition for training, scoring, prefill and decoding.
 
-Letters: B sequences, T tokens, V vocabulary, D model dim, F feed-forward, N query heads,
-H key/value heads, G = N / H, d head dim, L layers.
+Letters: P prompts, K samples per prompt, B sequences, T tokens, V vocabulary, D model dim,
+F feed-forward, H key/value heads, G query heads per key/value head, d head dim, L layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ from nrt_jax.models.sharding import check_rows, constrain, token_shards
 
 Remat = Literal["none", "full", "dots", "offload"]
 Attend = Callable[..., tuple[Float[Array, "B T H G d"], Any]]
-"""From q [B, T, H, G, d], k and v [B, T, H, d]: the output, and what a caller wants to keep."""
+"""From q [B, T, H, G, d], k and v [B, T, H, d] to the output and whatever the caller keeps."""
 
 _POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -46,7 +46,7 @@ def _normal(
     stddev: float,
     padding: tuple[int, ...] | None = None,
 ) -> nnx.Param:
-    """A drawn weight; `padding` zeros follow each dim, and change none of the draws."""
+    """A random weight; `padding` appends zeros to each dim and changes none of the draws."""
     weight = stddev * jax.random.normal(rngs.params(), shape, jnp.float32)
     if padding is not None:
         weight = jnp.pad(weight, [(0, zeros) for zeros in padding])
@@ -72,30 +72,29 @@ class Attention(nnx.Module):
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
         a = architecture
-        D, N, H, d = a.hidden_size, a.num_attention_heads, a.num_key_value_heads, a.head_dim
-        std = a.initializer_range
-        self.query = _normal(rngs, (D, N, d), ("embed", "heads", "head_dim"), std)
+        D, H, d = a.hidden_size, a.num_key_value_heads, a.head_dim
+        query_heads, std = a.num_attention_heads, a.initializer_range
+        self.query = _normal(rngs, (D, query_heads, d), ("embed", "heads", "head_dim"), std)
         self.key = _normal(rngs, (D, H, d), ("embed", "kv_heads", "head_dim"), std)
         self.value = _normal(rngs, (D, H, d), ("embed", "kv_heads", "head_dim"), std)
-        self.output = _normal(rngs, (N, d, D), ("heads", "head_dim", "embed"), std)
+        self.output = _normal(rngs, (query_heads, d, D), ("heads", "head_dim", "embed"), std)
         self.frequencies = tuple(rope.inverse_frequencies(a).tolist())
 
     def __call__(
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], attend: Attend
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """What `attend` makes of rotated queries, keys and values, projected; and its extra."""
+        """Project what `attend` returns for the rotated queries, keys and values; and its extra."""
         dtype = x_BTD.dtype
         B, T, _ = x_BTD.shape
         frequencies = jnp.asarray(self.frequencies, jnp.float32)
-        q_BTNd = project(x_BTD, self.query[...].astype(dtype))
+        q = project(x_BTD, self.query[...].astype(dtype))
         k_BTHd = project(x_BTD, self.key[...].astype(dtype))
         v_BTHd = project(x_BTD, self.value[...].astype(dtype))
-        q_BTNd = rope.rotate(q_BTNd, positions_BT, frequencies)
+        q = rope.rotate(q, positions_BT, frequencies)
         k_BTHd = rope.rotate(k_BTHd, positions_BT, frequencies)
-        q_BTHGd = q_BTNd.reshape(B, T, k_BTHd.shape[2], -1, q_BTNd.shape[-1])
+        q_BTHGd = q.reshape(B, T, k_BTHd.shape[2], -1, q.shape[-1])
         out_BTHGd, extra = attend(q_BTHGd, k_BTHd, v_BTHd)
-        out_BTNd = out_BTHGd.reshape(q_BTNd.shape)
-        return project(out_BTNd, self.output[...].astype(dtype), 2), extra
+        return project(out_BTHGd.reshape(q.shape), self.output[...].astype(dtype), 2), extra
 
 
 class SwiGLU(nnx.Module):
@@ -120,7 +119,7 @@ class SwiGLU(nnx.Module):
 
 @jax.checkpoint
 def _gated(gate_BTF: Float[Array, "B T F"], up_BTF: Float[Array, "B T F"]) -> Array:
-    """silu(gate) * up, whose gradient needs only the two of them kept."""
+    """silu(gate) * up; the checkpoint keeps only its two arguments for the gradient."""
     return jax.nn.silu(gate_BTF) * up_BTF
 
 
@@ -149,13 +148,13 @@ class Layer(nnx.Module):
 class Decoder(nnx.Module):
     """Embedding, L stacked layers run by one scan, final norm, head.
 
-    Weights are drawn in float32; `dtype` is the dtype of the computation. `remat` says what the
-    backward pass recomputes: the cheap parts, everything inside a layer, or all but the products
-    with weights, which are kept on the device or in the host's memory.
+    Weights are drawn in float32; `dtype` is the dtype of the computation. `remat` sets what the
+    backward pass recomputes: the cheap parts (none), everything inside a layer (full), or all but
+    the products with weights, which stay on the device (dots) or in the host's memory (offload).
     The vocabulary dim of embedding and head is padded with zeros to a multiple of `vocab_multiple`,
-    so that it divides over a mesh axis; no token id and no logit stands for those rows.
-    `attention` computes the attention of whole rows, and `mesh` is what the rows and their tokens
-    are spread over; without one the compiler is told nothing of where activations lie.
+    so that it divides over a mesh axis; the padding has no token ids and no logits.
+    `attention` is the backend for whole rows. `mesh` is what rows and their tokens are sharded
+    over; without it activations have no sharding constraints.
     """
 
     def __init__(
@@ -196,17 +195,16 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVPrefix]:
         """Final-norm hidden states, and every layer's keys and values of these tokens.
 
-        A token sees the earlier ones of its own segment; segment 0 is padding.
-        `prefix` (leading L) holds the keys and values of tokens that come before; with P prompts
-        and B = P * R sequences, sequences p * R to p * R + R - 1 continue row p of the prefix: each
-        token the prompt there whose segment id it has in `prefix_segment_ids_BT` (1 where not
-        given). Positions are absolute. The returned prefix lets a later call continue from these
-        tokens. Raises InputError when rows (of the prefix, if there is one) or tokens do not divide
-        over the mesh.
+        A token sees the earlier tokens of its own segment; segment 0 is padding.
+        `prefix` (with leading L) holds the keys and values of earlier tokens. With P rows of it and
+        B = P * K sequences, sequences p * K to p * K + K - 1 continue row p: each token continues
+        the prompt whose segment id it has in `prefix_segment_ids_BT` (1 by default). Positions are
+        absolute. A later call may continue from the returned prefix. Raises InputError when the
+        rows (of the prefix, if there is one) or the tokens do not divide over the mesh.
         """
         mesh, window = self.mesh, self.architecture.sliding_window
-        units = tokens_BT if prefix is None else prefix.positions_PS
-        check_rows(mesh, len(units), tokens_BT.shape[1])
+        rows = tokens_BT if prefix is None else prefix.positions_PS
+        check_rows(mesh, len(rows), tokens_BT.shape[1])
         if prefix_segment_ids_BT is None and prefix is not None:
             prefix_segment_ids_BT = jnp.ones_like(positions_BT)
         attend = row_attention(
@@ -237,7 +235,7 @@ class Decoder(nnx.Module):
         if self.remat != "none":
             run_layer = jax.checkpoint(run_layer, policy=_POLICIES[self.remat])
         h_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
-        # First as the table lies: else the partitioner gives every device all that was looked up.
+        # Sharded like the table first: otherwise every device gets all embeddings of the batch.
         h_BTD = constrain(h_BTD, mesh, ("looked_up", "sequence", "embed"))
         h_BTD = constrain(h_BTD, mesh, stream)
         kv_L = None if prefix is None else (prefix.k, prefix.v)
@@ -252,12 +250,12 @@ class Decoder(nnx.Module):
         caches: Sequence[Any],
         attend: Callable[..., tuple[Float[Array, "B 1 H G d"], Any]],
     ) -> tuple[Float[Array, "B D"], tuple[Any, ...]]:
-        """Final-norm hidden states of one token a sequence, and every layer's new cache.
+        """Final-norm hidden states of one token per sequence, and every layer's new cache.
 
-        `attend(cache, q, k, v)` appends the token's keys and values to a layer's cache, whatever
-        its form is, and gives the attention's output and the new cache. The layers are unrolled,
-        so that each cache is an array of its own, which is updated in place. `layers` are the
-        weights of `split_layers`.
+        `attend(cache, q, k, v)` appends the token's keys and values to a layer's cache of any form,
+        and returns the attention's output and the new cache. The layers are unrolled, so that each
+        cache is a separate array, which is updated in place. `layers` are the weights of
+        `split_layers`.
         """
         definition, _ = nnx.split(self.layers)
         positions_B1 = positions_B[:, None]
@@ -270,13 +268,13 @@ class Decoder(nnx.Module):
         return self.final_norm(h_B1D)[:, 0], tuple(new_caches)
 
     def split_layers(self) -> list[nnx.State]:
-        """The stacked weights layer by layer."""
+        """The stacked weights as a list of layers."""
         _, weights_L = nnx.split(self.layers)
         count = self.architecture.num_hidden_layers
         return [jax.tree.map(lambda weight, i=i: weight[i], weights_L) for i in range(count)]
 
     def head_DV(self) -> Float[Array, "D V"]:
-        """The output matrix, V padded; the transposed embedding when the two are tied."""
+        """The output matrix with V padded; the transposed embedding when the two are tied."""
         return self.embedding[...].T if self.architecture.tie_word_embeddings else self.head[...]
 
     def token_logprobs(
@@ -286,8 +284,8 @@ class Decoder(nnx.Module):
         chunk_tokens: int,
         inverse_temperature_BT: Float[Array, "B T"] | None = None,
     ) -> TokenLogprobs:
-        """Logprobs of `targets_BT` and entropies, with the logits of `chunk_tokens` positions at a
-        time on each device."""
+        """Logprobs of `targets_BT` and entropies; each device holds the logits of `chunk_tokens`
+        positions at a time."""
         return token_logprobs(
             hidden_BTD,
             self.head_DV(),
@@ -298,7 +296,7 @@ class Decoder(nnx.Module):
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 scores of the next token, for the ids of the vocabulary alone."""
+        """Float32 logits of the next token, without the padding of the vocabulary."""
         head_DV = self.head_DV().astype(hidden.dtype)
         logits = jnp.einsum("...d,dv->...v", hidden, head_DV, preferred_element_type=jnp.float32)
         return logits[..., : self.architecture.vocab_size]
@@ -312,7 +310,7 @@ class Decoder(nnx.Module):
         """Float32 logits of whole sequences; training never builds this array.
 
         Tokens see earlier tokens with their own segment id; 0 is padding, on either side. Positions
-        count from 0 in each segment unless given.
+        count from 0 in each segment by default.
         """
         if segment_ids is None:
             segment_ids = jnp.ones(tokens_BT.shape, jnp.int32)
@@ -325,7 +323,7 @@ class Decoder(nnx.Module):
 def _whole_logits(
     definition: nnx.GraphDef, weights: nnx.State, tokens_BT, positions_BT, segment_ids_BT
 ) -> Float[Array, "B T V"]:
-    # Compiled once a shape: called plainly, the scan over the layers would be at every call.
+    # Compiled once per shape: without jit the scan over the layers is compiled at every call.
     decoder = nnx.merge(definition, weights)
     return decoder.logits(decoder.hidden(tokens_BT, positions_BT, segment_ids_BT)[0])
 
@@ -339,7 +337,7 @@ def abstract_decoder(
     attention: Backend = "xla",
     mesh: Mesh | None = None,
 ) -> Decoder:
-    """The decoder with shapes in place of weights."""
+    """The decoder with shapes instead of weights."""
 
     def make() -> Decoder:
         return Decoder(

@@ -1,7 +1,7 @@
 """Floating-point operations of the decoder's matrix products, by formula.
 
 A multiplication with its addition counts as 2. Norms, rotations, softmaxes and other elementwise
-work are left out: a few per cent of a model of real width.
+work are not counted: they are a few per cent for a model of real width.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.decoder import Remat
 
 _ATTENTION_AGAIN: dict[Remat, float] = {"none": 0.5, "full": 1.5, "dots": 1.5, "offload": 1.5}
-"""Products of the attention that the backward pass computes again, over those of the forward: the
-scores are one of two."""
+"""Attention products that the backward pass recomputes, relative to the forward pass, where the
+scores are one of two products."""
 
 
 class Rows(NamedTuple):
@@ -20,31 +20,32 @@ class Rows(NamedTuple):
     tokens: int
     """Positions of all rows."""
     keys: int | float
-    """Keys that a position is scored against, hidden ones included where they are computed."""
+    """Keys per position, masked keys included where they are computed."""
     scored: int = 0
-    """Positions whose logprobs the head gives."""
+    """Positions whose logprobs the head computes."""
 
 
 class Flops(NamedTuple):
-    """Operations by the part of the model, all layers together."""
+    """Operations by part of the model, summed over the layers."""
 
     weights: float
     """Products with the weights of the layers."""
     attention: float
-    """Scores of queries and keys, and the weighted sums of values."""
+    """Scores of queries and keys, and weighted sums of values."""
     head: float
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all parts."""
         return float(sum(self))
 
 
 def forward_flops(architecture: Architecture, rows: Rows, vocab_multiple: int = 1) -> Flops:
     """A forward pass; the vocabulary is padded to a multiple of `vocab_multiple`.
 
-    Per layer and position 4 D d (N + H) + 6 D F for the weights, with N query heads and H key/value
-    heads of d, and 4 N d a key for the attention; 2 D V a scored position for the head.
+    Per layer and position 4 D d (H G + H) + 6 D F for the weights, with H key/value heads of
+    dim d and G query heads for each, and 4 H G d per key for the attention; 2 D V per scored
+    position for the head.
     """
     a = architecture
     D, L = a.hidden_size, a.num_hidden_layers
@@ -60,11 +61,12 @@ def forward_flops(architecture: Architecture, rows: Rows, vocab_multiple: int = 
 
 
 def recomputed_flops(architecture: Architecture, rows: Rows, remat: Remat) -> Flops:
-    """What the backward pass computes again inside the layers.
+    """What the backward pass recomputes inside the layers.
 
-    Attention keeps no scores, so they are computed again under every policy, as fused kernels do
-    too. The policies that keep the products with weights run the whole attention for the one that
-    follows it; `full` runs all of a layer but its last product, which no gradient needs.
+    Attention keeps no scores, so every policy recomputes them, as fused kernels do too. The
+    policies that keep the products with weights recompute the whole attention, whose output the
+    next product needs; `full` recomputes a whole layer but its last product, which no gradient
+    needs.
     """
     forward = forward_flops(architecture, rows._replace(scored=0))
     a = architecture
@@ -83,8 +85,8 @@ def training_flops(
 ) -> Flops:
     """A forward and a backward pass: every product, its two gradients, and what is recomputed.
 
-    `chunked_head` is the head of `token_logprobs`, whose product is computed again going backward
-    under every `remat`.
+    `chunked_head` is the head of `token_logprobs`, whose backward pass recomputes the product under
+    every `remat`.
     """
     forward = forward_flops(architecture, rows, vocab_multiple)
     recomputed = recomputed_flops(architecture, rows, remat)

@@ -11,16 +11,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 PRODUCT = "product"
-"""Name of every result, for checkpoint policies, which cannot see into a custom_vjp."""
+"""Name of the results for checkpoint policies, which cannot look into a custom_vjp."""
 
 
 def project(
     x: Float[Array, "B T *inner"], weight: Float[Array, "..."], contracted: int = 1
 ) -> Float[Array, "B T ..."]:
-    """Contract the last dims of x with as many first dims of the weight.
+    """Contract the last `contracted` dims of x with the first dims of the weight.
 
-    The gradient of the weight is x^T dy, as autodiff has it (dy^T x)^T: XLA on CPU would transpose
-    dy, and compute all the elementwise work that dy comes from in that order, column by column.
+    The gradient of the weight is computed as x^T dy. Autodiff computes (dy^T x)^T, for which XLA on
+    CPU transposes dy and runs the elementwise work before it column by column.
     """
     return checkpoint_name(_project(contracted, x, weight), PRODUCT)
 

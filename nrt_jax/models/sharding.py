@@ -1,4 +1,4 @@
-"""Which mesh axis holds which dimension: one table from logical names to mesh axes."""
+"""The sharding of every array: one table from logical axes to mesh axes."""
 
 import math
 from collections.abc import Sequence
@@ -52,17 +52,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def spread_mesh(architecture: Architecture) -> Mesh:
-    """All devices, with the weights over as many of them as the model dim divides over.
+    """A mesh of all devices, with weights sharded over as many as the model dim divides over.
 
-    For reading a model wherever it is put to use; which mesh it was trained on does not matter.
+    For using a model on any machine, whatever mesh it was trained on.
     """
     return make_mesh(MeshConfig(fsdp=math.gcd(architecture.hidden_size, jax.device_count())))
 
 
 def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
-    """Mesh axes of an array from the logical names of its dims; None is not sharded.
+    """Mesh axes of an array from the logical axes of its dims; None is not sharded.
 
-    Raises ValueError on a name that is not in the table and on two dims that claim one mesh axis.
+    Raises ValueError for a name that is not in the table and for two dims on one mesh axis.
     """
     unknown = [name for name in logical_axes if name is not None and name not in LOGICAL_TO_MESH]
     if unknown:
@@ -77,9 +77,9 @@ def partition_spec(logical_axes: Sequence[str | None]) -> PartitionSpec:
 def param_shardings(mesh: Mesh, abstract_state: nnx.State) -> dict:
     """Sharding of every weight, as a pure tree like the params.
 
-    `abstract_state` is the state of a Decoder (abstract or not), whose variables name their logical
-    axes; weights under `layers` have a leading stacked dim. Raises InputError when a dim does not
-    divide by its mesh axes.
+    `abstract_state` is the state of a Decoder (abstract or not), whose variables have logical axes;
+    weights under `layers` have a leading stacked dim. Raises InputError when a dim does not divide
+    over its mesh axes.
     """
 
     def sharding(path: tuple, variable: nnx.Variable) -> NamedSharding:
@@ -105,14 +105,14 @@ def abstract_params(mesh: Mesh, decoder: nnx.Module, dtype: DTypeLike | None = N
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array whose first dim counts prompts."""
+    """Sharding of an array whose first dim is that of prompts."""
     return NamedSharding(mesh, partition_spec(("batch",)))
 
 
 def constrain(x: Array, mesh: Mesh | None, logical_axes: Sequence[str | None]) -> Array:
-    """`x` of a compiled program, laid out as its dims' logical names say; as it is on one device.
+    """Constrain the sharding of `x` inside a compiled program by its logical axes.
 
-    Raises InputError when a dim does not divide by its mesh axes.
+    One device needs no constraint. Raises InputError when a dim does not divide over its mesh axes.
     """
     if mesh is None or mesh.size == 1:
         return x
@@ -130,19 +130,19 @@ def check_rows(mesh: Mesh | None, rows: int, tokens: int) -> None:
 
 
 def token_shards(mesh: Mesh | None) -> int:
-    """Devices that the tokens of a batch are spread over."""
+    """Number of devices that the tokens of a batch are sharded over."""
     spec = partition_spec(("batch", "sequence"))
     names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes)]
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
 
 def on_device(sharding: Sharding) -> bool:
-    """Whether arrays of this sharding lie in the devices' memory, not in the hosts'."""
+    """Whether arrays of this sharding are in device memory, not in host memory."""
     return sharding.memory_kind in (None, "device")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Sharding of an array that every device holds whole."""
+    """Sharding of an array that every device holds entirely."""
     return NamedSharding(mesh, PartitionSpec())
 
 

@@ -1,16 +1,17 @@
-"""Attention of training rows by the splash kernels of TPUs: no array of T x S scores anywhere.
+"""Attention of training rows by the splash kernels of TPUs, without an array of T x S scores.
 
-A row's tokens see the row (causal) and its unit's prefix. Each of the two is one kernel, and the
-softmax over both together is merged from theirs: with o_i the output over keys i and l_i the log of
-the sum of their exp(scores),
+A row's tokens see the row (causally) and the prefix of its pack. One kernel computes each of the
+two, and the softmax over both is merged from them: with o_i the output over keys i and l_i the log
+of the sum of their exp(scores),
 
     l = logaddexp(l_1, l_2),    o = sum_i exp(l_i - l) o_i
 
-Backward, a kernel recomputes p = exp(scores - l) and ds = p * (do v - sum(o do)), which hold for
-its own keys alone when l and o are those of all keys.
+In the backward pass a kernel recomputes p = exp(scores - l) and ds = p * (do v - sum(o do)), which
+are right for its own keys when l and o are those of all keys.
 
-Letters: P units, B = P * R rows, T tokens of a row, Q = R * T, S prefix tokens, N = H * G query
-heads, H key/value heads, d head dim; inside shard_map all are a device's own.
+Letters: P packs, B = P * K rows, T tokens of a row, S prefix tokens, H key/value heads, G query
+heads per key/value head, d head dim; `heads` are the H * G query heads. Inside shard_map all are
+those of one device.
 """
 
 from functools import cache, partial
@@ -30,13 +31,13 @@ from nrt_jax.models.sharding import partition_spec
 LANES = 128
 LARGEST_BLOCK = 512
 
-# The public call gives no backward pass for a part of the keys: its output is that part's, and it
-# refuses to differentiate the log-sum-exp. This function takes both from outside.
+# The public call has no backward pass for a part of the keys: it uses that part's output, and
+# refuses to differentiate the log-sum-exp. This function takes both as arguments.
 _backward_of_part = library._splash_attention_bwd
 
 
 class _Part(NamedTuple):
-    """Keys that all queries of a row or of a unit share, and who may see them."""
+    """Keys that all queries of a row or a pack share, and the segments that mask them."""
 
     k_BHSd: Float[Array, "B H S d"]
     v_BHSd: Float[Array, "B H S d"]
@@ -58,8 +59,8 @@ def splash_attend(
     """`attention.attend` without a window: softmax(q k / sqrt(d)) v over [prefix ; own tokens].
 
     On a mesh every device has the queries of its own tokens and the keys of the whole row; rows and
-    tokens must divide over it. What a query of padding (segment 0) gets means nothing, and is
-    finite. `interpret` runs the kernels on any platform, slowly.
+    tokens must divide over it. The output of a padding query (segment 0) is finite and meaningless.
+    `interpret` runs the kernels on any platform, slowly.
     """
     _, T, H, G, d = q_BTHGd.shape
     shards = 1 if mesh is None else mesh.shape["context"]
@@ -82,7 +83,7 @@ def splash_attend(
 
 
 def _pad(x: Array, multiple: int) -> Array:
-    """Zeros after dim 1, up to a multiple; as segment ids they are padding."""
+    """Append zeros to dim 1 up to a multiple; as segment ids they are padding."""
     return jnp.pad(x, [(0, -x.shape[1] % multiple if i == 1 else 0) for i in range(x.ndim)])
 
 
@@ -101,7 +102,7 @@ def _over_mesh(mesh: Mesh, kernel: library.SplashAttentionKernel, parts: int) ->
             [(keys, keys, tokens, whole)] * parts,
         ),
         out_specs=queries,
-        # The library's kernels do not say over which axes their results vary.
+        # The library's kernels do not declare the axes over which their results vary.
         check_vma=False,
     )
 
@@ -111,15 +112,15 @@ def _attend_on_device(
     q_BTHGd: Float[Array, "B T H G d"],
     keys: list[tuple[Array, Array, Array, Array]],
 ) -> Float[Array, "B T H G d"]:
-    """The kernels want heads before tokens, and the rows of a unit as one row of queries."""
+    """The kernels take heads before tokens, and the rows of a pack as one row of queries."""
     B, T, H, G, d = q_BTHGd.shape
-    q_BNTd = q_BTHGd.reshape(B, T, H * G, d).swapaxes(1, 2)
+    queries = q_BTHGd.reshape(B, T, H * G, d).swapaxes(1, 2)
     parts = [
         _Part(k.swapaxes(1, 2), v.swapaxes(1, 2), ids.reshape(len(k), -1), key_ids)
         for k, v, ids, key_ids in keys
     ]
-    kernels = (kernel, *(_full_kernel(q_BNTd, part, kernel) for part in parts[1:]))
-    return _merged(kernels, q_BNTd, parts).swapaxes(1, 2).reshape(B, T, H, G, d)
+    kernels = (kernel, *(_full_kernel(H * G, part, kernel) for part in parts[1:]))
+    return _merged(kernels, queries, parts).swapaxes(1, 2).reshape(B, T, H, G, d)
 
 
 def _block(tokens: int) -> int:
@@ -142,7 +143,7 @@ def _block_sizes(queries: int, keys: int) -> library.BlockSizes:
 def _causal_kernel(
     heads: int, tokens: int, shards: int, interpret: bool
 ) -> library.SplashAttentionKernel:
-    """For rows whose queries lie on `shards` devices; NumPy arrays, so that it outlives a trace."""
+    """For rows whose queries are on `shards` devices; it holds NumPy arrays, to outlive a trace."""
     mask = masks.CausalMask((tokens, tokens), shard_count=shards)
     with jax.ensure_compile_time_eval():
         kernel = library.make_splash_mha(
@@ -157,12 +158,12 @@ def _causal_kernel(
 
 
 def _full_kernel(
-    q_BNTd: Array, part: _Part, like: library.SplashAttentionKernel
+    heads: int, part: _Part, like: library.SplashAttentionKernel
 ) -> library.SplashAttentionKernel:
-    """Every query of a unit against every key; the segments alone decide."""
+    """Every query of a pack against every key; only the segments mask."""
     queries, tokens = part.query_segments_BT.shape[1], part.key_segments_BS.shape[1]
     return library.make_splash_mha(
-        masks.MultiHeadMask([masks.FullMask((queries, tokens))] * q_BNTd.shape[1]),
+        masks.MultiHeadMask([masks.FullMask((queries, tokens))] * heads),
         block_sizes=_block_sizes(queries, tokens),
         save_residuals=True,
         head_shards=1,
@@ -174,49 +175,49 @@ def _full_kernel(
 @jax.custom_vjp
 def _merged(
     kernels: tuple[library.SplashAttentionKernel, ...],
-    q_BNTd: Float[Array, "B N T d"],
+    queries: Float[Array, "B heads T d"],
     parts: list[_Part],
-) -> Float[Array, "B N T d"]:
-    """Attention over all parts together; the first one's rows are the queries' rows."""
-    return _merge_forward(kernels, q_BNTd, parts)[0]
+) -> Float[Array, "B heads T d"]:
+    """Attention over all parts together; the rows of the first part are those of the queries."""
+    return _merge_forward(kernels, queries, parts)[0]
 
 
-def _merge_forward(kernels, q_BNTd, parts):
-    T = q_BNTd.shape[2]
+def _merge_forward(kernels, queries, parts):
+    T = queries.shape[2]
     outs, log_sums = [], []
     for kernel, part in zip(kernels, parts, strict=True):
-        q = _by_unit(q_BNTd, len(part.k_BHSd))
+        q = _by_pack(queries, len(part.k_BHSd))
         ids = library.SegmentIds(part.query_segments_BT, part.key_segments_BS)
         out, (log_sum,) = jax.vmap(kernel)(q, part.k_BHSd, part.v_BHSd, ids)
         outs.append(_by_row(out, T).astype(jnp.float32))
         log_sums.append(_by_row(log_sum, T))
-    # A part that shows a query nothing has a log-sum-exp of some -1e38, and so no weight; its own
-    # tokens always show it itself.
-    log_sum_BNT = jax.nn.logsumexp(jnp.stack(log_sums), axis=0)
-    weights = [jnp.exp(log_sum - log_sum_BNT)[..., None] for log_sum in log_sums]
-    out_BNTd = sum(weight * out for weight, out in zip(weights, outs, strict=True))
-    out_BNTd = jnp.asarray(out_BNTd, q_BNTd.dtype)
-    return out_BNTd, (kernels, q_BNTd, parts, out_BNTd, log_sum_BNT)
+    # A part that hides all keys from a query has a log-sum-exp near -1e38, so its weight is 0; a
+    # query always sees itself among its own tokens.
+    merged_log_sum = jax.nn.logsumexp(jnp.stack(log_sums), axis=0)
+    weights = [jnp.exp(log_sum - merged_log_sum)[..., None] for log_sum in log_sums]
+    merged = sum(weight * out for weight, out in zip(weights, outs, strict=True))
+    merged = jnp.asarray(merged, queries.dtype)
+    return merged, (kernels, queries, parts, merged, merged_log_sum)
 
 
-def _merge_backward(residuals, d_out_BNTd):
-    kernels, q_BNTd, parts, out_BNTd, log_sum_BNT = residuals
-    dq_BNTd, d_parts = jnp.zeros(q_BNTd.shape, jnp.float32), []
+def _merge_backward(residuals, d_merged):
+    kernels, queries, parts, merged, merged_log_sum = residuals
+    d_queries, d_parts = jnp.zeros(queries.shape, jnp.float32), []
     for kernel, part in zip(kernels, parts, strict=True):
-        units = len(part.k_BHSd)
+        packs = len(part.k_BHSd)
         q, out, log_sum, d_out = (
-            _by_unit(x, units) for x in (q_BNTd, out_BNTd, log_sum_BNT, d_out_BNTd)
+            _by_pack(x, packs) for x in (queries, merged, merged_log_sum, d_merged)
         )
         ids = library.SegmentIds(part.query_segments_BT, part.key_segments_BS)
         backward = jax.vmap(partial(_part_gradients, kernel))
         dq, dk, dv = backward(q, part.k_BHSd, part.v_BHSd, ids, out, log_sum, d_out)
-        dq_BNTd += _by_row(dq, q_BNTd.shape[2]).astype(jnp.float32)
+        d_queries += _by_row(dq, queries.shape[2]).astype(jnp.float32)
         d_parts.append(_Part(dk, dv, None, None))
-    return None, dq_BNTd.astype(q_BNTd.dtype), d_parts
+    return None, d_queries.astype(queries.dtype), d_parts
 
 
 def _part_gradients(kernel, q, k, v, ids, out, log_sum, d_out):
-    """Gradients of one part's keys, and its share of the queries'."""
+    """Gradients of one part's keys and values, and its share of the queries' gradient."""
     residuals = (q, k, v, ids, None, out, log_sum, kernel.dq_mask_info, kernel.dkv_mask_info)
     _, _, _, dq, dk, dv, _, _ = _backward_of_part(**kernel.kwargs, res=residuals, do=d_out)
     return dq, dk, dv
@@ -225,15 +226,15 @@ def _part_gradients(kernel, q, k, v, ids, out, log_sum, d_out):
 _merged.defvjp(_merge_forward, _merge_backward)
 
 
-def _by_unit(x: Array, units: int) -> Array:
-    """[P * R, N, T, ...] to [P, N, R * T, ...]."""
-    B, N, T, *rest = x.shape
-    R = B // units
-    return x.reshape(units, R, N, T, *rest).swapaxes(1, 2).reshape(units, N, R * T, *rest)
+def _by_pack(x: Array, packs: int) -> Array:
+    """[P * K, heads, T, ...] to [P, heads, K * T, ...]."""
+    B, heads, T, *rest = x.shape
+    K = B // packs
+    return x.reshape(packs, K, heads, T, *rest).swapaxes(1, 2).reshape(packs, heads, K * T, *rest)
 
 
 def _by_row(x: Array, tokens: int) -> Array:
-    """[P, N, R * T, ...] to [P * R, N, T, ...]."""
-    P, N, Q, *rest = x.shape
-    R = Q // tokens
-    return x.reshape(P, N, R, tokens, *rest).swapaxes(1, 2).reshape(P * R, N, tokens, *rest)
+    """[P, heads, K * T, ...] to [P * K, heads, T, ...]."""
+    P, heads, queries, *rest = x.shape
+    K = queries // tokens
+    return x.reshape(P, heads, K, tokens, *rest).swapaxes(1, 2).reshape(P * K, heads, tokens, *rest)
