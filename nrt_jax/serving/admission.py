@@ -1,16 +1,16 @@
-"""Who is served and who waits: so many requests at a time, a short queue, then 429."""
+"""Limits on requests: a number of them run, a short queue waits, others get status 429."""
 
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from nrt_jax.serving.errors import ApiError
+from nrt_jax.serving.protocol import ApiError
 
 RETRY_AFTER_S = 1
 
 
 class Admission:
-    """Lives on the event loop's thread; `running` and `waiting` count requests."""
+    """Used on the event loop's thread; `running` and `waiting` count requests."""
 
     def __init__(self, concurrent: int, queue: int):
         self._free = asyncio.Semaphore(concurrent)
@@ -21,7 +21,7 @@ class Admission:
 
     @asynccontextmanager
     async def admit(self) -> AsyncIterator[None]:
-        """Enter when it is this request's turn; ApiError 429 when the queue is full, 503 late."""
+        """Wait for a turn; ApiError 429 when the queue is full, 503 while draining."""
         if self.draining:
             raise ApiError(503, "the server is shutting down; ask another one", code="draining")
         if self._free.locked() and self.waiting >= self._queue:
@@ -46,7 +46,7 @@ class Admission:
             self._left.set()
 
     async def drain(self) -> None:
-        """Admit no one else, and return when everyone has left."""
+        """Admit no further request, and return when none runs or waits."""
         self.draining = True
         while self.running or self.waiting:
             self._left.clear()

@@ -1,4 +1,4 @@
-"""The HTTP application: routes, errors and limits around completions and chats."""
+"""The HTTP application: routes, limits and errors of completions and chats."""
 
 import asyncio
 import logging
@@ -21,7 +21,6 @@ from nrt_jax.serving.call import Call
 from nrt_jax.serving.chat import Chat
 from nrt_jax.serving.completions import Completion
 from nrt_jax.serving.engine_loop import EngineFailed, EngineLoop
-from nrt_jax.serving.errors import ApiError, JsonResponse, dump, error_response
 from nrt_jax.serving.http_exchange import (
     CLIENT_GONE,
     ClientGone,
@@ -31,7 +30,15 @@ from nrt_jax.serving.http_exchange import (
     unless_gone,
 )
 from nrt_jax.serving.metrics import Metrics
-from nrt_jax.serving.schemas import ChatRequest, CompletionRequest, parse
+from nrt_jax.serving.protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    JsonResponse,
+    dump,
+    error_response,
+    parse,
+)
 from nrt_jax.serving.served_model import ServedModel
 
 log = logging.getLogger(__name__)
@@ -47,7 +54,7 @@ Job = Completion | Chat
 
 @dataclass
 class OpenAIServer:
-    """What the routes share."""
+    """The routes and what they share."""
 
     served: ServedModel
     engine: EngineLoop
@@ -96,7 +103,7 @@ class OpenAIServer:
             return error_response(_api_error(error, request_id))
 
     async def _begin(self, request: Request, call: Call, stack: AsyncExitStack) -> Response:
-        """The whole answer, or a stream whose first chunk is there and that holds `stack`."""
+        """The whole answer, or a stream that has its first chunk and holds `stack`."""
         job = await self._read(request)
         admitted = self.admission.admit()
         await unless_gone(request, stack.enter_async_context(admitted))
@@ -105,7 +112,7 @@ class OpenAIServer:
             return JsonResponse(await unless_gone(request, job.run(call)))
         chunks = job.stream(call)
         stack.push_async_callback(chunks.aclose)
-        # A failure before the first chunk still has a status of its own.
+        # A failure before the first chunk still gets its own status.
         first = await unless_gone(request, anext(chunks))
         return EventStream(_events(first, chunks, call.id), stack.pop_all())
 
@@ -115,7 +122,7 @@ class OpenAIServer:
         schema, kind = KINDS[request.url.path]
         body = parse(schema, await read_body(request, self.config.max_body_bytes))
         self._check_name(body.model)
-        # In a thread: the text of a large body takes a while to tokenise.
+        # In a thread: a large body takes long to tokenise.
         return await asyncio.to_thread(
             kind.prepare,
             self.served,
@@ -133,7 +140,7 @@ class OpenAIServer:
                 code="model_not_found",
             )
 
-    # --- what is no completion --------------------------------------------------------------------
+    # --- other routes -----------------------------------------------------------------------------
 
     async def _models(self) -> Response:
         return JsonResponse({"object": "list", "data": [self._card()]})
@@ -175,7 +182,7 @@ class OpenAIServer:
 async def _events(
     first: dict[str, Any], chunks: AsyncGenerator[dict[str, Any], None], request_id: str
 ) -> AsyncGenerator[str, None]:
-    """The chunks as server-sent events; an error ends them, since the status has been sent."""
+    """The chunks as server-sent events; an error is the last event, as the status is sent."""
     try:
         yield _event(first)
         async for chunk in chunks:
@@ -190,7 +197,7 @@ def _event(content: dict[str, Any]) -> str:
 
 
 def _api_error(error: Exception, request_id: str) -> ApiError:
-    """What the client is told; what is our own mistake is logged, and told by its id only."""
+    """The error that the client gets; for a mistake of ours only its id, and the log has more."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, InputError):

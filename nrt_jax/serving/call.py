@@ -1,4 +1,4 @@
-"""One HTTP request under way: what it has in the engine, its time limit, its measurements."""
+"""One HTTP request under way: its sequences in the engine, its time limit, its measurements."""
 
 import asyncio
 import time
@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from nrt_jax.engine.requests import Request
-from nrt_jax.serving.engine_loop import EngineLoop, Generation, PromptScores
-from nrt_jax.serving.errors import ApiError
+from nrt_jax.serving.detokenize import Piece, TextWriter
+from nrt_jax.serving.engine_loop import EngineLoop, Generation, PromptLogprobs
 from nrt_jax.serving.metrics import Metrics
-from nrt_jax.serving.text import Piece, TextWriter
+from nrt_jax.serving.protocol import ApiError
 
 T = TypeVar("T")
 
 
 class Call:
-    """Submits on behalf of one request; `close` frees whatever it still has in the engine."""
+    """Submits sequences for one request; `close` frees those that are still in the engine."""
 
     def __init__(self, engine: EngineLoop, metrics: Metrics, request_id: str, timeout_s: float):
         self.id = request_id
@@ -36,14 +36,14 @@ class Call:
         self._generations.append(generation)
         return generation
 
-    async def score(self, tokens: np.ndarray) -> PromptScores:
+    async def score(self, tokens: np.ndarray) -> PromptLogprobs:
         """Logprobs of a prompt's tokens."""
         return await self._engine.score(tokens, self.id)
 
     async def pieces(
         self, generation: Generation, copy: int, writer: TextWriter
     ) -> AsyncGenerator[Piece, None]:
-        """What one sequence writes, up to its end or to a stop text."""
+        """The text of one sequence, up to its end or to a stop text."""
         first: float | None = None
         later = 0
         async for event in generation.events(copy):
@@ -54,7 +54,7 @@ class Call:
                 first = now
                 self._hear_first(now)
             else:
-                # Tokens that come together with the first took no time of their own.
+                # Tokens that arrive together with the first are not timed.
                 later += piece.sampled
             if piece.finish is not None:
                 generation.give_up(copy)
@@ -70,13 +70,13 @@ class Call:
             self._metrics.first_token.observe(now - self._began)
 
     def close(self) -> None:
-        """The request is answered, or nobody waits for the answer."""
+        """Free all slots: the request is answered, or its client has gone."""
         self._timer.cancel()
         for generation in self._generations:
             generation.close()
 
     def timed_out(self) -> ApiError:
-        """What a request is told that took too long."""
+        """The error of a request that took too long."""
         return ApiError(504, f"not answered in {self._timeout_s:g} s", code="timeout")
 
     def _expire(self) -> None:
@@ -85,9 +85,9 @@ class Call:
 
 
 async def merge(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int, T], None]:
-    """The items of all streams as they come, each with the index of its stream.
+    """Yield the items of all streams as they come, each with the index of its stream.
 
-    The first failure ends all.
+    The first failure ends all streams.
     """
     items: asyncio.Queue[Any] = asyncio.Queue()
 
@@ -114,14 +114,3 @@ async def merge(streams: Sequence[AsyncIterator[T]]) -> AsyncGenerator[tuple[int
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def join(pieces: Sequence[Piece]) -> Piece:
-    """All pieces of a sequence as one."""
-    return Piece(
-        text="".join(piece.text for piece in pieces),
-        scores=tuple(score for piece in pieces for score in piece.scores),
-        tokens=np.concatenate([piece.tokens for piece in pieces] or [np.zeros(0, np.int32)]),
-        sampled=sum(piece.sampled for piece in pieces),
-        finish=pieces[-1].finish if pieces else None,
-    )

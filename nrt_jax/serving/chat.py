@@ -1,6 +1,6 @@
 """`POST /v1/chat/completions`: a conversation in, a trace and an answer out.
 
-A run that reasons is asked twice, as evaluation does: x t_start for a trace z, which any special
+A model that reasons is asked twice, as in evaluation: x t_start for a trace z, which any special
 token or its limit ends, then x t_start z t_end for the answer.
 """
 
@@ -14,20 +14,18 @@ import numpy as np
 
 from nrt_jax.engine.requests import Request
 from nrt_jax.errors import InputError
-from nrt_jax.serving.call import Call, join, merge
+from nrt_jax.serving.call import Call, merge
+from nrt_jax.serving.detokenize import Piece, TextWriter, join
 from nrt_jax.serving.engine_loop import Generation
-from nrt_jax.serving.errors import bad_request
-from nrt_jax.serving.logprobs import chat_logprobs
-from nrt_jax.serving.sampling import check_stop_ids, sampling_of, usage
-from nrt_jax.serving.schemas import ChatMessage, ChatRequest
+from nrt_jax.serving.logprobs import TokenLogprob, chat_logprobs
+from nrt_jax.serving.protocol import ChatMessage, ChatRequest, bad_request, usage
 from nrt_jax.serving.served_model import ServedModel
-from nrt_jax.serving.text import Piece, TextWriter
 
 FIELDS = {"trace": "reasoning_content", "answer": "content"}
 
 
 class Part(NamedTuple):
-    """A piece of one choice, and which of the two it belongs to."""
+    """A piece of one choice, of its trace or of its answer."""
 
     of: Literal["trace", "answer"]
     piece: Piece
@@ -40,9 +38,9 @@ class Chat:
     served: ServedModel
     body: ChatRequest
     prompt: np.ndarray
-    """x, int32, with t_start where the run reasons."""
+    """x, int32, with t_start if the model reasons."""
     trace_limit: int
-    """0 where the run does not reason."""
+    """0 if the model does not reason."""
     limit: int
     """Most tokens of trace and answer together."""
 
@@ -55,7 +53,7 @@ class Chat:
             raise bad_request("top_logprobs", f"{body.top_logprobs}; this server gives up to {top}")
         if body.top_logprobs and not body.logprobs:
             raise bad_request("top_logprobs", "needs logprobs=true")
-        check_stop_ids(served, body)
+        body.check_stop_ids(served.tokenizer.vocab_size)
         prompt = _prompt(served, body.messages)
         most = served.limits.new - (2 if served.reasons else 0)
         trace = _at_most(body, "max_reasoning_tokens", served.limits.trace)
@@ -65,7 +63,7 @@ class Chat:
 
     @property
     def prompt_tokens(self) -> int:
-        """Of the one prompt."""
+        """Length of the prompt."""
         return len(self.prompt)
 
     async def run(self, call: Call) -> dict[str, Any]:
@@ -80,7 +78,7 @@ class Chat:
         }
 
     async def stream(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
-        """The same in chunks, whose texts and logprobs join to those of the whole."""
+        """The answer in chunks, whose texts and logprobs join to those of `run`."""
         created, parts = int(time.time()), []
         kind = "chat.completion.chunk"
         begun: set[int] = set()
@@ -91,10 +89,10 @@ class Chat:
                     begun.add(index)
                     delta = {"role": "assistant", "content": ""}
                     yield self._chunk(call, kind, created, [self._delta(index, delta)])
-                if part.piece.text or part.piece.scores:
+                if part.piece.text or part.piece.logprobs:
                     delta = {FIELDS[part.of]: part.piece.text}
-                    scores = part.piece.scores if part.of == "answer" else None
-                    yield self._chunk(call, kind, created, [self._delta(index, delta, scores)])
+                    logprobs = part.piece.logprobs if part.of == "answer" else None
+                    yield self._chunk(call, kind, created, [self._delta(index, delta, logprobs)])
                 if part.of == "answer" and part.piece.finish:
                     last = self._delta(index, {}) | {"finish_reason": part.piece.finish}
                     yield self._chunk(call, kind, created, [last])
@@ -103,9 +101,9 @@ class Chat:
 
     async def _parts(self, call: Call) -> AsyncGenerator[tuple[int, Part], None]:
         n, limit = self.body.n, min(self.trace_limit or self.limit, self.limit)
-        sampling = sampling_of(self.body)
+        sampling = self.body.sampling
         if self.served.reasons:
-            # What the client says of ends is about the answer.
+            # The client's stop tokens are for the answer.
             sampling = sampling._replace(stop_ids=self.served.trace_stop_ids)
         request = Request(self.prompt, 0, n, limit, sampling)
         first = call.submit(request, self.body.seed)
@@ -130,12 +128,12 @@ class Chat:
         trace = join(pieces)
         limit = self.limit - trace.sampled
         if limit <= 0:
-            # The trace has used up what the request allows; there is no answer.
+            # The trace has used up the request's tokens: there is no answer.
             yield Part("answer", Piece("", (), trace.tokens[:0], 0, "length"))
             return
         closed = np.concatenate([self.prompt, trace.tokens, [tokenizer.think_end_id]])
-        # A stream of its own, so that no draw of the answer shares its noise with the trace's.
-        request = Request(closed.astype(np.int32), 1 + copy, 1, limit, sampling_of(self.body))
+        # Another stream: the answer must not be sampled with the noise of the trace.
+        request = Request(closed.astype(np.int32), 1 + copy, 1, limit, self.body.sampling)
         second = call.submit(request, self.body.seed)
         async for piece in call.pieces(second, 0, TextWriter(tokenizer, self.body.stops)):
             yield Part("answer", piece)
@@ -146,22 +144,23 @@ class Chat:
         if self.served.reasons:
             trace = join([part.piece for part in parts if part.of == "trace"])
             message["reasoning_content"] = trace.text
-        scores = self._scores(answer.scores)
         return {
             "index": index,
             "message": message,
-            "logprobs": scores,
+            "logprobs": self._logprobs(answer.logprobs),
             "finish_reason": answer.finish,
         }
 
-    def _delta(self, index: int, delta: dict[str, str], scores: Any = None) -> dict[str, Any]:
-        shown = None if scores is None else self._scores(scores)
+    def _delta(
+        self, index: int, delta: dict[str, str], logprobs: Sequence[TokenLogprob] | None = None
+    ) -> dict[str, Any]:
+        shown = self._logprobs(logprobs)
         return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}
 
-    def _scores(self, scores: Any) -> dict[str, Any] | None:
-        if not self.body.logprobs:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        if logprobs is None or not self.body.logprobs:
             return None
-        return chat_logprobs(self.served.token_texts, scores, self.body.top_logprobs)
+        return chat_logprobs(self.served.token_texts, logprobs, self.body.top_logprobs)
 
     def _chunk(
         self, call: Call, kind: str, created: int, choices: list[dict[str, Any]]
@@ -208,7 +207,7 @@ def _turn(index: int, message: ChatMessage) -> dict[str, str]:
 
 
 def _at_most(body: ChatRequest, name: str, most: int) -> int:
-    """The field's value, or all there is; ApiError 400 when that is less."""
+    """The field's value, or `most` without one; ApiError 400 when the value is above it."""
     value = getattr(body, name)
     if value is None:
         return most

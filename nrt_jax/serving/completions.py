@@ -4,19 +4,29 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from nrt_jax.engine.requests import Request
-from nrt_jax.serving.call import Call, join, merge
-from nrt_jax.serving.errors import bad_request
-from nrt_jax.serving.logprobs import legacy_logprobs, prompt_scores
-from nrt_jax.serving.prompts import Prompt, read_prompts
-from nrt_jax.serving.sampling import check_stop_ids, sampling_of, usage
-from nrt_jax.serving.schemas import CompletionRequest
+from nrt_jax.errors import InputError
+from nrt_jax.serving.call import Call, merge
+from nrt_jax.serving.detokenize import Piece, TextWriter, join, prompt_offsets
+from nrt_jax.serving.logprobs import TokenLogprob, completion_logprobs, prompt_logprobs
+from nrt_jax.serving.protocol import CompletionRequest, bad_request, usage
 from nrt_jax.serving.served_model import ServedModel
-from nrt_jax.serving.text import Piece, TextWriter, TokenScore, prompt_offsets
 
 DEFAULT_MAX_TOKENS = 16
+
+
+class Prompt(NamedTuple):
+    """One prompt of a request."""
+
+    tokens: np.ndarray
+    text: str | None
+    """None when it came as token ids."""
+    limit: int
+    """Most tokens that are written after it."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +36,6 @@ class Completion:
     served: ServedModel
     body: CompletionRequest
     prompts: Sequence[Prompt]
-    limits: Sequence[int]
-    """Most tokens that are written after each prompt."""
 
     @classmethod
     def prepare(
@@ -38,10 +46,9 @@ class Completion:
             raise bad_request("logprobs", f"{body.logprobs}; this server gives up to {top}")
         if body.max_tokens == 0 and not body.echo:
             raise bad_request("max_tokens", "0 writes nothing; set 1 or more, or echo=true")
-        prompts = read_prompts(served, body.prompt, sequences // body.n)
-        limits = [_limit(served, body, index, prompt) for index, prompt in enumerate(prompts)]
-        check_stop_ids(served, body)
-        return cls(served, body, prompts, limits)
+        prompts = _read_prompts(served, body, sequences // body.n)
+        body.check_stop_ids(served.tokenizer.vocab_size)
+        return cls(served, body, prompts)
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,27 +67,23 @@ class Completion:
         return self._chunk(call, int(time.time()), choices) | {"usage": usage}
 
     async def stream(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
-        """The same in chunks, whose texts and logprobs join to those of the whole."""
+        """The answer in chunks, whose texts and logprobs join to those of `run`."""
         created, sampled = int(time.time()), 0
         async with aclosing(self._pieces(call)) as written:
             async for index, piece in written:
                 sampled += piece.sampled
-                if piece.text or piece.scores or piece.finish:
+                if piece.text or piece.logprobs or piece.finish:
                     yield self._chunk(call, created, [self._choice(index, piece)])
         if self.body.include_usage:
             yield self._chunk(call, created, []) | {"usage": self._usage(sampled)}
 
     async def _pieces(self, call: Call) -> AsyncGenerator[tuple[int, Piece], None]:
         n = self.body.n
-        echoes = [
-            await self._echo(call, *pair) for pair in zip(self.prompts, self.limits, strict=True)
-        ]
+        echoes = [await self._echo(call, prompt) for prompt in self.prompts]
         streams = []
-        for index, (prompt, limit) in enumerate(zip(self.prompts, self.limits, strict=True)):
-            sampling = sampling_of(self.body)
-            request = Request(prompt.tokens, index, n, limit, sampling)
-            generation = call.submit(request, self.body.seed) if limit else None
-            echo = echoes[index]
+        for index, (prompt, echo) in enumerate(zip(self.prompts, echoes, strict=True)):
+            request = Request(prompt.tokens, index, n, prompt.limit, self.body.sampling)
+            generation = call.submit(request, self.body.seed) if prompt.limit else None
             for copy in range(n):
                 writer = TextWriter(
                     self.served.tokenizer, self.body.stops, len(echo.text) if echo else 0
@@ -91,28 +94,27 @@ class Completion:
             async for item in merged:
                 yield item
 
-    async def _echo(self, call: Call, prompt: Prompt, limit: int) -> Piece | None:
-        """The prompt as the first piece of its answers, scored where logprobs are asked for."""
+    async def _echo(self, call: Call, prompt: Prompt) -> Piece | None:
+        """The prompt as the first piece of its answers, with logprobs if they are asked for."""
         if not self.body.echo:
             return None
         ids = prompt.tokens.tolist()
         text, offsets = prompt_offsets(self.served.tokenizer, ids)
-        scores: tuple[TokenScore, ...] = ()
+        logprobs: tuple[TokenLogprob, ...] = ()
         if self.body.logprobs is not None:
             scored = await call.score(prompt.tokens) if len(ids) > 1 else None
-            scores = prompt_scores(ids, offsets, scored)
+            logprobs = prompt_logprobs(ids, offsets, scored)
         text = text if prompt.text is None else prompt.text
-        return Piece(text, scores, prompt.tokens[:0], 0, None if limit else "length")
+        return Piece(text, logprobs, prompt.tokens[:0], 0, None if prompt.limit else "length")
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
-        top = self.body.logprobs
-        scores = (
-            None if top is None else legacy_logprobs(self.served.token_texts, piece.scores, top)
-        )
+        top, logprobs = self.body.logprobs, None
+        if top is not None:
+            logprobs = completion_logprobs(self.served.token_texts, piece.logprobs, top)
         return {
             "index": index,
             "text": piece.text,
-            "logprobs": scores,
+            "logprobs": logprobs,
             "finish_reason": piece.finish,
         }
 
@@ -139,16 +141,68 @@ async def _after(
             yield piece
 
 
-def _limit(served: ServedModel, body: CompletionRequest, index: int, prompt: Prompt) -> int:
+# --- prompts -------------------------------------------------------------------------------------
+
+
+def _read_prompts(served: ServedModel, body: CompletionRequest, most: int) -> list[Prompt]:
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
+    value = body.prompt
+    if isinstance(value, str) or _is_ids(value):
+        value = [value]
+    if not isinstance(value, list) or not value:
+        raise bad_request("prompt", "must be a text, token ids, or a list of one of these")
+    if len(value) > most:
+        raise bad_request("prompt", f"{len(value)} prompts; with this n {most} are the most")
+    tokens = [_prompt_tokens(served, index, item) for index, item in enumerate(value)]
+    return [
+        Prompt(
+            tokens=ids,
+            text=item if isinstance(item, str) else None,
+            limit=_limit(served, body, index, len(ids)),
+        )
+        for index, (item, ids) in enumerate(zip(value, tokens, strict=True))
+    ]
+
+
+def _is_ids(value: Any) -> bool:
+    # Python's bool is an int, but not a token id.
+    return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
+
+
+def _prompt_tokens(served: ServedModel, index: int, value: Any) -> np.ndarray:
+    if isinstance(value, str):
+        return _text_tokens(served, index, value)
+    if not _is_ids(value):
+        raise bad_request(
+            "prompt", f"prompt {index} must be a text or a list of one or more token ids"
+        )
+    size = served.tokenizer.vocab_size
+    unknown = next((token for token in value if not 0 <= token < size), None)
+    if unknown is not None:
+        raise bad_request("prompt", f"prompt {index} has {unknown}; token ids are 0 to {size - 1}")
+    return np.array(value, np.int32)
+
+
+def _text_tokens(served: ServedModel, index: int, text: str) -> np.ndarray:
+    try:
+        tokens = served.text_prompt(text)
+    except InputError as error:
+        raise bad_request("prompt", f"prompt {index} {error}") from None
+    if not len(tokens):
+        raise bad_request("prompt", f"prompt {index} is empty; write something")
+    return tokens
+
+
+def _limit(served: ServedModel, body: CompletionRequest, index: int, length: int) -> int:
     """Most tokens after one prompt; ApiError 400 when it does not fit."""
-    length, limits = len(prompt.tokens), served.limits
-    room = limits.context - length
-    if room < 0 or (room == 0 and body.max_tokens != 0):
+    limits = served.limits
+    left = limits.context - length
+    if left < 0 or (left == 0 and body.max_tokens != 0):
         most = limits.context - (body.max_tokens != 0)
         raise bad_request("prompt", f"prompt {index} has {length} tokens; {most} is the most")
+    most = min(limits.new, left)
     if body.max_tokens is None:
-        return min(DEFAULT_MAX_TOKENS, limits.new, room)
-    most = min(limits.new, room)
+        return min(DEFAULT_MAX_TOKENS, most)
     if body.max_tokens > most:
         raise bad_request(
             "max_tokens",

@@ -1,7 +1,6 @@
-"""The one thread that owns the engine: requests in, events out to asyncio.
+"""The one thread that owns the engine: it takes requests and sends events to asyncio.
 
-A failure of the engine ends the requests that it had, and nothing else: the scheduler is built anew
-and the thread goes on.
+A failure of the engine ends only the requests in it: the thread builds a new scheduler and goes on.
 """
 
 import asyncio
@@ -39,7 +38,7 @@ class Scheduling(Protocol):
     def waiting(self) -> int: ...
 
 
-class PromptScores(NamedTuple):
+class PromptLogprobs(NamedTuple):
     """log pi(token i + 1 | tokens <= i) of a prompt of n tokens, in nats."""
 
     logprobs: np.ndarray
@@ -51,7 +50,7 @@ class PromptScores(NamedTuple):
 
 
 class Generation:
-    """The events of one request, a queue a copy; used on the thread of its asyncio loop."""
+    """The events of one request, one queue per copy; used on the thread of its asyncio loop."""
 
     def __init__(self, engine: "EngineLoop", copies: int, request_id: str):
         self.request_id = request_id
@@ -62,7 +61,7 @@ class Generation:
         self._unfinished = set(range(copies))
 
     async def events(self, copy: int) -> AsyncIterator[Event]:
-        """The events of one copy up to its last; raises what ended the request instead."""
+        """The events of one copy up to its last; raises the error that ended the request."""
         while True:
             event = await self._queues[copy].get()
             if isinstance(event, Exception):
@@ -72,13 +71,13 @@ class Generation:
                 return
 
     def give_up(self, copy: int) -> None:
-        """One copy needs no more tokens: its slot is free for others."""
+        """End one copy and free its slot."""
         if copy in self._unfinished:
             self._unfinished.discard(copy)
             self._engine.cancel(self, copy)
 
     def close(self) -> None:
-        """Free the slots of whatever still runs."""
+        """End all copies and free their slots."""
         if self._unfinished:
             self._unfinished.clear()
             self._engine.cancel(self)
@@ -90,7 +89,7 @@ class Generation:
             queue.put_nowait(error)
 
     def deliver(self, event: Event | Exception) -> None:
-        """Pass on what the engine says; a failure goes to every copy."""
+        """Hand an event to its copy; a failure goes to every copy."""
         if isinstance(event, Exception):
             self._unfinished.clear()
             for queue in self._queues:
@@ -113,21 +112,21 @@ class _Cancel(NamedTuple):
     """None: all of them."""
 
 
-class _Score(NamedTuple):
-    future: "asyncio.Future[PromptScores]"
+class _ScorePrompt(NamedTuple):
+    future: "asyncio.Future[PromptLogprobs]"
     request_id: str
     tokens: np.ndarray
 
 
-_Message = _Submit | _Cancel | _Score | None
+_Message = _Submit | _Cancel | _ScorePrompt | None
 
 
 class EngineLoop:
     """Runs a scheduler in a thread of its own, from `start` to `stop`.
 
-    `make_scheduler` gives a new scheduler, `score` the fields of a prompt's `PromptScores`. Both
-    are called in the thread, but for the first scheduler. `on_failure` is called once for each
-    failure of the engine.
+    `make_scheduler` gives a new scheduler, `score` the fields of a prompt's `PromptLogprobs`. The
+    thread calls both, except for the first scheduler. `on_failure` is called once per failure of
+    the engine.
     """
 
     def __init__(
@@ -142,10 +141,10 @@ class EngineLoop:
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._scheduler: Scheduling | None = make_scheduler()
         self._running: dict[int, Generation] = {}
-        """By the ticket of the scheduler there is."""
+        """By the ticket of the current scheduler."""
         self._copies_left: dict[int, set[int]] = {}
         self._tickets: dict[Generation, int | None] = {}
-        """Of every request that a failure has to reach; None before it has a ticket."""
+        """Of every request that a failure must end; None before it has a ticket."""
         self._draws = np.random.default_rng(seed)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._stopping = False
@@ -154,22 +153,22 @@ class EngineLoop:
         """Sequences that are decoded, and that wait for a slot."""
 
     def start(self) -> None:
-        """Begin to work."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after the step under way; what runs is given up."""
+        """End the thread after the current step; running requests are dropped."""
         self._stopping = True
         self._inbox.put(None)
         self._thread.join()
 
     @property
     def healthy(self) -> bool:
-        """Whether there is an engine to ask."""
+        """Whether the thread runs and has an engine."""
         return self._thread.is_alive() and self._scheduler is not None
 
     def submit(self, request: Request, seed: int | None, request_id: str) -> Generation:
-        """Start a request; without a seed one is drawn. Called on a thread of asyncio."""
+        """Start a request, with a random seed if none is given. Called on a thread of asyncio."""
         if seed is None:
             seed = int(self._draws.integers(2**31))
         generation = Generation(self, request.num_samples, request_id)
@@ -177,13 +176,13 @@ class EngineLoop:
         return generation
 
     def cancel(self, generation: Generation, copy: int | None = None) -> None:
-        """Free its slots, or that of one copy, at the next step."""
+        """Free a request's slots, or one copy's, at the next step."""
         self._inbox.put(_Cancel(generation, copy))
 
-    async def score(self, tokens: np.ndarray, request_id: str) -> PromptScores:
+    async def score(self, tokens: np.ndarray, request_id: str) -> PromptLogprobs:
         """Logprobs of a prompt's tokens, each given those before it."""
-        future: asyncio.Future[PromptScores] = asyncio.get_running_loop().create_future()
-        self._inbox.put(_Score(future, request_id, tokens))
+        future: asyncio.Future[PromptLogprobs] = asyncio.get_running_loop().create_future()
+        self._inbox.put(_ScorePrompt(future, request_id, tokens))
         return await future
 
     # --- in the thread ----------------------------------------------------------------------------
@@ -196,7 +195,7 @@ class EngineLoop:
                 self._recover()
 
     def _turn(self) -> None:
-        """Read the inbox, which is waited for when there is nothing else to do; then one step."""
+        """Read the inbox, waiting for a message if the engine is idle; then run one step."""
         scheduler = self._scheduler
         idle = scheduler is None or not scheduler.busy
         while idle or not self._inbox.empty():
@@ -205,17 +204,17 @@ class EngineLoop:
             if message is None:
                 return
             self._handle(message)
-            if isinstance(message, _Score):
-                break  # a long prompt to score must not keep the others waiting for the next
+            if isinstance(message, _ScorePrompt):
+                break  # step between prompts to score, which may be long
         scheduler = self._scheduler
         if scheduler is None:
             return
         events = scheduler.step() if scheduler.busy else []
-        # First, so that whoever has got its last token finds its slot free.
+        # Before the events: a client with its last token must find its slot free.
         self.slots_in_use, self.waiting = scheduler.slots_in_use, scheduler.waiting
         self._fan_out(events)
 
-    def _handle(self, message: "_Submit | _Cancel | _Score") -> None:
+    def _handle(self, message: "_Submit | _Cancel | _ScorePrompt") -> None:
         match message:
             case _Submit():
                 self._start(message)
@@ -223,7 +222,7 @@ class EngineLoop:
                 self._end(generation, cancel=True)
             case _Cancel(generation, copy):
                 self._end_copy(generation, copy)
-            case _Score(future, request_id, tokens):
+            case _ScorePrompt(future, request_id, tokens):
                 self._answer_score(future, request_id, tokens)
 
     def _start(self, message: _Submit) -> None:
@@ -241,7 +240,7 @@ class EngineLoop:
         self._copies_left[ticket] = set(range(request.num_samples))
 
     def _end(self, generation: Generation, *, cancel: bool = False) -> None:
-        """Forget a request, if it is not forgotten yet."""
+        """Remove a request, if it is still there."""
         ticket = self._tickets.pop(generation, None)
         if ticket is None:
             return
@@ -250,7 +249,7 @@ class EngineLoop:
             self._scheduler.cancel(ticket)
 
     def _end_copy(self, generation: Generation, copy: int) -> None:
-        """Stop one copy; the request is over when it was the last."""
+        """Stop one copy, and the request with its last copy."""
         ticket = self._tickets.get(generation)
         if ticket is None or self._scheduler is None:
             return
@@ -264,16 +263,16 @@ class EngineLoop:
 
     def _answer_score(
         self,
-        future: "asyncio.Future[PromptScores]",
+        future: "asyncio.Future[PromptLogprobs]",
         request_id: str,
         tokens: np.ndarray,
     ) -> None:
-        """A failure ends this request alone: scoring shares no state with the others."""
+        """Score a prompt; a failure ends only this request, since scoring shares no state."""
         if future.cancelled():
             return
-        result: PromptScores | Exception
+        result: PromptLogprobs | Exception
         try:
-            result = PromptScores(*map(np.asarray, self._score(tokens)))
+            result = PromptLogprobs(*map(np.asarray, self._score(tokens)))
         except InputError as error:
             result = error
         except Exception as error:
@@ -283,7 +282,7 @@ class EngineLoop:
         _call(future.get_loop(), _resolve, future, result)
 
     def _fan_out(self, events: list[Event]) -> None:
-        """One call into each asyncio loop for all events of a step."""
+        """Deliver a step's events, with one call into each asyncio loop."""
         posts: dict[Generation, list[Event | Exception]] = {}
         for event in events:
             generation = self._running.get(event.ticket)
@@ -295,14 +294,14 @@ class EngineLoop:
         _post(posts)
 
     def _recover(self) -> None:
-        """Fail every request there is, and build a new scheduler."""
+        """Fail every request, and build a new scheduler."""
         failed = list(self._tickets)
         names = ", ".join(generation.request_id for generation in failed) or "none"
         log.exception("the engine failed; requests that end with it: %s", names)
         self._on_failure()
         self._running, self._copies_left, self._tickets = {}, {}, {}
         self.slots_in_use = self.waiting = 0
-        # Before the new one is built, or the memory of both would be needed.
+        # Drop the old one first: there may not be memory for both.
         self._scheduler = None
         _post({generation: [EngineFailed("the engine failed")] for generation in failed})
         try:
@@ -312,7 +311,7 @@ class EngineLoop:
 
 
 def new_id(prefix: str) -> str:
-    """A name for a request that no other has."""
+    """A unique name of a request."""
     return f"{prefix}-{secrets.token_hex(12)}"
 
 
@@ -329,7 +328,7 @@ def _deliver(deliveries: "list[tuple[Generation, Event | Exception]]") -> None:
         generation.deliver(event)
 
 
-def _resolve(future: "asyncio.Future[PromptScores]", result: PromptScores | Exception) -> None:
+def _resolve(future: "asyncio.Future[PromptLogprobs]", result: PromptLogprobs | Exception) -> None:
     if future.done():
         return  # the client went away
     if isinstance(result, Exception):

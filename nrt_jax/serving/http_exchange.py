@@ -1,4 +1,4 @@
-"""Plumbing between ASGI and our requests: bodies, clients that leave, event streams, counting."""
+"""Between ASGI and the handlers: bodies, clients that leave, event streams, request counts."""
 
 import asyncio
 import secrets
@@ -10,15 +10,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nrt_jax.serving.errors import ApiError
 from nrt_jax.serving.metrics import Metrics
+from nrt_jax.serving.protocol import ApiError
 
 T = TypeVar("T")
 CLIENT_GONE = 499
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client closed the connection before its answer ended."""
 
 
 async def read_body(request: Request, most: int) -> bytes:
@@ -40,9 +40,9 @@ async def read_body(request: Request, most: int) -> bytes:
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up; ClientGone then.
+    """The result of `work`; when the client leaves, `work` is cancelled and ClientGone raised.
 
-    The body must have been read.
+    Call it after the body has been read.
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_hang_up(request))
     try:
@@ -62,7 +62,7 @@ async def _hang_up(request: Request) -> None:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; closes the stream and what it held, however the response ends."""
+    """Server-sent events; however the response ends, it closes the stream and what it holds."""
 
     def __init__(self, events: AsyncGenerator[str, None], held: AsyncExitStack):
         super().__init__(
@@ -82,13 +82,13 @@ class EventStream(StreamingResponse):
 
 
 class Exchanges:
-    """Gives every request an id, which its answer has as `x-request-id`, and counts the answer."""
+    """Middleware that gives every answer an `x-request-id` and counts it."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]):
         self._app, self._metrics, self._routes = app, metrics, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -106,6 +106,6 @@ class Exchanges:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            # Any path may be asked for: only ours get a series of their own.
+            # Clients may ask for any path: only existing routes become labels.
             route = scope["path"] if scope["path"] in self._routes else "other"
             self._metrics.requests.labels(route, str(status)).inc()

@@ -23,6 +23,7 @@ import numpy as np
 
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.errors import InputError
+from nrt_jax.serving.detokenize import Detokenizer
 from nrt_jax.serving.engine_loop import EngineFailed, new_id
 from nrt_jax.serving.jetstream import (
     STOP_S,
@@ -34,7 +35,6 @@ from nrt_jax.serving.jetstream import (
     orchestrator,
 )
 from nrt_jax.serving.served_model import ServedModel
-from nrt_jax.serving.text import Detokenizer
 
 log = logging.getLogger(__name__)
 

@@ -1,47 +1,131 @@
-"""Logprobs of tokens as the two kinds of completion list them."""
+"""Logprobs as the two kinds of completion list them, and the texts of single tokens."""
 
+import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from nrt_jax.serving.engine_loop import PromptScores
-from nrt_jax.serving.text import TokenScore, TokenTexts
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.serving.engine_loop import PromptLogprobs
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
-def legacy_logprobs(
-    texts: TokenTexts, scores: Sequence[TokenScore], top: int
+class TokenLogprob(NamedTuple):
+    """One token of a text with its logprob."""
+
+    token: int
+    logprob: float | None
+    """In nats; None for the first token of a prompt, which has no context."""
+    top: tuple[tuple[int, float], ...]
+    """The most probable tokens at this position, with their logprobs."""
+    offset: int
+    """Where the token's text begins, in characters."""
+
+
+class TokenTexts:
+    """The text of single tokens, as it is inside a longer text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        ordinary = set(range(tokenizer.vocab_size)) - tokenizer.special_ids
+        # Decode a token after another one: some tokenizers trim the first space of a text.
+        visible = (t for t in sorted(ordinary) if tokenizer.decode([t]).strip(" " + REPLACEMENT))
+        self._anchor = next(visible)
+        self._known: dict[int, tuple[str, list[int] | None]] = {}
+
+    def __getitem__(self, token: int) -> str:
+        """The token's text; special tokens by name, parts of a character as `bytes:\\xe2`."""
+        return self._find(token)[0]
+
+    def in_bytes(self, token: int) -> list[int] | None:
+        """The bytes of the token's text; None for a part of a character that is not known."""
+        return self._find(token)[1]
+
+    def _find(self, token: int) -> tuple[str, list[int] | None]:
+        if token not in self._known:
+            text = self._text(token)
+            if REPLACEMENT not in text:
+                self._known[token] = text, list(text.encode("utf-8"))
+            else:
+                self._known[token] = self._part(token)
+        return self._known[token]
+
+    def _text(self, token: int) -> str:
+        if token in self._tokenizer.special_ids:
+            return self._tokenizer.token(token)
+        if token >= self._tokenizer.vocab_size:
+            return ""  # a padding row of the embedding
+        before = self._tokenizer.decode([self._anchor])
+        return self._tokenizer.decode([self._anchor, token])[len(before) :]
+
+    def _part(self, token: int) -> tuple[str, list[int] | None]:
+        name = self._tokenizer.token(token)
+        raw = bytes_of(name)
+        if raw is None:
+            return name, None
+        try:
+            return raw.decode("utf-8"), list(raw)
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), list(raw)
+
+
+def bytes_of(name: str) -> bytes | None:
+    """The bytes that a vocabulary entry stands for; None when its name does not say.
+
+    `<0xE2>` is a byte of a sentencepiece vocabulary. A byte-level vocabulary has one character per
+    byte: the byte's own if it is printable, otherwise the next one from U+0100 on.
+    """
+    if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+        return bytes([int(name[3:5], 16)])
+    if any(character not in _BYTES for character in name):
+        return None
+    return bytes(_BYTES[character] for character in name)
+
+
+def _byte_characters() -> dict[str, int]:
+    seen = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(b): b for b in seen} | {chr(0x100 + n): b for n, b in enumerate(unseen)}
+
+
+_BYTES = _byte_characters()
+
+
+def completion_logprobs(
+    texts: TokenTexts, logprobs: Sequence[TokenLogprob], top: int
 ) -> dict[str, list[Any]]:
-    """Four lists, an entry a token; `top_logprobs` also has the token itself."""
+    """Four lists with one entry per token; `top_logprobs` includes the token itself."""
     tops: list[dict[str, float] | None] = []
-    for score in scores:
-        if score.logprob is None:
+    for each in logprobs:
+        if each.logprob is None:
             tops.append(None)
             continue
-        entry = {texts[score.token]: _shown(score.logprob)}
-        for token, logprob in score.top[:top]:
+        entry = {texts[each.token]: _finite(each.logprob)}
+        for token, logprob in each.top[:top]:
             entry.setdefault(texts[token], logprob)
         tops.append(entry)
     return {
-        "tokens": [texts[score.token] for score in scores],
+        "tokens": [texts[each.token] for each in logprobs],
         "token_logprobs": [
-            None if score.logprob is None else _shown(score.logprob) for score in scores
+            None if each.logprob is None else _finite(each.logprob) for each in logprobs
         ],
         "top_logprobs": tops,
-        "text_offset": [score.offset for score in scores],
+        "text_offset": [each.offset for each in logprobs],
     }
 
 
-def _shown(logprob: float) -> float:
-    """-9999 stands for what JSON cannot say: a token that could not have been drawn."""
+def _finite(logprob: float) -> float:
+    """-9999 for a token that could not have been drawn: JSON has no infinity."""
     return max(logprob, -9999.0)
 
 
-def chat_logprobs(texts: TokenTexts, scores: Sequence[TokenScore], top: int) -> dict[str, Any]:
+def chat_logprobs(texts: TokenTexts, logprobs: Sequence[TokenLogprob], top: int) -> dict[str, Any]:
     """`{"content": [{token, logprob, bytes, top_logprobs}, ...]}`."""
     return {
         "content": [
-            _chat_entry(texts, score.token, score.logprob or 0.0)
-            | {"top_logprobs": [_chat_entry(texts, *pair) for pair in score.top[:top]]}
-            for score in scores
+            _chat_entry(texts, each.token, each.logprob or 0.0)
+            | {"top_logprobs": [_chat_entry(texts, *pair) for pair in each.top[:top]]}
+            for each in logprobs
         ]
     }
 
@@ -49,16 +133,16 @@ def chat_logprobs(texts: TokenTexts, scores: Sequence[TokenScore], top: int) -> 
 def _chat_entry(texts: TokenTexts, token: int, logprob: float) -> dict[str, Any]:
     return {
         "token": texts[token],
-        "logprob": _shown(logprob),
+        "logprob": _finite(logprob),
         "bytes": texts.in_bytes(token),
     }
 
 
-def prompt_scores(
-    ids: list[int], offsets: list[int], scored: PromptScores | None
-) -> tuple[TokenScore, ...]:
-    """Of a prompt's tokens; `scored` is None when there is only one."""
-    first = TokenScore(ids[0], None, (), offsets[0])
+def prompt_logprobs(
+    ids: list[int], offsets: list[int], scored: PromptLogprobs | None
+) -> tuple[TokenLogprob, ...]:
+    """The entries of a prompt's tokens; `scored` is None for a prompt of one token."""
+    first = TokenLogprob(ids[0], None, (), offsets[0])
     if scored is None:
         return (first,)
     rows = zip(
@@ -70,7 +154,7 @@ def prompt_scores(
         strict=True,
     )
     rest = (
-        TokenScore(token, logprob, tuple(zip(top, top_logprobs, strict=True)), offset)
+        TokenLogprob(token, logprob, tuple(zip(top, top_logprobs, strict=True)), offset)
         for token, logprob, top, top_logprobs, offset in rows
     )
     return (first, *rest)

@@ -1,4 +1,4 @@
-"""Figures of the server for Prometheus: `/metrics`."""
+"""Metrics of the server for Prometheus: `/metrics`."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 
 
 class Metrics:
-    """The counters of one server, in a registry of its own."""
+    """The metrics of one server, in its own registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -44,5 +44,5 @@ class Metrics:
         )
 
     def gauge(self, name: str, description: str, value: Callable[[], float]) -> None:
-        """A figure that is read when it is asked for."""
+        """Add a gauge whose value is read on demand."""
         Gauge(f"nrt_{name}", description, registry=self.registry).set_function(value)

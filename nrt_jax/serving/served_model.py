@@ -18,7 +18,7 @@ from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.make import make_engine, trace_stop_ids
 from nrt_jax.engine.sampling import MAX_STOP_IDS
 from nrt_jax.errors import InputError
-from nrt_jax.serving.text import TokenTexts
+from nrt_jax.serving.logprobs import TokenTexts
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from nrt_jax.serving.admission import Admission
-from nrt_jax.serving.errors import ApiError
+from nrt_jax.serving.protocol import ApiError
 
 
 def test_turns_are_taken_in_order():

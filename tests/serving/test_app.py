@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from nrt_jax.config.serving import ServingConfig
+from nrt_jax.serving.detokenize import prompt_offsets
+from nrt_jax.serving.logprobs import REPLACEMENT
 from nrt_jax.serving.server import make_server
-from nrt_jax.serving.text import REPLACEMENT, prompt_offsets
 from tests.serving.conftest import SETTINGS
 from tests.serving.live import Live, listening, wait_until
 from tests.serving.models import NEW, TRACE, TRACE_STOPS, Reference

@@ -1,4 +1,4 @@
-"""What the bodies of requests may hold; everything else is an error that names the field."""
+"""The requests and errors of OpenAI's interface; a field beyond them is an error that names it."""
 
 import json
 from collections.abc import Mapping
@@ -6,13 +6,13 @@ from difflib import get_close_matches
 from typing import Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from starlette.responses import Response
 
-from nrt_jax.engine.sampling import MAX_STOP_IDS
-from nrt_jax.serving.errors import ApiError, bad_request
+from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling
 
 MAX_STOPS = 4
 
-# Known to OpenAI and without effect on what is written.
+# OpenAI has these; they change nothing in what is written.
 IGNORED = {
     "metadata",
     "parallel_tool_calls",
@@ -24,7 +24,7 @@ IGNORED = {
     "user",
     "verbosity",
 }
-# Known to OpenAI and not supported, with the values that ask for nothing.
+# OpenAI has these and this server does not; with the values that ask for nothing.
 UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "presence_penalty": (0,),
@@ -43,19 +43,87 @@ UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
 }
 
 
+# --- errors and bodies ---------------------------------------------------------------------------
+
+
+class ApiError(Exception):
+    """Ends a request with a status and one line that says why.
+
+    `param` names the wrong field of the request, `code` the kind of mistake.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = dict(headers or {})
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """`{"error": {message, type, param, code}}`."""
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        kind = "rate_limit_error" if self.status == 429 else kind
+        fields = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": fields}
+
+
+def bad_request(param: str, message: str) -> ApiError:
+    """Status 400 that names the field, the value and the remedy."""
+    return ApiError(400, f"{param}: {message}", param=param)
+
+
+class JsonResponse(Response):
+    """JSON in ASCII, which any text of a client can be part of, even a lone surrogate."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """The body's bytes; ValueError for NaN and infinity, which JSON does not have."""
+        return dump(content).encode("ascii")
+
+
+def dump(content: Any) -> str:
+    """`content` as one line of JSON."""
+    return json.dumps(content, allow_nan=False, separators=(",", ":"))
+
+
+def error_response(error: ApiError) -> Response:
+    """The response to a request that fails before its answer begins."""
+    return JsonResponse(error.body, error.status, headers=error.headers)
+
+
+def usage(prompt: int, sampled: int) -> dict[str, int]:
+    """Numbers of tokens, including those that ended a sequence."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": sampled,
+        "total_tokens": prompt + sampled,
+    }
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class StreamOptions(_Body):
-    """Of a streamed answer."""
+    """Options of a streamed answer."""
 
     include_usage: bool = False
-    """Whether a last chunk tells the tokens of prompt and answer."""
+    """Whether a last chunk has the numbers of tokens."""
 
 
 class SamplingFields(_Body):
-    """What both kinds of completion take."""
+    """The fields of both kinds of completion."""
 
     model: str
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -85,13 +153,31 @@ class SamplingFields(_Body):
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts before which an answer is cut."""
+        """Texts that end an answer; it is cut before them."""
         return tuple(self.stop)
 
     @property
     def include_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the engine samples."""
+        return Sampling(
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop_ids=frozenset(self.stop_token_ids),
+        )
+
+    def check_stop_ids(self, vocab_size: int) -> None:
+        """ApiError 400 for a stop id that is no token."""
+        for token in self.stop_token_ids:
+            if not 0 <= token < vocab_size:
+                raise bad_request("stop_token_ids", f"{token}; token ids are 0 to {vocab_size - 1}")
 
 
 class CompletionRequest(SamplingFields):
@@ -119,7 +205,7 @@ class ChatRequest(SamplingFields):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     max_reasoning_tokens: int | None = Field(default=None, ge=1)
-    """An extension: the trace is closed when it gets as long."""
+    """An extension: a trace of this length is closed."""
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
 
@@ -128,7 +214,7 @@ R = TypeVar("R", bound=SamplingFields)
 
 
 def parse(schema: type[R], body: bytes) -> R:
-    """Read a body; ApiError 400 that names the first field that is wrong."""
+    """Read a body; ApiError 400 that names the first wrong field."""
     fields = {key: value for key, value in _read_json(body).items() if value is not None}
     for name in [name for name in fields if name in UNSUPPORTED or name in IGNORED]:
         value = fields.pop(name)
@@ -148,7 +234,7 @@ def parse(schema: type[R], body: bytes) -> R:
 def _read_json(body: bytes) -> dict[str, Any]:
     try:
         fields = json.loads(body, parse_constant=_no_constant)
-        # Lone surrogates are no text, and neither is a name that has one.
+        # Lone surrogates are not text, neither in values nor in names.
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
         raise ApiError(400, "the body has a lone surrogate; escape it as a pair") from None
@@ -164,7 +250,7 @@ def _no_constant(name: str) -> NoReturn:
 
 
 def _refuse(error: ValidationError, schema: type[BaseModel]) -> NoReturn:
-    """The first mistake, an unknown field before others."""
+    """ApiError 400 for the first mistake; an unknown field comes before others."""
     details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
     first = details[0]
     param = ".".join(str(part) for part in first["loc"])

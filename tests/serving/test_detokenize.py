@@ -10,15 +10,8 @@ from hypothesis import strategies as st
 
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.requests import Event
-from nrt_jax.serving.text import (
-    REPLACEMENT,
-    Detokenizer,
-    Piece,
-    TextWriter,
-    TokenTexts,
-    bytes_of,
-    prompt_offsets,
-)
+from nrt_jax.serving.detokenize import Detokenizer, Piece, TextWriter, prompt_offsets
+from nrt_jax.serving.logprobs import REPLACEMENT, TokenTexts, bytes_of
 from tests.data.made_tokenizers import KINDS, MULTILINGUAL, write_made_tokenizer
 
 
@@ -109,11 +102,24 @@ def test_pieces_do_not_depend_on_how_tokens_come(byte_level, text, stops, cuts, 
     (whole,) = pieces_of(tokens, [], TextWriter(byte_level, stops), end)
     parts = pieces_of(tokens, cuts, TextWriter(byte_level, stops), end)
     assert "".join(part.text for part in parts) == whole.text
-    scores = [(score.token, score.offset) for part in parts for score in part.scores]
-    assert scores == [(score.token, score.offset) for score in whole.scores]
+    joined = [(each.token, each.offset) for part in parts for each in part.logprobs]
+    assert joined == [(each.token, each.offset) for each in whole.logprobs]
     assert sum(part.sampled for part in parts) == whole.sampled
     assert parts[-1].finish == whole.finish
     assert np.concatenate([part.tokens for part in parts]).tolist() == whole.tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "shown"),
+    [("aab", "aab", ""), ("aab", "baaab", "ba"), ("abab", "aababa", "a"), ("aab", "aaa", "aaa")],
+)
+def test_a_stop_text_that_begins_like_itself(byte_level, stop, text, shown):
+    """As much is held back as may begin the stop text: both letters of "aa", for "aab"."""
+    tokens = [byte_level.find(letter) for letter in text]
+    writer = TextWriter(byte_level, [stop])
+    pieces = pieces_of(tokens, list(range(len(tokens))), writer)
+    assert "".join(piece.text for piece in pieces) == shown
+    assert pieces[-1].finish == ("stop" if stop in text else "length")
 
 
 def test_the_token_that_ended_a_sequence_is_scored_and_not_shown(byte_level):
@@ -122,14 +128,16 @@ def test_the_token_that_ended_a_sequence_is_scored_and_not_shown(byte_level):
     assert (piece.text, piece.sampled, piece.finish) == ("ab", len(tokens), "stop")
     assert piece.tokens.tolist() == tokens[:-1]
     # Its logprob is, after the text: lm-evaluation-harness drops the last one of an echo.
-    assert [score.token for score in piece.scores] == tokens
-    assert piece.scores[-1].offset == 2
+    assert [each.token for each in piece.logprobs] == tokens
+    assert piece.logprobs[-1].offset == 2
 
 
 def test_offsets_continue_an_echo(byte_level):
     piece = TextWriter(byte_level, offset=10).write(event(byte_level.encode("a €"), "length"))
-    assert piece.scores[0].offset == 10
-    assert [score.offset for score in piece.scores] == sorted(s.offset for s in piece.scores)
+    assert piece.logprobs[0].offset == 10
+    assert [each.offset for each in piece.logprobs] == sorted(
+        each.offset for each in piece.logprobs
+    )
 
 
 def test_what_cannot_be_drawn_is_no_alternative(byte_level):
@@ -139,8 +147,8 @@ def test_what_cannot_be_drawn_is_no_alternative(byte_level):
     one = Event(
         0, 0, np.array(tokens, np.int32), np.array([-0.5], np.float32), top_ids, top, "length"
     )
-    (score,) = TextWriter(byte_level).write(one).scores
-    assert score.top == ((tokens[0], -0.5),)
+    (only,) = TextWriter(byte_level).write(one).logprobs
+    assert only.top == ((tokens[0], -0.5),)
 
 
 def test_prompt_offsets(byte_level):
