@@ -35,7 +35,7 @@ from nrt_jax.config.serving import ServingConfig
 from nrt_jax.engine.generate import generate
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.serving.served_model import ServedModel, open_checkpoint
+from nrt_jax.serving.served_model import ServedModel, open_served
 
 PATIENCE_S = 120.0
 KINDS = {
@@ -194,7 +194,7 @@ class Pool:
         settings = {name: value for name, value in sampling.items() if name != "seed"}
         request = Request(np.array(tokens, np.int32), stream, n, limit, Sampling(**settings))
         key = jax.random.key(sampling["seed"])
-        params, steps = self.served.trained.params, self.config.decode_steps
+        params, steps = self.served.opened.params, self.config.decode_steps
         (traces,) = generate(self._engine, params, [request], key, steps=steps)
         return [
             (
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="FIELD=VALUE", help="of the server")
     args = parser.parse_intermixed_args(argv)
     config = load_config(ServingConfig, [], args.overrides)
-    served = open_checkpoint(args.run, config)
+    served = open_served(args.run, config)
     questions = Pool(served, config, random.Random(args.seed)).questions(args.questions)
     with serving(args.run, args.overrides) as server:
         soak = Soak(server, served, questions)

@@ -110,7 +110,13 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     train.set_defaults(verb=_train)
 
     generate = verbs.add_parser("generate", help="print the trace and the answer to a prompt")
-    generate.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    _add_model(generate)
+    generate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.FIELD=VALUE",
+        help="how the model is asked, such as data.template=plain",
+    )
     generate.add_argument("--prompt", required=True, action="append", help="may be given again")
     generate.add_argument(
         "--temperature", type=_temperature, default=0.0, help="of the trace; 0 is greedy"
@@ -125,9 +131,13 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     generate.set_defaults(verb=_generate)
 
     serve = verbs.add_parser("serve", help="answer over HTTP like OpenAI, and over gRPC")
-    serve.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    _add_model(serve)
     serve.add_argument(
-        "overrides", nargs="*", metavar="FIELD=VALUE", help="settings, such as port=8001 slots=32"
+        "overrides",
+        nargs="*",
+        metavar="[SECTION.]FIELD=VALUE",
+        help="settings of the server, such as port=8001 slots=32, and of how the model is asked, "
+        "such as data.template=plain",
     )
     serve.set_defaults(verb=_serve)
 
@@ -148,12 +158,10 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     _add_dtype(import_, "as stored")
     import_.set_defaults(verb=_import)
 
-    export = verbs.add_parser(
-        "export", help="write a run's or an imported model as a Hugging Face directory"
-    )
-    export.add_argument("run", type=Path, metavar="RUN_OR_CHECKPOINT")
+    export = verbs.add_parser("export", help="write any model as a Hugging Face directory")
+    _add_model(export)
     export.add_argument("out", type=Path, metavar="OUT")
-    _add_dtype(export, "that of the checkpoint the run started from")
+    _add_dtype(export, "that of the directory, or of the checkpoint that the run started from")
     export.add_argument(
         "--copy-row",
         action="append",
@@ -226,6 +234,15 @@ def _dtype(text: str) -> str:
     return names.get(text, text)
 
 
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="a run, RUN/checkpoints/STEP, an import or a Hugging Face directory",
+    )
+
+
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config", nargs="+", metavar="CONFIG", help="YAML files or presets, and key=value overrides"
@@ -274,7 +291,14 @@ def _rollout_driver(config: "RunConfig") -> "Generate":
 def _generate(args: argparse.Namespace) -> None:
     from nrt_jax.evaluation.answer import answer_prompts
 
-    results = answer_prompts(args.run, args.prompt, args.temperature, args.seed, args.score)
+    results = answer_prompts(
+        args.model,
+        args.prompt,
+        temperature=args.temperature,
+        seed=args.seed,
+        references=args.score,
+        overrides=args.overrides,
+    )
     for result in results:
         print(result)
 
@@ -282,7 +306,7 @@ def _generate(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from nrt_jax.serving.server import serve
 
-    serve(args.run, args.overrides)
+    serve(args.model, args.overrides)
 
 
 def _import(args: argparse.Namespace) -> None:
@@ -299,7 +323,7 @@ def _import(args: argparse.Namespace) -> None:
 
 def _data_show(args: argparse.Namespace) -> None:
     config = _load(args)
-    from nrt_jax.checkpoints.run_model import load_tokenizer
+    from nrt_jax.checkpoints.abstract_model import load_tokenizer
     from nrt_jax.data.show import show_rows
 
     color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
@@ -323,7 +347,7 @@ def _export(args: argparse.Namespace) -> None:
     from nrt_jax.checkpoints.export import export
 
     with _exit_on_sigterm():
-        export(args.run, args.out, dtype=args.dtype, copy_rows=args.copy_row)
+        export(args.model, args.out, dtype=args.dtype, copy_rows=args.copy_row)
     print(f"wrote {args.out}")
 
 

@@ -8,20 +8,15 @@ from pathlib import Path
 import jax
 
 from nrt_jax.checkpoints import hf_weights, import_format
-from nrt_jax.checkpoints.hf_config import (
-    StoredDtype,
-    read_architecture,
-    read_generation,
-)
+from nrt_jax.checkpoints.directory_config import write_settings
+from nrt_jax.checkpoints.hf_config import StoredDtype, read_architecture, read_generation
 from nrt_jax.checkpoints.model_card import converted_card, trained_card
 from nrt_jax.checkpoints.new_directory import check_new
-from nrt_jax.checkpoints.open import load_trained
-from nrt_jax.checkpoints.run_model import token_id
-from nrt_jax.checkpoints.token_rows import copy_token_rows
+from nrt_jax.checkpoints.open import find_model, open_model
+from nrt_jax.checkpoints.token_rows import copy_token_rows, row_pairs
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.chat_export import chat_template_text
-from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.tokenizer_check import check_tokenizer
 from nrt_jax.data.tokenizer_files import SENTENCEPIECE_FILE, TOKENIZER_FILE, read_backend
 from nrt_jax.errors import InputError
@@ -34,7 +29,7 @@ CARD = "README.md"
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import wrote."""
+    """Size of what an import wrote."""
 
     weights: int
     nbytes: int
@@ -43,7 +38,7 @@ class Imported:
 def import_checkpoint(
     source: Path, out: Path, mesh: MeshConfig, dtype: StoredDtype | None
 ) -> Imported:
-    """Write a Hugging Face directory in the format that every process reads and writes in part.
+    """Write a Hugging Face directory in the format of which each process reads and writes a part.
 
     Raises InputError for a directory, or a tokenizer in it, that cannot be used.
     """
@@ -54,46 +49,45 @@ def import_checkpoint(
 
 
 def export(path: Path, out: Path, *, dtype: StoredDtype | None, copy_rows: list[str]) -> None:
-    """Write a run, one of its checkpoints or an imported checkpoint as a Hugging Face directory.
+    """Write any model that `open_model` takes as a Hugging Face directory.
 
-    Without a dtype it is that of the checkpoint that the run started from. `copy_rows` holds
-    TOKEN=FROM, each token a vocabulary entry (escapes such as \\n are read).
+    Without a dtype it is that of the checkpoint that a run started from, and that of each weight
+    of a directory. `copy_rows` holds TOKEN=FROM, each token a vocabulary entry (escapes such as
+    \\n are read).
     """
     check_new(out)
-    if import_format.is_imported(path):
-        if copy_rows:
-            raise InputError(f"--copy-row {copy_rows[0]}: only for runs; {path} is an import")
-        _export_imported(path, out, dtype)
-        return
-    trained = load_trained(path)
-    config, tokenizer = trained.config, trained.tokenizer
+    found = find_model(path)
+    if found.kind == "run":
+        _export_run(path, out, dtype, copy_rows)
+    elif copy_rows:
+        raise InputError(f"--copy-row {copy_rows[0]}: only for runs; {path} is none ({found.kind})")
+    else:
+        _export_directory(path, out, dtype)
+
+
+def _export_run(path: Path, out: Path, dtype: StoredDtype | None, copy_rows: list[str]) -> None:
+    opened = open_model(path)
+    config, tokenizer = opened.config, opened.tokenizer
     rows = row_pairs(tokenizer, copy_rows)
-    template = chat_template_text(config.data, tokenizer, opens_trace=config.method == "nrt")
-    card = trained_card(trained)
+    template = chat_template_text(config.data, tokenizer, opens_trace=opened.reasons)
+    card = trained_card(opened)
 
     def add_files(folder: Path) -> None:
         tokenizer.copy_to(folder, chat_template=template)
+        write_settings(folder, config, tokenizer)
         (folder / CARD).write_text(card, encoding="utf-8")
 
     hf_weights.write_directory(
         out,
-        trained.model.architecture,
-        copy_token_rows(trained.params, rows),
+        opened.model.architecture,
+        copy_token_rows(opened.params, rows),
         dtype=dtype or _dtype_of_base(config),
         generation={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
         add_files=add_files,
     )
 
 
-def _check_tokenizer(source: Path) -> None:
-    """InputError for a tokenizer that no run would take; a run looks for its tokens too."""
-    if (source / TOKENIZER_FILE).exists():
-        check_tokenizer(source, read_backend(source), None)
-    elif (source / SENTENCEPIECE_FILE).exists():
-        log.warning("%s: has no %s, so a run needs another data.tokenizer", source, TOKENIZER_FILE)
-
-
-def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
+def _export_directory(path: Path, out: Path, dtype: StoredDtype | None) -> None:
     architecture = read_architecture(path)
     params = import_format.read_params(
         path, import_format.saved_target(path, spread_mesh(architecture))
@@ -114,17 +108,13 @@ def _export_imported(path: Path, out: Path, dtype: StoredDtype | None) -> None:
     )
 
 
+def _check_tokenizer(source: Path) -> None:
+    """InputError for a tokenizer that no run would take; a run looks for its tokens too."""
+    if (source / TOKENIZER_FILE).exists():
+        check_tokenizer(source, read_backend(source), None)
+    elif (source / SENTENCEPIECE_FILE).exists():
+        log.warning("%s: has no %s, so a run needs another data.tokenizer", source, TOKENIZER_FILE)
+
+
 def _dtype_of_base(config: RunConfig) -> StoredDtype:
     return "float32" if config.model.path is None else import_format.stored_dtype(config.model.path)
-
-
-def row_pairs(tokenizer: Tokenizer, pairs: list[str]) -> dict[int, int]:
-    """Ids of TOKEN=FROM pairs, each token a vocabulary entry (escapes such as \\n are read)."""
-    rows = {}
-    for pair in pairs:
-        target, equals, source = pair.partition("=")
-        if not equals:
-            raise InputError(f"--copy-row {pair}: must look like TOKEN=FROM")
-        where = f"--copy-row {pair}"
-        rows[token_id(tokenizer, target, where)] = token_id(tokenizer, source, where)
-    return rows

@@ -40,7 +40,7 @@ _COMMON_DEFAULTS = {
     "tie_word_embeddings": False,
 }
 
-# Fields that change the computation, with the values under which they change nothing of ours.
+# Fields that change the computation, with the values that leave the decoder's as it is.
 _NO_CHANGE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False,),
@@ -88,8 +88,17 @@ _REMEDIES = {
 }
 
 
+def directory_name(directory: Path) -> str:
+    """The name of a model: its repository's for a snapshot in a Hugging Face cache."""
+    snapshots = directory.absolute().parent
+    repository = snapshots.parent.name
+    if snapshots.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return directory.resolve().name
+
+
 def read_generation(directory: Path) -> dict[str, Any]:
-    """The content of `generation_config.json`, or what `config.json` says of its token ids."""
+    """The content of `generation_config.json`, or the token ids that `config.json` has."""
     directory = Path(directory)
     if (directory / GENERATION_FILE).exists():
         return read_json(directory / GENERATION_FILE)

@@ -1,7 +1,7 @@
-"""Imported checkpoints: weights in Orbax's format, which every process reads and writes in part.
+"""Imported checkpoints: weights in Orbax's format, of which each process reads and writes a part.
 
-An imported directory has the config.json, the generation config and the tokenizer of its source as
-they were, and the weights in `params/` instead of safetensors.
+An imported directory has the config.json, the generation config, the tokenizer and the settings of
+its source unchanged, and the weights in `params/` instead of safetensors.
 """
 
 import math
@@ -20,6 +20,7 @@ from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
     StoredDtype,
+    directory_name,
     read_architecture,
 )
 from nrt_jax.checkpoints.hf_weights import read_weights, stored_dtypes
@@ -35,8 +36,14 @@ PARAMS, PROVENANCE_FILE = "params", "import.json"
 VOCAB_MULTIPLE = 128
 """Rows of an imported vocabulary are padded to a multiple of this, which most meshes divide."""
 _CHUNK_BYTES = 2**26
-"""What is read at least: a mesh other than that of the import needs parts of its shards."""
-_TOKENIZER_FILES = ("token*", "special_tokens_map.json", "chat_template*", "added_tokens.json")
+"""Smallest part that is read: another mesh than that of the import needs parts of its shards."""
+_TOKENIZER_FILES = (
+    "token*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "added_tokens.json",
+    "nrt_jax*",
+)
 
 
 def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = None) -> dict:
@@ -49,9 +56,9 @@ def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = No
     check_new(out)
     architecture = read_architecture(source)
     small_files = _small_files(source)
-    target = abstract_params(mesh, abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE))
-    dtypes = stored_dtypes(source, architecture)
-    target = jax.tree.map(lambda want, stored: want.update(dtype=dtype or stored), target, dtypes)
+    target = saved_target(source, mesh)
+    if dtype is not None:
+        target = jax.tree.map(lambda want: want.update(dtype=dtype), target)
     with new_directory(out, every_process=True) as folder:
         assert folder is not None
         params = read_weights(source, architecture, target)
@@ -64,7 +71,7 @@ def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = No
 
 
 def _small_files(source: Path) -> dict[str, bytes]:
-    """What goes along as it is: configs and tokenizer."""
+    """The files that an import copies: configs and tokenizer."""
     configs = [source / CONFIG_FILE, source / GENERATION_FILE]
     files = [*filter(Path.is_file, configs), *tokenizer_files(source)]
     try:
@@ -78,7 +85,7 @@ def _save(folder: Path, params: dict) -> None:
         save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), params)
         args = ocp.args.PyTreeSave(params, save_args=save_args)
         _checkpointer(params).save(folder.absolute(), args=args)
-    except Exception as error:  # whatever a full disk does to the threads that write
+    except Exception as error:  # on a full disk the writing threads raise many kinds
         raise OSError(one_line(error)[:200]) from error
 
 
@@ -114,12 +121,18 @@ def read_params(directory: Path, target: dict) -> dict:
 
 
 def saved_target(directory: Path, mesh: Mesh) -> dict:
-    """Shape and dtype of each weight of an imported directory as saved, and its place on a mesh."""
+    """Shape and dtype of each weight as a Hugging Face or imported directory has it, on a mesh."""
     architecture = read_architecture(directory)
     target = abstract_params(mesh, abstract_decoder(architecture, vocab_multiple=VOCAB_MULTIPLE))
+    if not is_imported(directory):
+        return _with_dtypes(target, stored_dtypes(directory, architecture))
     saved = _saved_metadata(directory)
     with _damage(directory):
-        return jax.tree.map(lambda want, have: want.update(dtype=have.dtype), target, saved)
+        return _with_dtypes(target, jax.tree.map(lambda array: array.dtype, saved))
+
+
+def _with_dtypes(target: dict, dtypes: dict) -> dict:
+    return jax.tree.map(lambda want, dtype: want.update(dtype=dtype), target, dtypes)
 
 
 def stored_dtype(directory: Path) -> StoredDtype:
@@ -130,13 +143,13 @@ def stored_dtype(directory: Path) -> StoredDtype:
 
 
 def source_name(directory: Path) -> str:
-    """Name of a checkpoint: of the directory that it was imported from, else its own."""
+    """Name of a checkpoint: that of the directory it was imported from, else its own."""
     file = Path(directory) / PROVENANCE_FILE
-    return Path(read_json(file)["source"] if file.exists() else directory.absolute()).name
+    return directory_name(Path(read_json(file)["source"]) if file.exists() else directory)
 
 
 def tokenizer_files(directory: Path) -> list[Path]:
-    """The files of a directory that belong to its tokenizer."""
+    """The files of a directory that say how text becomes prompts: tokenizer, template, settings."""
     files = {file for pattern in _TOKENIZER_FILES for file in Path(directory).glob(pattern)}
     return sorted(file for file in files if file.is_file())
 
@@ -156,7 +169,7 @@ def _saved_metadata(directory: Path) -> dict:
 
 
 def _check_shapes(directory: Path, wanted: dict) -> None:
-    """InputError when the arrays are not those of config.json; the reader would say it badly."""
+    """InputError when the arrays are not those of config.json; Orbax's own message is unclear."""
     saved = _saved_metadata(directory)
     with _damage(directory):
         shapes = jax.tree.map(lambda want, have: (want.shape, tuple(have.shape)), wanted, saved)
@@ -168,7 +181,7 @@ def _check_shapes(directory: Path, wanted: dict) -> None:
 
 @contextmanager
 def _damage(directory: Path) -> Iterator[None]:
-    """Whatever damage does to Orbax, as one line and without its own messages."""
+    """Report any error of a damaged directory in one line, without Orbax's own messages."""
     with without_messages():
         try:
             yield
@@ -180,7 +193,7 @@ def _damage(directory: Path) -> Iterator[None]:
 
 
 def _dividing(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
-    """The same without the mesh axes that do not divide a dim, as 3 does not divide 128."""
+    """The sharding without mesh axes that do not divide their dim, as 3 does not divide 128."""
     axes = [
         axis if axis is not None and size % sharding.mesh.shape[axis] == 0 else None
         for size, axis in zip(shape, sharding.spec, strict=True)
@@ -189,7 +202,7 @@ def _dividing(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def _fit(weight: Array, want: jax.ShapeDtypeStruct) -> Array:
-    """Cut or fill with zeros the padding of the vocabulary, where it is another than saved."""
+    """Cut the padding of the vocabulary, or fill it with zeros, to the wanted size."""
     if weight.shape == want.shape:
         return weight
 
@@ -203,9 +216,9 @@ def _fit(weight: Array, want: jax.ShapeDtypeStruct) -> Array:
 
 
 def _checkpointer(params: dict | None = None) -> ocp.Checkpointer:
-    """Reads and writes the largest shard of `params` at a time, or smaller ones together.
+    """A checkpointer that holds at most the size of the largest shard of `params` at a time.
 
-    Orbax would otherwise copy the whole model.
+    By default Orbax would copy the whole model.
     """
     silence_abandoned_io()
     shards = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nrt_jax
 from nrt_jax.checkpoints import import_format
-from nrt_jax.checkpoints.open import Trained
+from nrt_jax.checkpoints.open import OpenModel
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.data.tokenizer import Tokenizer
@@ -24,9 +24,9 @@ print(tokenizer.decode(model.generate(**ids, max_new_tokens=512)[0]))
 ```"""
 
 
-def trained_card(trained: Trained) -> str:
-    """Markdown for a run's model; names files and models, never where on the disk they lay."""
-    config, tokenizer = trained.config, trained.tokenizer
+def trained_card(opened: OpenModel) -> str:
+    """Markdown for a run's model; it names files and models, but no path of this machine."""
+    config, tokenizer = opened.config, opened.tokenizer
     base = base_name(config)
     front = [
         *([] if base is None else [f"base_model: {json.dumps(base)}"]),
@@ -38,8 +38,7 @@ def trained_card(trained: Trained) -> str:
         "base model": base or "none: random weights",
         "method": _method(config),
         "data": _data(config),
-        "step": f"{trained.step} of {config.train.steps}, "
-        f"{config.train.batch_prompts} prompts each",
+        "step": f"{opened.step} of {config.train.steps}, {config.train.batch_prompts} prompts each",
         "learning rate": f"{config.optimizer.learning_rate:g}, {config.optimizer.schedule}",
         "seed": str(config.seed),
         "made with": f"nrt_jax {nrt_jax.__version__}",
@@ -78,7 +77,7 @@ def converted_card(path: Path) -> str:
 
 
 def base_name(config: RunConfig) -> str | None:
-    """Name of the checkpoint that a run started from, that of its source if it was imported."""
+    """Name of the checkpoint that a run started from; of the import's source if it was imported."""
     return None if config.model.path is None else import_format.source_name(config.model.path)
 
 

@@ -1,12 +1,45 @@
-"""Start a token from what the model knows of another: copy embedding and head rows."""
+"""Tokens by name, and copies of their embedding and head rows."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
+
+_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
+
+
+def token_id(tokenizer: Tokenizer, name: str, where: str) -> int:
+    """The entry of that name, or the one token that spells the text; InputError without one.
+
+    Escapes such as \\n are read; `where` names the setting in the message.
+    """
+    text = re.sub(r"\\[nrt\\]", lambda escape: _ESCAPES[escape[0]], name)
+    found = tokenizer.find(text)
+    if found is not None:
+        return found
+    ids = tokenizer.encode(text)
+    if len(ids) == 1 and ids[0] != tokenizer.unk_id:
+        return ids[0]
+    raise InputError(
+        f"{where}: {name!r} is no token of {tokenizer.directory}; use an entry of its vocabulary"
+    )
+
+
+def row_pairs(tokenizer: Tokenizer, pairs: Sequence[str]) -> dict[int, int]:
+    """Target and source ids of `--copy-row TOKEN=FROM` arguments."""
+    rows = {}
+    for pair in pairs:
+        where = f"--copy-row {pair}"
+        target, equals, source = pair.partition("=")
+        if not equals:
+            raise InputError(f"{where}: must look like TOKEN=FROM")
+        rows[token_id(tokenizer, target, where)] = token_id(tokenizer, source, where)
+    return rows
 
 
 def copy_token_rows(params: dict, rows: Mapping[int, int]) -> dict:
@@ -30,7 +63,10 @@ def copy_token_rows(params: dict, rows: Mapping[int, int]) -> dict:
 
 
 def _copy(
-    weight: Float[Array, "..."], targets: Int[Array, "N"], sources: Int[Array, "N"], dim: int
+    weight: Float[Array, "..."],
+    targets: Int[Array, "tokens"],
+    sources: Int[Array, "tokens"],
+    dim: int,
 ) -> Array:
     def copy(weight: Array) -> Array:
         rows = jnp.take(weight, sources, axis=dim)

@@ -1,6 +1,7 @@
 """The engines of a run, for training, evaluation and serving."""
 
-from nrt_jax.checkpoints.run_model import Model, token_id
+from nrt_jax.checkpoints.abstract_model import Model
+from nrt_jax.checkpoints.token_rows import token_id
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine

@@ -1,4 +1,4 @@
-"""A trained run put to use: open one of its checkpoints, answer prompts."""
+"""Answer prompts with any model that opens: `nrt-jax generate`."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nrt_jax.checkpoints.open import Trained, load_trained
+from nrt_jax.checkpoints.open import OpenModel, open_model
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.errors import InputError
-from nrt_jax.evaluation.held_out import answerer, end_name
+from nrt_jax.evaluation.held_out import end_name, make_answerer
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.types import Example, SuffixLogprobs
 
@@ -21,60 +21,61 @@ from nrt_jax.types import Example, SuffixLogprobs
 def answer_prompts(
     path: Path,
     prompts: Sequence[str],
-    temperature: float,
-    seed: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
     references: Sequence[str] | None = None,
+    overrides: Sequence[str] = (),
 ) -> Iterator[str]:
-    """For each prompt, its trace (where the run reasons) and its answer, as printable text.
+    """For each prompt its trace (where the model reasons) and its answer, as printable text.
 
-    With reference answers, one a prompt, also how sure the trace makes the model of it. Raises
-    InputError for a prompt or an answer that would be a bad row, and for answers without a trace.
+    With one reference answer per prompt, also its reward and logprob after the trace. Raises
+    InputError for a prompt or an answer that would be a bad row, and for references without traces.
     """
-    trained = load_trained(path)
+    opened = open_model(path, overrides)
     if references is not None:
-        _check_references(trained, path, prompts, references)
-    tokens = [_prompt_tokens(trained, prompt) for prompt in prompts]
-    model = answerer(_here(trained, temperature), trained.model, trained.tokenizer)
+        _check_references(opened, path, prompts, references)
+    tokens = [_prompt_tokens(opened, prompt) for prompt in prompts]
+    answerer = make_answerer(
+        _engine_config(opened, temperature),
+        opened.model,
+        opened.tokenizer,
+        opens_trace=not opened.template_opens_trace,
+    )
     key, scored = jax.random.key(seed), [None] * len(prompts)
     if references is None:
-        answered = model.answer(trained.params, tokens, key)
+        answered = answerer.answer(opened.params, tokens, key)
     else:
-        answers = _answer_tokens(trained, prompts, references)
-        answered, scores = model.answer_and_score(trained.params, tokens, answers, key)
-        scored = _score_lines(scores, trained.config.objective)
+        answers = _answer_tokens(opened, prompts, references)
+        answered, scores = answerer.answer_and_score(opened.params, tokens, answers, key)
+        scored = _score_lines(scores, opened.config.objective)
     for prompt, (trace, answer), score in zip(prompts, answered, scored, strict=True):
         lines = [f"prompt  {prompt}"]
         if trace is not None:
-            text = trained.tokenizer.decode(trace.tokens.tolist())
-            end = end_name(trained.tokenizer, trace)
+            text = opened.tokenizer.decode(trace.tokens.tolist())
+            end = end_name(opened.tokenizer, trace)
             lines.append(f"trace   {text}   [{len(trace.tokens)} tokens, ended by {end}]")
-        lines.append(f"answer  {trained.tokenizer.decode(answer.tokens.tolist())}")
+        lines.append(f"answer  {opened.tokenizer.decode(answer.tokens.tolist())}")
         yield "\n".join(lines if score is None else [*lines, score])
 
 
-def _here(trained: Trained, temperature: float) -> RunConfig:
-    """The config for the weights as they were read, whatever machine the run sampled on."""
-    config = trained.config
+def _engine_config(opened: OpenModel, temperature: float) -> RunConfig:
+    """The config for weights as they were read, independent of the devices of the rollouts."""
+    config = opened.config
     rollout = config.rollout.model_copy(
-        update={
-            "slots": trained.model.mesh.size,
-            "mesh": None,
-            "devices": None,
-            "dtype": None,
-            "cache_dtype": None,
-        }
+        update={"slots": opened.model.mesh.size, "dtype": None, "cache_dtype": None}
     )
     evaluation = config.evaluation.model_copy(update={"trace_temperature": temperature})
     return config.model_copy(update={"rollout": rollout, "evaluation": evaluation})
 
 
 def _check_references(
-    trained: Trained, path: Path, prompts: Sequence[str], references: Sequence[str]
+    opened: OpenModel, path: Path, prompts: Sequence[str], references: Sequence[str]
 ) -> None:
-    if trained.config.method != "nrt":
+    if not opened.reasons:
         raise InputError(
-            f"--score: {path} was trained by {trained.config.method}, which answers without a "
-            "trace; name a run of method nrt, or leave it out"
+            f"--score: {path} answers without a trace (method {opened.config.method}); name a "
+            "model of method nrt, or leave it out"
         )
     if len(references) != len(prompts):
         raise InputError(
@@ -86,24 +87,24 @@ def _check_references(
 def _score_lines(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -> list[str]:
     reward_PK, baseline_P = score_rewards(scores, objective)
     return [
-        f"score   R {reward_K[0]:.4g}, after no trace {baseline:.4g}; "
-        f"log c {score.samples_KA.mean():.4g} nats a token"
+        f"score   R {reward_K[0]:.4g}, after the empty trace {baseline:.4g}; "
+        f"log c {score.samples_KA.mean():.4g} nats per token"
         for reward_K, baseline, score in zip(reward_PK, baseline_P, scores, strict=True)
     ]
 
 
-def _prompt_tokens(trained: Trained, prompt: str) -> np.ndarray:
+def _prompt_tokens(opened: OpenModel, prompt: str) -> np.ndarray:
     try:
-        return tokenize_prompt(prompt, trained.config.data, trained.tokenizer)
+        return tokenize_prompt(prompt, opened.config.data, opened.tokenizer)
     except InputError as error:
         raise InputError(f"--prompt: {error}") from None
 
 
 def _answer_tokens(
-    trained: Trained, prompts: Sequence[str], references: Sequence[str]
+    opened: OpenModel, prompts: Sequence[str], references: Sequence[str]
 ) -> list[np.ndarray]:
-    """y* of each prompt as a row's: eos is its last token."""
-    rows, answers = RowTokenizer(trained.config.data, trained.tokenizer), []
+    """y* of each prompt as in a row: its last token is eos."""
+    rows, answers = RowTokenizer(opened.config.data, opened.tokenizer), []
     for prompt, reference in zip(prompts, references, strict=True):
         row = rows.of_example(Example(0, prompt, reference))
         if isinstance(row, BadRow):

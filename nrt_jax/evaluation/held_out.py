@@ -1,6 +1,6 @@
 """Exact match: let the model reason and answer, and compare with the reference answer.
 
-Letters: P prompts, K traces a prompt.
+Letters: P prompts, K traces per prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from nrt_jax.checkpoints.run_model import Model
+from nrt_jax.checkpoints.abstract_model import Model
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
@@ -27,12 +27,12 @@ from nrt_jax.types import SuffixLogprobs, TokenizedExample, Trace
 ScoreRewards = Callable[
     [Sequence[SuffixLogprobs]], tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]
 ]
-"""Rewards after each trace and after the empty one, from the logprobs of the answers."""
+"""Rewards after each trace and after the empty trace, from the logprobs of the answers."""
 
 
 @dataclass(frozen=True)
 class Answerer:
-    """A model that answers: with a trace first when it has a trace engine, directly otherwise."""
+    """Answers prompts: after a trace where it has a trace engine, directly otherwise."""
 
     tokenizer: Tokenizer
     trace_engine: Engine | None
@@ -40,16 +40,18 @@ class Answerer:
     max_trace_tokens: int
     max_answer_tokens: int
     trace_temperature: float
-    """Of the trace; the answer is always the most probable one."""
+    """Of the trace; answers are greedy."""
     decode_steps: int = 16
-    """Tokens that are decoded a dispatch."""
+    """Tokens of each sequence that are decoded per dispatch."""
     score_rewards: ScoreRewards | None = None
-    """Rewards of the reference answer after each trace, where evaluation is to measure them."""
+    """Computes rewards of the reference answers, for an evaluation that measures them."""
+    opens_trace: bool = True
+    """Append t_start to prompts; False where the prompt template writes it."""
 
     def answer(
         self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array
     ) -> list[tuple[Trace | None, Trace]]:
-        """Trace and answer of every prompt; t_end is appended to whatever trace there is."""
+        """Trace and answer of each prompt; t_end is appended to every trace, also a cut one."""
         if self.trace_engine is None:
             requests = self._requests(prompts, self.max_answer_tokens, Sampling(0.0))
             answers = self._generate(self.answer_engine, params, requests, key)
@@ -66,7 +68,7 @@ class Answerer:
         references: Sequence[np.ndarray],
         key: jax.Array,
     ) -> tuple[list[tuple[Trace | None, Trace]], list[SuffixLogprobs]]:
-        """The same, and logprobs of each reference answer (eos included) after its trace."""
+        """As `answer`, with the logprobs of each reference (eos included) after its trace."""
         assert self.trace_engine is not None, "without a trace there is nothing to score after"
         trace_key, answer_key = jax.random.split(key)
         requests = self._trace_requests(prompts, references)
@@ -91,13 +93,14 @@ class Answerer:
     def _trace_requests(
         self, prompts: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
     ) -> list[Request]:
-        start, end = self.tokenizer.think_start_id, self.tokenizer.think_end_id
+        start = [self.tokenizer.think_start_id] if self.opens_trace else []
         opened = [np.append(prompt, start).astype(np.int32) for prompt in prompts]
         sampling = Sampling(self.trace_temperature)
         requests = self._requests(opened, self.max_trace_tokens, sampling)
         if references is None:
             return requests
-        suffixes = [np.concatenate([[end], answer]).astype(np.int32) for answer in references]
+        end = [self.tokenizer.think_end_id]
+        suffixes = [np.concatenate([end, answer]).astype(np.int32) for answer in references]
         return [
             request._replace(suffix_tokens=suffix)
             for request, suffix in zip(requests, suffixes, strict=True)
@@ -116,22 +119,15 @@ class Answerer:
 
 
 def make_answerer(
-    config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
-) -> Answerer | None:
-    """What evaluation and `nrt-jax generate` answer with; None when nothing is to be evaluated."""
-    if not config.evaluation.examples or not dataset.eval:
-        return None
-    return answerer(config, model, tokenizer)
-
-
-def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
-    """NRT reasons before it answers, SFT answers at once."""
+    config: RunConfig, model: Model, tokenizer: Tokenizer, *, opens_trace: bool = True
+) -> Answerer:
+    """What evaluation and `nrt-jax generate` answer with: NRT reasons first, SFT does not."""
     reasons = config.method == "nrt"
     longest = config.data.max_prompt_tokens
     if reasons:
         longest += config.rollout.max_trace_tokens + 2
     answer_tokens = config.evaluation.max_answer_tokens
-    answers = make_engine(
+    answer_engine = make_engine(
         config,
         model,
         slots=config.rollout.slots,
@@ -141,15 +137,25 @@ def answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
     )
     scores = reasons and config.evaluation.score_references
     return Answerer(
-        tokenizer,
-        trace_engine(config, model, tokenizer) if reasons else None,
-        answers,
-        config.rollout.max_trace_tokens,
-        answer_tokens,
-        config.evaluation.trace_temperature,
+        tokenizer=tokenizer,
+        trace_engine=trace_engine(config, model, tokenizer) if reasons else None,
+        answer_engine=answer_engine,
+        max_trace_tokens=config.rollout.max_trace_tokens,
+        max_answer_tokens=answer_tokens,
+        trace_temperature=config.evaluation.trace_temperature,
         decode_steps=config.rollout.decode_steps,
         score_rewards=partial(score_rewards, objective=config.objective) if scores else None,
+        opens_trace=opens_trace,
     )
+
+
+def evaluation_answerer(
+    config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
+) -> Answerer | None:
+    """The answerer of a training's evaluations; None when there is nothing to evaluate."""
+    if not config.evaluation.examples or not dataset.eval:
+        return None
+    return make_answerer(config, model, tokenizer)
 
 
 def evaluate(
@@ -162,9 +168,9 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics over all examples, and the first `samples` of them as readable records.
 
-    An answer is right when its text equals the reference after both are stripped of white space
-    and the model ended it with eos. With `score_rewards`: the mean reward of the reference answer
-    after the trace and after the empty one, and its logprob after the trace, in nats per token.
+    An answer is right when its text equals the reference, both stripped of white space, and the
+    model ended it with eos. With `score_rewards`: the mean reward of the reference answer after the
+    trace and after the empty trace, and its logprob after the trace in nats per token.
     """
     prompts = [example.prompt_tokens for example in examples]
     scored = {}
@@ -216,5 +222,5 @@ def _record(
 
 
 def end_name(tokenizer: Tokenizer, trace: Trace) -> str:
-    """What ended a sequence: the special token's name, or "length"."""
+    """The name of the token that ended a sequence, or "length"."""
     return "length" if trace.end_token is None else tokenizer.token(trace.end_token)

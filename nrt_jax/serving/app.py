@@ -163,7 +163,7 @@ class OpenAIServer:
             "max_prompt_tokens": limits.prompt,
             "max_new_tokens": limits.new,
             "reasons": self.served.reasons,
-            "step": self.served.trained.step,
+            "step": self.served.opened.step,
         }
 
     async def _health(self) -> Response:

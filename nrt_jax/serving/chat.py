@@ -53,7 +53,7 @@ class Chat:
             raise bad_request("top_logprobs", f"{body.top_logprobs}; this server gives up to {top}")
         if body.top_logprobs and not body.logprobs:
             raise bad_request("top_logprobs", "needs logprobs=true")
-        body.check_stop_ids(served.tokenizer.vocab_size)
+        body.check_stop_ids(served.vocab_size)
         prompt = _prompt(served, body.messages)
         most = served.limits.new - (2 if served.reasons else 0)
         trace = _at_most(body, "max_reasoning_tokens", served.limits.trace)
@@ -190,8 +190,7 @@ def _prompt(served: ServedModel, messages: Sequence[ChatMessage]) -> np.ndarray:
         raise bad_request(
             "messages", f"prompt 0 has {len(x)} tokens; {served.limits.prompt} are the most"
         )
-    opened = [*x, served.tokenizer.think_start_id] if served.reasons else x
-    return np.asarray(opened, np.int32)
+    return served.opened.trace_prompt(x) if served.reasons else x
 
 
 def _turn(index: int, message: ChatMessage) -> dict[str, str]:

@@ -47,7 +47,7 @@ class Completion:
         if body.max_tokens == 0 and not body.echo:
             raise bad_request("max_tokens", "0 writes nothing; set 1 or more, or echo=true")
         prompts = _read_prompts(served, body, sequences // body.n)
-        body.check_stop_ids(served.tokenizer.vocab_size)
+        body.check_stop_ids(served.vocab_size)
         return cls(served, body, prompts)
 
     @property
@@ -176,7 +176,7 @@ def _prompt_tokens(served: ServedModel, index: int, value: Any) -> np.ndarray:
         raise bad_request(
             "prompt", f"prompt {index} must be a text or a list of one or more token ids"
         )
-    size = served.tokenizer.vocab_size
+    size = served.vocab_size
     unknown = next((token for token in value if not 0 <= token < size), None)
     if unknown is not None:
         raise bad_request("prompt", f"prompt {index} has {unknown}; token ids are 0 to {size - 1}")

@@ -49,7 +49,7 @@ class Drivers:
 
     def __init__(self, served: ServedModel, slots: int, most: int):
         self._engine = JetStreamEngine(served.engine(slots))
-        self._params, self._most = served.trained.params, most
+        self._params, self._most = served.opened.params, most
         self._lock = threading.Lock()
         self._requests: dict[int, Any] = {}
         self.live, self.draining = True, False
@@ -161,7 +161,7 @@ class _Service(orchestrator.LLMOrchestrator):
             tokens = served.text_prompt(request.text_content.text)
         else:
             tokens = np.array(request.token_content.token_ids, np.int32)
-        size = served.tokenizer.vocab_size
+        size = served.vocab_size
         if not len(tokens):
             raise InputError("content: is empty; send a text or token ids")
         if tokens.min() < 0 or tokens.max() >= size:

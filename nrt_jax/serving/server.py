@@ -1,4 +1,4 @@
-"""`nrt-jax serve`: open a checkpoint, listen, and drain when told to stop."""
+"""`nrt-jax serve`: open a model, listen, and drain when told to stop."""
 
 import asyncio
 import contextlib
@@ -21,32 +21,41 @@ from nrt_jax.serving.admission import Admission
 from nrt_jax.serving.app import OpenAIServer
 from nrt_jax.serving.engine_loop import EngineLoop
 from nrt_jax.serving.metrics import Metrics
-from nrt_jax.serving.served_model import ServedModel, open_checkpoint
+from nrt_jax.serving.served_model import ServedModel, open_served
 from nrt_jax.stop import StopRequest
 
 if TYPE_CHECKING:
-    # It brings grpc and JetStream's orchestrator, which grpc_port=null leaves alone.
+    # It imports grpc and JetStream's orchestrator, which grpc_port=null does not need.
     from nrt_jax.serving.jetstream_grpc import GrpcServer
 
 log = logging.getLogger(__name__)
 
 
-def serve(checkpoint: Path, overrides: Sequence[str]) -> None:
-    """Answer requests until SIGTERM or Ctrl-C, then end what is under way and return.
+def serve(model: Path, overrides: Sequence[str]) -> None:
+    """Answer requests until SIGTERM or Ctrl-C, then finish the running ones and return.
 
-    Raises InputError for a bad setting, a missing checkpoint and a port that is taken.
+    Overrides `field=value` configure the server; `section.field=value` and `method=value` configure
+    the model. Raises InputError for a bad setting, for a path without a model and for a port that
+    is taken.
     """
+    of_model = [word for word in overrides if _configures_model(word)]
     with StopRequest():
-        config = with_installed_servers(load_config(ServingConfig, [], overrides))
+        of_server = [word for word in overrides if word not in of_model]
+        config = with_installed_servers(load_config(ServingConfig, [], of_server))
         with listen(config.host, config.port, "port") as listening:
             grpc_port = None if config.grpc_port is None else free_port(config)
-            served = open_checkpoint(checkpoint, config)
+            served = open_served(model, config, of_model)
             grpc = None if grpc_port is None else start_grpc(served, config, grpc_port)
             try:
                 asyncio.run(_serve(served, config, listening, grpc))
             finally:
                 if grpc is not None:
                     grpc.stop()
+
+
+def _configures_model(override: str) -> bool:
+    key = override.partition("=")[0]
+    return "." in key or key == "method"
 
 
 def with_installed_servers(config: ServingConfig) -> ServingConfig:
@@ -84,14 +93,14 @@ def listen(host: str, port: int, name: str) -> socket.socket:
 
 
 def free_port(config: ServingConfig) -> int:
-    """The port of the gRPC server, which takes a number and not a socket."""
+    """A port for the gRPC server, which takes a number, not a socket."""
     assert config.grpc_port is not None
     with listen(config.host, config.grpc_port, "grpc_port") as found:
         return found.getsockname()[1]
 
 
 def start_grpc(served: ServedModel, config: ServingConfig, port: int) -> "GrpcServer":
-    """The gRPC side of a model, listening."""
+    """Start the gRPC server of a model."""
     from nrt_jax.serving.jetstream_grpc import GrpcServer
 
     server = GrpcServer(served, config.host, port, slots=config.grpc_slots, most=config.grpc_queue)
@@ -100,9 +109,9 @@ def start_grpc(served: ServedModel, config: ServingConfig, port: int) -> "GrpcSe
 
 
 def make_server(served: ServedModel, config: ServingConfig) -> OpenAIServer:
-    """The HTTP side of a model, its engine built and not yet started."""
+    """The HTTP server of a model; its engine is built and not yet started."""
     decoder = served.engine(config.slots, config.top_logprobs)
-    params, metrics = served.trained.params, Metrics()
+    params, metrics = served.opened.params, Metrics()
 
     def score(tokens: np.ndarray) -> tuple[Any, Any, Any]:
         return decoder.prompt_logprobs(params, tokens, config.top_logprobs)
@@ -118,7 +127,7 @@ def make_server(served: ServedModel, config: ServingConfig) -> OpenAIServer:
 
 
 class _Uvicorn(uvicorn.Server):
-    """Leaves signals to us: it would close the door before /health could say so."""
+    """Leaves signals to us: it would stop listening before /health could say so."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -152,8 +161,8 @@ async def _serve(
         await asyncio.sleep(0.01)
     host, port = listening.getsockname()[:2]
     also = "" if grpc is None else f" and grpc://{host}:{grpc.port}"
-    step = served.trained.step
-    print(f"serving {served.name} (step {step}) on http://{host}:{port}{also}", flush=True)
+    what = served.opened.description
+    print(f"serving {served.name} ({what}) on http://{host}:{port}{also}", flush=True)
     try:
         await asyncio.wait(
             (running, asyncio.create_task(asked.wait())), return_when=asyncio.FIRST_COMPLETED
@@ -166,7 +175,7 @@ async def _serve(
 
 
 async def _drain(api: OpenAIServer, grpc: "GrpcServer | None", seconds: float) -> None:
-    """Take on nothing more, and wait for what is under way, but no longer than `seconds`."""
+    """Refuse new requests, and wait up to `seconds` for the running ones."""
 
     def left() -> int:
         over_grpc = 0 if grpc is None else grpc.drivers.active

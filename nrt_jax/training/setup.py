@@ -12,12 +12,12 @@ import optax
 from jax.sharding import Mesh
 
 from nrt_jax.checkpoints import run_dir
-from nrt_jax.checkpoints.run_model import (
+from nrt_jax.checkpoints.abstract_model import (
     Model,
+    abstract_model,
     engine_model,
     init_params,
     load_tokenizer,
-    open_model,
 )
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_state, state_shardings
@@ -28,7 +28,7 @@ from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.make import trace_engine, trace_stop_ids
 from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError
-from nrt_jax.evaluation.held_out import Answerer, make_answerer
+from nrt_jax.evaluation.held_out import Answerer, evaluation_answerer
 from nrt_jax.models.sharding import batch_sharding
 from nrt_jax.training.logger import MetricsWriter
 from nrt_jax.training.memory import DeviceMemory
@@ -109,7 +109,7 @@ def setup(config: RunConfig) -> Iterator[Run]:
     Mistakes in names, data and weights are found before the run directory is made.
     """
     tokenizer = load_tokenizer(config)
-    model = open_model(config, tokenizer)
+    model = abstract_model(config, tokenizer)
     on_engines = engine_model(config, model)
     _check_batch_fits(config, model.mesh, on_engines.mesh)
     dataset = load_dataset(config.data, tokenizer)
@@ -214,7 +214,7 @@ def _first_progress(
 def _make_engines(
     config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
 ) -> Engines:
-    answerer = make_answerer(config, model, tokenizer, dataset)
+    answerer = evaluation_answerer(config, model, tokenizer, dataset)
     # Training and evaluation sample traces with one engine, whose programs are compiled once.
     traces = None if answerer is None else answerer.trace_engine
     if traces is None and config.method == "nrt":

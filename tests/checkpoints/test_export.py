@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.checkpoints.import_format import read_params
-from nrt_jax.checkpoints.open import load_trained
+from nrt_jax.checkpoints.open import open_model
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params
@@ -141,7 +141,7 @@ def run_with_new_tokens(tmp_path_factory, tiny_config) -> TinyRun:
 
 
 def initial_params(run: TinyRun, *overrides: str) -> dict:
-    from nrt_jax.checkpoints.run_model import init_params, load_tokenizer, open_model
+    from nrt_jax.checkpoints.abstract_model import abstract_model, init_params, load_tokenizer
     from nrt_jax.config.load import load_config
     from nrt_jax.config.run import RunConfig
 
@@ -149,7 +149,7 @@ def initial_params(run: TinyRun, *overrides: str) -> dict:
         RunConfig, [run.config], [*NEW_NAMES, "mesh.fsdp=8", "mesh.data=1", *overrides]
     )
     tokenizer = load_tokenizer(config)
-    return init_params(config, open_model(config, tokenizer), tokenizer)
+    return init_params(config, abstract_model(config, tokenizer), tokenizer)
 
 
 def test_new_rows_start_as_copies(run_with_new_tokens):
@@ -179,7 +179,7 @@ def test_the_export_has_the_new_tokens(run_with_new_tokens, tmp_path, words):
     """transformers builds the prompt of the training, and computes what the run computes."""
     out = tmp_path / "model"
     assert words("export", run_with_new_tokens.directory, out)[0] == 0
-    trained = load_trained(run_with_new_tokens.directory)
+    trained = open_model(run_with_new_tokens.directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert model.config.vocab_size == 27

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nrt_jax.checkpoints.open import load_trained
+from nrt_jax.checkpoints.open import open_model
 from nrt_jax.cli import main
 from nrt_jax.models.decoder import Decoder
 
@@ -19,7 +19,7 @@ def test_transformers_computes_the_same(reference, tmp_path):
     assert main(["export", str(run.directory), str(tmp_path / "model")]) == 0
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    trained = load_trained(run.directory)
+    trained = open_model(run.directory)
     tokens = tokenizer.encode("1+2+3", add_special_tokens=False)
     assert tokens == trained.tokenizer.encode("1+2+3")
     tokens_BT = np.array([tokens, tokens[::-1]])

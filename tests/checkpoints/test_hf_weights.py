@@ -235,7 +235,7 @@ def test_params_that_do_not_fit_are_not_written(reference_of, tmp_path):
 
 def test_needs_neither_torch_nor_transformers():
     code = (
-        "import sys, nrt_jax.checkpoints.hf_weights, nrt_jax.checkpoints.pretrained\n"
+        "import sys, nrt_jax.checkpoints.hf_weights, nrt_jax.checkpoints.open\n"
         "print({'torch', 'transformers'} & sys.modules.keys())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

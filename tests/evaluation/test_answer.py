@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from nrt_jax.checkpoints.hf_config import read_architecture
-from nrt_jax.checkpoints.open import load_trained
+from nrt_jax.checkpoints.open import open_model
 from nrt_jax.checkpoints.run_dir import load_run
 from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
 from nrt_jax.data.tokenizer import Tokenizer
@@ -55,7 +55,7 @@ def test_generates_alike_from_the_newest_checkpoint_and_by_its_step(run, words):
 
 def test_loads_the_checkpoint_that_is_named(run):
     for step in run.steps:
-        loaded = load_trained(run.checkpoints / str(step)).params
+        loaded = open_model(run.checkpoints / str(step)).params
         theirs = {
             jax.tree_util.keystr(path): leaf
             for path, leaf in jax.tree_util.tree_leaves_with_path({"params": loaded})
@@ -66,7 +66,7 @@ def test_loads_the_checkpoint_that_is_named(run):
 
 def test_a_run_is_only_read(run):
     before = {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")}
-    load_trained(run.directory)
+    open_model(run.directory)
     assert {path: path.stat().st_mtime_ns for path in run.directory.rglob("*")} == before
 
 
@@ -120,8 +120,21 @@ def test_no_run(verb, run, tmp_path, words):
     missing = tmp_path / "none"
     empty = tmp_path / "empty"
     shutil.copytree(run.directory, empty, ignore=shutil.ignore_patterns("checkpoints"))
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "model.gguf").touch()
     for path, said in (
-        (missing, f"{missing}: no config.yaml in it; name the directory of a run"),
+        (
+            missing,
+            f"{missing}: no such directory; name a run, RUN/checkpoints/STEP, an import, or a "
+            "Hugging Face directory",
+        ),
+        (
+            other,
+            f"{other}: holds no model: no config.yaml (a run), and no config.json beside "
+            "*.safetensors (a Hugging Face directory) or params/ (an import); name one of these, "
+            "or RUN/checkpoints/STEP",
+        ),
         (empty, f"{empty}: has no checkpoint yet; train it first"),
         (
             run.checkpoints / "7",
@@ -135,17 +148,17 @@ def test_no_run(verb, run, tmp_path, words):
 
 # --- generate --score -----------------------------------------------------------------------------
 
-SCORE = re.compile(r"score   R (\S+), after no trace (\S+); log c (\S+) nats a token")
+SCORE = re.compile(r"score   R (\S+), after the empty trace (\S+); log c (\S+) nats per token")
 
 
 def scores(out: str) -> list[list[float]]:
-    """R, the baseline's, and log c a token, of each prompt."""
+    """R, the baseline's, and log c per token, of each prompt."""
     return [[float(number) for number in found] for found in SCORE.findall(out)]
 
 
 def by_hand(run: TinyRun, question: str, answer: str) -> list[float]:
     """The same from whole forwards: a greedy trace token by token, then y* after it."""
-    trained = load_trained(run.directory)
+    trained = open_model(run.directory)
     tokenizer, decoder = trained.tokenizer, nnx.merge(trained.model.definition, trained.params)
     prompt = tokenize_prompt(question, trained.config.data, tokenizer).tolist()
     reference = [*tokenizer.encode(answer), tokenizer.eos_id]
@@ -214,8 +227,8 @@ def test_a_run_without_traces_has_nothing_to_score_after(reference, words):
     status, out, err = words("generate", directory, "--prompt", PROMPT, "--score", "=1")
     assert (status, out) == (2, "")
     assert err == (
-        f"nrt-jax: error: --score: {directory} was trained by sft, which answers without a trace; "
-        "name a run of method nrt, or leave it out\n"
+        f"nrt-jax: error: --score: {directory} answers without a trace (method sft); name a "
+        "model of method nrt, or leave it out\n"
     )
 
 
@@ -230,7 +243,7 @@ def exported(directory: Path) -> dict:
 def test_exports_what_was_trained(run, tmp_path, words):
     out = tmp_path / "model"
     assert words("export", run.directory, out) == (0, f"wrote {out}\n", "")
-    loaded = load_trained(run.directory)
+    loaded = open_model(run.directory)
     assert read_architecture(out) == loaded.model.architecture
     assert read_architecture(out).vocab_size == 25
     for mine, theirs in zip(
@@ -241,7 +254,7 @@ def test_exports_what_was_trained(run, tmp_path, words):
 
 
 def test_the_padding_of_the_vocabulary_is_never_trained(run):
-    params = load_trained(run.directory).params
+    params = open_model(run.directory).params
     assert params["embedding"].shape[0] == params["head"].shape[1] == 128
     assert not np.any(params["embedding"][25:])
     assert not np.any(params["head"][:, 25:])
@@ -251,7 +264,7 @@ def test_the_padding_of_the_vocabulary_is_never_trained(run):
 def test_exports_bfloat16(run, tmp_path, words):
     status, *_ = words("export", run.directory, tmp_path / "model", "--dtype", "bfloat16")
     assert status == 0
-    params = load_trained(run.directory).params
+    params = open_model(run.directory).params
     rounded = np.asarray(params["embedding"].astype("bfloat16").astype("float32"))
     assert np.array_equal(np.asarray(exported(tmp_path / "model")["embedding"]), rounded)
 
@@ -269,7 +282,7 @@ def test_copies_rows(run, tmp_path, words):
     arguments = [word for pair in pairs for word in ("--copy-row", pair)]
     assert words("export", run.directory, out, *arguments)[0] == 0
     tokenizer = Tokenizer.load(out)
-    params, before = exported(out), load_trained(run.directory).params
+    params, before = exported(out), open_model(run.directory).params
     for target, source in ((tokenizer.think_start_id, "\n"), (tokenizer.think_end_id, "=")):
         (source_id,) = tokenizer.encode(source)
         row = np.asarray(before["embedding"][source_id])

@@ -50,14 +50,25 @@ def engines(tokenizer, a) -> tuple[Engine, Engine]:
     return one, other
 
 
+def make(tokenizer, trace_engine, answer_engine) -> Answerer:
+    return Answerer(
+        tokenizer=tokenizer,
+        trace_engine=trace_engine,
+        answer_engine=answer_engine,
+        max_trace_tokens=6,
+        max_answer_tokens=3,
+        trace_temperature=0.0,
+    )
+
+
 @pytest.fixture
 def direct(tokenizer, engines) -> Answerer:
-    return Answerer(tokenizer, None, engines[1], 6, 3, trace_temperature=0.0)
+    return make(tokenizer, None, engines[1])
 
 
 @pytest.fixture
 def reasoning(tokenizer, engines) -> Answerer:
-    return Answerer(tokenizer, *engines, 6, 3, trace_temperature=0.0)
+    return make(tokenizer, *engines)
 
 
 @pytest.fixture
@@ -124,9 +135,7 @@ def test_right_answers_are_counted(direct, rig, examples):
     ("after_3", "limit"), [(END, 3), ("<|pad|>", 3), ("3", 2)], ids=["t_end", "pad", "length"]
 )
 def test_an_answer_must_end_with_eos(direct, rig, examples, after_3, limit):
-    answerer = Answerer(
-        direct.tokenizer, None, direct.answer_engine, 6, limit, trace_temperature=0.0
-    )
+    answerer = dataclasses.replace(direct, max_answer_tokens=limit)
     metrics, records = score(answerer, rig(ANSWERS_3 | {"3": after_3}), examples(("1+2", "=3")))
     assert records[0]["answer"] == "=3"
     assert metrics["eval/exact_match"] == 0
@@ -182,9 +191,7 @@ def test_the_answer_sees_question_and_trace(reasoning, tokenizer, a):
 
 
 def test_sampled_answers_repeat_with_their_key_alone(reasoning, tokenizer, a):
-    answerer = Answerer(
-        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 6, 3, trace_temperature=1.0
-    )
+    answerer = dataclasses.replace(reasoning, trace_temperature=1.0)
     params = nnx.split(decoder(a))[1]
     prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 8
 
@@ -198,9 +205,7 @@ def test_sampled_answers_repeat_with_their_key_alone(reasoning, tokenizer, a):
 
 
 def test_answers_are_greedy_whatever_the_temperature_of_the_trace(reasoning, tokenizer, a):
-    answerer = Answerer(
-        tokenizer, reasoning.trace_engine, reasoning.answer_engine, 6, 3, trace_temperature=1.0
-    )
+    answerer = dataclasses.replace(reasoning, trace_temperature=1.0)
     params = nnx.split(decoder(a))[1]
     prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 4
     answered = answerer.answer(params, prompts, jax.random.key(0))

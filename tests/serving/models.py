@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from nrt_jax.checkpoints.open import Trained
-from nrt_jax.checkpoints.run_model import Model
+from nrt_jax.checkpoints.abstract_model import Model
+from nrt_jax.checkpoints.open import Found, OpenModel
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.serving.served_model import ServedModel, serve_trained
+from nrt_jax.serving.served_model import ServedModel, serve_model
 from tests.data.made_tokenizers import write_made_tokenizer
 from tests.data.templates import TEMPLATES
 from tests.models.tiny import architecture as small
@@ -31,7 +31,7 @@ SLOTS, DECODE_STEPS = 4, 4
 """Of all engines, so that few programs are compiled."""
 
 
-def make_trained(folder: Path, method: str = "nrt") -> Trained:
+def make_opened(folder: Path, method: str = "nrt") -> OpenModel:
     """Nothing was trained: its weights are drawn, so that what it writes is hard to guess."""
     directory = write_made_tokenizer("llama3", folder / "tokenizer")
     template = folder / "template.jinja"
@@ -59,12 +59,19 @@ def make_trained(folder: Path, method: str = "nrt") -> Trained:
     )
     definition, params = nnx.split(decoder(architecture))
     model = Model(definition, architecture, mesh(), target={})
-    return Trained(config, tokenizer, model, params, step=7)
+    return OpenModel(
+        name="tiny",
+        found=Found("run", folder, step=7),
+        config=config,
+        tokenizer=tokenizer,
+        model=model,
+        params=params,
+    )
 
 
 def make_served(folder: Path, method: str = "nrt", **settings: Any) -> ServedModel:
     """The model by the name "tiny"."""
-    return serve_trained(make_trained(folder, method), "tiny", ServingConfig(**settings))
+    return serve_model(make_opened(folder, method), ServingConfig(**settings))
 
 
 class Reference:
@@ -90,7 +97,7 @@ class Reference:
         request = Request(np.array(prompt, np.int32), stream, copies, limit, settings)
         (traces,) = generate(
             self.engine,
-            self.served.trained.params,
+            self.served.opened.params,
             [request],
             jax.random.key(seed),
             steps=DECODE_STEPS,

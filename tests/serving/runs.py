@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from nrt_jax.checkpoints import run_dir
-from nrt_jax.checkpoints.run_model import init_params, load_tokenizer, open_model
+from nrt_jax.checkpoints.abstract_model import abstract_model, init_params, load_tokenizer
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import init_state, state_shardings
 from nrt_jax.config.load import load_config
@@ -30,7 +30,7 @@ def write_run(folder: Path, method: str = "nrt") -> Path:
     path.write_text(yaml.safe_dump(sections | {"method": method}), encoding="utf-8")
     config = load_config(RunConfig, [path], [f"run_dir={directory}"])
     tokenizer = load_tokenizer(config)
-    model = open_model(config, tokenizer, lambda _: mesh())
+    model = abstract_model(config, tokenizer, lambda _: mesh())
     params = init_params(config, model, tokenizer)
     optimizer = make_optimizer(config.optimizer, config.train.updates)
     state = init_state(optimizer, params, state_shardings(optimizer, params, model.mesh))

@@ -158,7 +158,7 @@ def forward_logprobs(served, tokens: list[int]) -> np.ndarray:
     import jax.numpy as jnp
     from flax import nnx
 
-    model = nnx.merge(served.trained.model.definition, served.trained.params)
+    model = nnx.merge(served.opened.model.definition, served.opened.params)
     logits = model(jnp.asarray(tokens, jnp.int32)[None])[0]
     return np.asarray(jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1))
 

@@ -126,7 +126,7 @@ def test_a_port_that_is_taken(run, name, capsys):
 
 def test_no_run(tmp_path, capsys):
     assert main(["serve", str(tmp_path / "none"), "port=0", "grpc_port=0"]) == 2
-    assert "no config.yaml in it" in capsys.readouterr().err
+    assert "no such directory; name a run, RUN/checkpoints/STEP" in capsys.readouterr().err
 
 
 @pytest.mark.slow

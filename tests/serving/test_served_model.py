@@ -10,7 +10,7 @@ import transformers
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.errors import InputError
-from nrt_jax.serving.served_model import find_limits, open_checkpoint, serve_trained
+from nrt_jax.serving.served_model import find_limits, open_served, serve_model
 from tests.data.templates import TEMPLATES
 from tests.serving.models import NEW, PROMPT, TRACE
 from tests.serving.runs import STEP, write_run
@@ -27,15 +27,14 @@ CONVERSATION = [
 def plain(tmp_path_factory):
     """A run whose template is plain, from its directory."""
     run = write_run(tmp_path_factory.mktemp("plain"), "sft")
-    return open_checkpoint(run / "checkpoints" / str(STEP), ServingConfig())
+    return open_served(run / "checkpoints" / str(STEP), ServingConfig())
 
 
 def with_rollout(served, **settings):
     """The same weights with other settings of the run's rollouts."""
-    rollout = served.trained.config.rollout.model_copy(update=settings)
-    config = served.trained.config.model_copy(update={"rollout": rollout})
-    trained = dataclasses.replace(served.trained, config=config)
-    return serve_trained(trained, "tiny", ServingConfig())
+    rollout = served.opened.config.rollout.model_copy(update=settings)
+    config = served.opened.config.model_copy(update={"rollout": rollout})
+    return serve_model(dataclasses.replace(served.opened, config=config), ServingConfig())
 
 
 @pytest.mark.parametrize("turns", [1, 2, 4])
@@ -63,7 +62,7 @@ def test_a_text_spells_no_control_token(served):
 
 def test_a_plain_run_takes_one_question(plain):
     question = [{"role": "user", "content": "1+2+3"}]
-    data = plain.trained.config.data
+    data = plain.opened.config.data
     expected = tokenize_prompt("1+2+3", data, plain.tokenizer).tolist()
     assert plain.chat_prompt(question).tolist() == expected
     assert plain.text_prompt("1+2+3").tolist() == expected
@@ -78,12 +77,12 @@ def test_a_plain_run_takes_one_question(plain):
 
 def test_a_run_goes_by_the_name_of_its_directory(plain):
     assert plain.name == "run"
-    assert plain.trained.step == STEP
+    assert plain.opened.step == STEP
     assert not plain.reasons
 
 
 def test_limits(served):
-    run = served.trained.config
+    run = served.opened.config
     limits = find_limits(run, ServingConfig())
     assert (limits.prompt, limits.new, limits.trace) == (PROMPT, NEW, TRACE)
     assert limits.context == PROMPT + NEW

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nrt_jax.checkpoints.run_model import init_params, load_tokenizer, open_model
+from nrt_jax.checkpoints.abstract_model import abstract_model, init_params, load_tokenizer
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.models.decoder import abstract_decoder
@@ -37,7 +37,7 @@ def one_step(tiny_config, tmp_path, *overrides) -> tuple[Policy, RunConfig, dict
     config = load_config(RunConfig, [tiny_config], words)
     train(config)
     tokenizer = load_tokenizer(config)
-    model = open_model(config, tokenizer)
+    model = abstract_model(config, tokenizer)
     # The model's own definition wants rows that divide over its devices.
     decoder = abstract_decoder(model.architecture, vocab_multiple=config.model.vocab_multiple)
     policy = Policy(

@@ -1,7 +1,9 @@
-"""The model of a run: its shape on the mesh, and its weights before the first update."""
+"""The model of a config before its weights: definition, mesh, and the shape of every weight.
+
+`init_params` then gives the weights before the first update.
+"""
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +15,7 @@ from jax.sharding import Mesh
 
 from nrt_jax.checkpoints import import_format
 from nrt_jax.checkpoints.hf_config import read_architecture
-from nrt_jax.checkpoints.token_rows import copy_token_rows
+from nrt_jax.checkpoints.token_rows import copy_token_rows, token_id
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import ModelConfig
@@ -27,36 +29,40 @@ from nrt_jax.models.sharding import abstract_params, make_mesh
 
 log = logging.getLogger(__name__)
 
-_ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t", r"\\": "\\"}
-
 
 @dataclass(frozen=True)
 class Model:
-    """A decoder's definition, and where its weights live."""
+    """A decoder's definition, and how its weights are laid out."""
 
     definition: nnx.GraphDef
     architecture: Architecture
-    """Its vocabulary holds every token of the run, those that the checkpoint lacks included."""
+    """Its vocabulary holds every token of the run, also tokens that the checkpoint lacks."""
     mesh: Mesh
     target: dict[str, Any]
     """Shape, dtype (float32 in training) and sharding of every weight."""
 
 
 def load_tokenizer(config: RunConfig) -> Tokenizer:
-    """The tokenizer of the data section, or that of the model's directory."""
+    """The tokenizer of the data section, or of the model's directory."""
     data = config.data
     return Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
 
 
-def open_model(
-    config: RunConfig, tokenizer: Tokenizer, make: Callable[[Architecture], Mesh] | None = None
+def abstract_model(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    engine_mesh: Callable[[Architecture], Mesh] | None = None,
+    *,
+    add_think_rows: bool = True,
 ) -> Model:
-    """The model's shape, with a vocabulary that has room for the think tokens; reads no weights.
+    """The model without weights; its vocabulary includes the think tokens.
 
-    Raises InputError for a checkpoint that cannot be read, for a tokenizer that is not the
-    model's, for a mesh that the weights do not divide over, and for a model.attention that cannot
-    run. The mesh is that of the config, and rows are spread over it as in training; unless `make`
-    gives another, for an engine.
+    By default the mesh is the config's, and rows are spread over it as in training. With
+    `engine_mesh` the model is for an engine on the mesh that this function returns. Without
+    `add_think_rows` the vocabulary stays as the checkpoint has it.
+
+    Raises InputError for a checkpoint that cannot be read, for a tokenizer that is not the model's,
+    for a mesh that does not divide the weights, and for a model.attention that cannot run.
     """
     model = config.model
     if model.path is not None:
@@ -65,22 +71,21 @@ def open_model(
         assert model.architecture is not None, "ModelConfig requires one of the two"
         architecture = model.architecture
     _check_vocabulary(config, tokenizer, architecture)
-    vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
-    architecture = architecture.model_copy(update={"vocab_size": vocab_size})
-    if make is not None:
-        return _on_mesh(model, architecture, make(architecture), jnp.dtype(model.dtype))
+    if add_think_rows:
+        vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
+        architecture = architecture.model_copy(update={"vocab_size": vocab_size})
+    if engine_mesh is not None:
+        return _on_mesh(model, architecture, engine_mesh(architecture), jnp.dtype(model.dtype))
     mesh = make_mesh(config.mesh, _devices(config.rollout)[0])
     opened = _on_mesh(model, architecture, mesh, jnp.dtype(model.dtype))
     return replace(opened, definition=_training_definition(config, architecture, mesh))
 
 
 def engine_model(config: RunConfig, model: Model) -> Model:
-    """The model as the engines hold it: on the rollouts' mesh, in the rollouts' dtype.
+    """The training's model as the engines hold it: on the rollouts' mesh, in the rollouts' dtype.
 
-    Its definition is that of any rows, which need not divide over the mesh.
-
-    Raises InputError for a rollout.mesh that does not cover the rollouts' devices, or that the
-    weights do not divide over.
+    Its definition takes any number of rows; they need not divide over the mesh. Raises InputError
+    for a rollout.mesh that does not cover the rollouts' devices, or does not divide the weights.
     """
     rollout = config.rollout
     mesh = model.mesh
@@ -95,7 +100,7 @@ def engine_model(config: RunConfig, model: Model) -> Model:
         return engine
 
     def cast(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        # The norms' scales, which are computed with in float32, are no weight to speak of.
+        # The scales of the norms are few, and the norms compute in float32.
         return leaf if path[-1].key == "scale" else leaf.update(dtype=dtype)
 
     return replace(engine, target=jax.tree_util.tree_map_with_path(cast, engine.target))
@@ -125,7 +130,7 @@ def _on_mesh(
 
 
 def _training_definition(config: RunConfig, architecture: Architecture, mesh: Mesh) -> nnx.GraphDef:
-    """A decoder whose rows are spread over the mesh, with the attention that trains."""
+    """A decoder that spreads its rows over the mesh and uses the attention of training."""
     model, data, rollout = config.model, config.data, config.rollout
     after = data.max_answer_tokens if config.method == "sft" else rollout.max_response_tokens
     longest = data.max_prompt_tokens + after
@@ -147,8 +152,8 @@ def _training_definition(config: RunConfig, architecture: Architecture, mesh: Me
 def init_params(config: RunConfig, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """Float32 weights on the mesh: read from the checkpoint, or drawn from the seed.
 
-    Think tokens that a checkpoint's tokenizer did not have by their name start with the embedding
-    and head rows of `model.new_rows_from`, or of the end-of-sequence token.
+    Think tokens that are new to the checkpoint's tokenizer start with the embedding and head rows
+    of `model.new_rows_from`, or of the end-of-sequence token.
     """
     if config.model.path is None:
         return _draw(config, model)
@@ -172,7 +177,7 @@ def _draw(config: RunConfig, model: Model) -> dict[str, Any]:
 
 
 def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Architecture) -> None:
-    """InputError when the tokenizer knows ids, besides new think tokens, that have no row."""
+    """InputError when the tokenizer has ids without a row, besides new think tokens."""
     rows = architecture.vocab_size
     appended = sum(new >= rows for new in tokenizer.new_ids)
     if tokenizer.vocab_size - appended > rows:
@@ -180,17 +185,3 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer, architecture: Arc
             f"{config.tokenizer_directory}: has {tokenizer.vocab_size - appended} tokens, the "
             f"model's vocab_size is {rows}; use the tokenizer of the model"
         )
-
-
-def token_id(tokenizer: Tokenizer, name: str, where: str) -> int:
-    """The entry of that name, or the one token that spells the text; InputError without one."""
-    text = re.sub(r"\\[nrt\\]", lambda escape: _ESCAPES[escape[0]], name)
-    found = tokenizer.find(text)
-    if found is not None:
-        return found
-    ids = tokenizer.encode(text)
-    if len(ids) == 1 and ids[0] != tokenizer.unk_id:
-        return ids[0]
-    raise InputError(
-        f"{where}: {name!r} is no token of {tokenizer.directory}; use an entry of its vocabulary"
-    )
