@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 
 from nrt_jax.cli import main
+from tests.data.templates import TEMPLATES
 from tests.serving.live import wait_until
-from tests.serving.runs import STEP, write_run
+from tests.serving.runs import STEP, write_chat_model, write_run
 from tests.training.runs import REPOSITORY, Process
 
 SMALL = ("slots=4", "decode_steps=4", "max_sequences=1024")
-READY = re.compile(r"serving (\S+) \(step (\d+)\) on http://127\.0\.0\.1:(\d+)(.*)\n")
+READY = re.compile(r"serving (\S+) \((.+)\) on http://127\.0\.0\.1:(\d+)(.*)\n")
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +30,16 @@ def run(tmp_path_factory) -> Path:
 
 
 @contextlib.contextmanager
-def serving(run: Path, folder: Path, *overrides: str) -> Iterator[tuple[Process, int, str]]:
+def serving(
+    run: Path, folder: Path, *overrides: str, what: str = f"step {STEP}"
+) -> Iterator[tuple[Process, int, str]]:
     """A server process, its port, and what it says besides."""
     process = Process(["serve", str(run), "port=0", *overrides], folder)
     out = folder / "out"
     assert process.wait_until(lambda: READY.search(out.read_text()) is not None), process.end()
     found = READY.search(out.read_text())
     assert found is not None
-    assert found.groups()[:2] == ("run", str(STEP))
+    assert found.groups()[:2] == (run.name, what)
     try:
         yield process, int(found[3]), found[4]
     finally:
@@ -95,9 +98,30 @@ def test_a_drain_that_takes_too_long_is_cut_off(run, tmp_path):
         assert "drain_s=0.01 is over; 1 requests are cut off" in outcome.err
 
 
+def test_a_hugging_face_directory(tmp_path):
+    """Overrides with a section are the model's, the others the server's."""
+    model = write_chat_model(tmp_path / "chat", TEMPLATES["llama3"])
+    settings = (*SMALL, "grpc_port=null", "data.template=plain", "max_new_tokens=3")
+    with serving(model, tmp_path, *settings, what="Hugging Face directory") as (process, port, _):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        body = {"model": "chat", "messages": [{"role": "user", "content": "a"}]}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body))
+        answer = json.loads(connection.getresponse().read())
+        connection.close()
+        # The beginning of sequence and one letter; with its chat template they would be many.
+        assert answer["usage"]["prompt_tokens"] == 2
+        assert answer["usage"]["completion_tokens"] == 3
+        process.signal(signal.SIGTERM)
+        outcome = process.end()
+    assert outcome.status == 0
+    assert "answers directly" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("data.tmplate=tulu", "override data.tmplate=tulu: unknown key; did you mean 'template'?"),
+        ("method=none", "override method=none: must be 'nrt' or 'sft'"),
         ("prot=1", "override prot=1: unknown key; did you mean 'port'?"),
         ("port=70000", "override port=70000: must be less than or equal to 65535"),
         ("slots=0", "override slots=0: must be greater than or equal to 1"),
