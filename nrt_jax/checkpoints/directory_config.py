@@ -15,7 +15,6 @@ from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.chat_template import template_text
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -88,13 +87,13 @@ def directory_config(directory: Path, overrides: Sequence[str]) -> tuple[RunConf
     # The method and the length of an answer depend on other settings: read those first.
     known = load_config(RunConfig, [], [*defaults, *overrides, "method=sft"])
     tokenizer = load_tokenizer(known)
-    given = dict(word.partition("=")[::2] for word in overrides)
+    given = {word.partition("=")[0]: word.partition("=")[2] for word in overrides}
     method = given.get("method", "sft" if tokenizer.new_ids else "nrt")
     response = known.rollout.max_response_tokens
     answer = max(2, response // 2) if method == "nrt" else response
     found = [
         f"method={method}",
-        f"data.template={_template(known, tokenizer)}",
+        *_prompt_format(known, tokenizer),
         f"data.max_answer_tokens={answer}",
         f"evaluation.max_answer_tokens={answer}",
         f"rollout.max_trace_tokens={max(1, response // 2)}",
@@ -104,13 +103,18 @@ def directory_config(directory: Path, overrides: Sequence[str]) -> tuple[RunConf
     return config, tokenizer
 
 
-def _template(known: RunConfig, tokenizer: Tokenizer) -> str:
-    """The template that the settings name, or plain where the tokenizer has none."""
-    try:
-        template_text(known.data, tokenizer)
-    except InputError:
-        return "plain"
-    return known.data.template
+def _prompt_format(known: RunConfig, tokenizer: Tokenizer) -> list[str]:
+    """The overrides under which prompts are those that transformers makes."""
+    data, template = known.data, None
+    needs_own = data.template == "tokenizer" and data.template_file is None
+    if not needs_own or tokenizer.fast.chat_template:
+        template = template_text(data, tokenizer)
+    bos = None if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
+    if template is not None:
+        writes_bos = "bos_token" in template or (bos is not None and bos in template)
+        return [f"data.add_bos={str(writes_bos).lower()}"]
+    first = tokenizer.backend.encode("1").ids[:1]
+    return ["data.template=plain", f"data.add_bos={str(first == [tokenizer.bos_id]).lower()}"]
 
 
 def _tell(directory: Path, config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -24,7 +24,7 @@ _REQUIRED = (
     "num_attention_heads",
 )
 
-# What the two transformers classes take for a field that config.json leaves out.
+# The defaults of the two transformers classes for fields that config.json leaves out.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "num_key_value_heads": None},
     "mistral": {
@@ -54,7 +54,7 @@ _NO_CHANGE: dict[str, tuple[Any, ...]] = {
     "auto_map": ({},),
     "is_causal": (True,),
 }
-# Fields of the base class that say how a model was stored, is run, or generates by default.
+# Fields of the base class about storage, execution and the defaults of generation.
 # fmt: off
 _CHANGE_NOTHING = {
     "architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache",
@@ -148,7 +148,7 @@ def _family(file: Path, config: dict[str, Any]) -> str:
 
 
 def _check_known(file: Path, config: dict[str, Any]) -> None:
-    """A field that nobody here knows may change the computation, unless it is off or empty."""
+    """Refuse unknown fields, which may change the computation, unless they are off or empty."""
     known = Architecture.model_fields.keys() | _NO_CHANGE.keys() | _ROPE | _CHANGE_NOTHING
     for field, value in config.items():
         off = value is None or value is False or value in ("", [], {})
@@ -210,7 +210,7 @@ def _read_rope(file: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _rope_fields(file: Path, config: dict[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(field as it is called in the file, key, value) of all that config.json says about rope."""
+    """(name in the file, key, value) of every field of config.json about rope."""
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if config.get(key) is not None:
             yield key, key, config[key]

@@ -1,6 +1,6 @@
-"""Hugging Face directories of Llama and Mistral: weights onto a mesh, and from it to files.
+"""Weights of Hugging Face directories of Llama and Mistral, read onto a mesh and written from it.
 
-Both directions take one tensor at a time, so that no host ever holds a model.
+Both directions handle one tensor at a time, so that no host ever holds a model.
 Letters: V vocabulary, L layers.
 """
 
@@ -39,7 +39,7 @@ from nrt_jax.checkpoints.weight_table import EMBEDDING, HEAD, Weight, weight_tab
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.errors import InputError
 
-# Old Llama exports store these constants of the architecture, which are no weights.
+# Constants of the architecture that old Llama exports store beside the weights.
 _CONSTANT = ".rotary_emb.inv_freq"
 _ROWS_AT_ONCE = 8192
 
@@ -51,9 +51,9 @@ def read_weights(directory: Path, architecture: Architecture, target: dict) -> d
     """The params of the files' `Decoder(architecture)`, laid out and cast as `target` says.
 
     `target` holds a ShapeDtypeStruct with a sharding for each weight. Its vocabulary dim may be
-    larger than that of the files; the rest is zero. Reads float32, bfloat16 and float16
-    safetensors, tensor by tensor and of each only what this process's devices hold: the host needs
-    the local shards of one tensor beside the params. Raises InputError on pickled weights, on a
+    larger than the files'; the rest is zero. Reads float32, bfloat16 and float16
+    safetensors, tensor by tensor, and only the shards of this process's devices: beside the params
+    the host holds the local shards of one tensor. Raises InputError on pickled weights, on a
     name that is missing, unknown or stored twice, and on a shape or dtype that does not fit.
     """
     table, tensors = _checked_tensors(Path(directory), architecture)
@@ -69,7 +69,7 @@ def read_weights(directory: Path, architecture: Architecture, target: dict) -> d
 def stored_dtypes(directory: Path, architecture: Architecture) -> dict:
     """The dtype of each weight in the files, as a tree like the params.
 
-    Where the layers of one weight differ it is the smallest dtype that holds them all.
+    If the layers of one weight differ, it is the smallest dtype that holds all of them.
     """
     table, tensors = _checked_tensors(Path(directory), architecture)
     dtypes = {}
@@ -101,7 +101,7 @@ def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeS
             return tensor
         return jax.jit(convert, out_shardings=want.sharding)(tensor)
     put = jax.jit(
-        # Not `at[n].set`, which computes a bfloat16 stack as a whole in float32 on the CPU.
+        # `at[n].set` would compute a whole bfloat16 stack in float32 on the CPU.
         lambda stack, tensor, n: lax.dynamic_update_index_in_dim(stack, convert(tensor), n, 0),
         donate_argnums=0,
         out_shardings=want.sharding,
@@ -109,7 +109,7 @@ def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeS
     zeros = jax.jit(partial(jnp.zeros, want.shape, want.dtype), out_shardings=want.sharding)
     stack = zeros()
     for n, tensor in enumerate(of_layers):
-        # Without waiting, tensors that the device has not taken yet would pile up on the host.
+        # Wait: otherwise tensors on their way to the device would pile up on the host.
         stack = put(stack, load(tensor), n).block_until_ready()
     return stack
 
@@ -119,7 +119,7 @@ def _load(tensor: StoredTensor, shape: tuple[int, ...], sharding: NamedSharding)
     pieces: dict[str, np.ndarray] = {}
 
     def piece(index: tuple[slice, ...]) -> np.ndarray:
-        # Devices that hold the same piece share one copy of it on the host.
+        # Devices with the same piece share one copy of it on the host.
         key = str(index)
         if key not in pieces:
             pieces[key] = _read_padded(tensor, shape, index)
@@ -149,7 +149,7 @@ def _read_padded(
 def _checked_tensors(
     directory: Path, a: Architecture
 ) -> tuple[list[Weight], dict[str, StoredTensor]]:
-    """The table and the tensors: each weight once, with its shape and a float dtype, no other."""
+    """The table and the tensors; InputError unless they are the same weights, shapes and dtypes."""
     tensors, table = open_tensors(directory), weight_table(a)
     expected = {name: row for row in table for name in row.names(a.num_hidden_layers)}
     if a.tie_word_embeddings and HEAD in tensors:
@@ -179,7 +179,7 @@ def _checked_tensors(
 
 
 def _check_tied(tensors: dict[str, StoredTensor]) -> None:
-    """A head that is stored beside the embedding it is tied to must be the same."""
+    """InputError when a stored head differs from the embedding it is tied to."""
     head, embedding = tensors[HEAD], tensors[EMBEDDING]
     ends = [*range(_ROWS_AT_ONCE, head.shape[0], _ROWS_AT_ONCE), head.shape[0]]
     blocks = (slice(end - min(end, _ROWS_AT_ONCE), end) for end in ends)
@@ -215,9 +215,9 @@ def write_directory(
 
     Without a dtype each weight keeps its own. `generation` is the content of
     `generation_config.json`, and `add_files(folder)` may add files, such as a tokenizer. The params
-    stay on their mesh; each tensor is brought to the host when it is written, by the first process.
-    Everything goes to a new folder that is renamed at the end, so that `directory` holds all of it
-    or does not exist. Raises InputError when it exists and is not empty, when it cannot be written,
+    stay on their mesh; each tensor comes to the host when the first process writes it. The files go
+    to a new folder that is renamed at the end, so that `directory` is complete or does not exist.
+    Raises InputError when it exists and is not empty, when it cannot be written,
     and on params that do not fit.
     """
     tensors = _to_tensors(architecture, params, dtype)
@@ -233,7 +233,7 @@ def write_directory(
 
 
 def _to_tensors(a: Architecture, params: dict, dtype: StoredDtype | None) -> list[NewTensor]:
-    """What the files will hold, in the order of the layers; nothing is fetched yet."""
+    """The tensors of the files in the order of the layers, not fetched yet."""
     found = flatten_dict(params)
     table = weight_table(a)
     for path in sorted(found.keys() ^ {row.path for row in table}):
@@ -253,7 +253,7 @@ def _layer(name: str) -> int:
 
 
 def _check_fits(row: Weight, layers: int, weight: Array) -> None:
-    """InputError on another shape, unless it is the vocabulary dim that is padded."""
+    """InputError on another shape, unless only the vocabulary dim is padded."""
     shape = (layers, *row.shape) if row.stacked else row.shape
     padded = {EMBEDDING: 0, HEAD: 1}.get(row.name)
     fits = [
@@ -268,7 +268,7 @@ def _check_fits(row: Weight, layers: int, weight: Array) -> None:
 def _tensors_of_row(
     row: Weight, layers: int, weight: Array, dtype: StoredDtype | None
 ) -> dict[str, NewTensor]:
-    """The row's tensors by name; those of all layers share one compiled conversion."""
+    """The row's tensors by name; all layers share one compiled conversion."""
     stored = jnp.dtype(dtype or weight.dtype)
 
     @jax.jit

@@ -32,11 +32,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
-    """Indented, with a line break at the end."""
+    """Write `value` indented, with a line break at the end."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def one_line(error: Exception) -> str:
-    """What the error says, without the name of its file and without line breaks."""
+    """The error's message without its file name and without line breaks."""
     text = getattr(error, "strerror", None) or str(error)
     return " ".join(text.split())

@@ -14,14 +14,14 @@ from nrt_jax.errors import InputError
 
 @contextmanager
 def new_directory(directory: Path, *, every_process: bool = False) -> Iterator[Path | None]:
-    """A folder to fill, renamed to `directory` at the end and removed on an error.
+    """Yield a folder to fill; rename it to `directory` at the end, remove it on an error.
 
-    The first process makes and renames it; the others get None, or with `every_process` the folder
-    too. Raises InputError when `directory` exists and is not empty, or cannot be written.
+    The first process makes and renames it; the others get None, or the same folder with
+    `every_process`. Raises InputError when `directory` is not empty or cannot be written.
     """
     check_new(directory)
     directory = Path(directory).resolve()
-    # A name that the next try finds, should this one be killed.
+    # A fixed name, so that the next try removes what a killed one left.
     folder = directory.parent / f".{directory.name}.partial"
     first = jax.process_index() == 0
     try:
@@ -42,7 +42,7 @@ def new_directory(directory: Path, *, every_process: bool = False) -> Iterator[P
 
 
 def check_new(directory: Path) -> None:
-    """InputError when there is something where the new directory is to be."""
+    """InputError when `directory` exists and is not an empty directory."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise InputError(f"{directory}: exists and is not empty; give a new folder")
 

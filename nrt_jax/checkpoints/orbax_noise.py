@@ -1,4 +1,4 @@
-"""Keep Orbax's own messages away from a terminal that gets one line of ours instead."""
+"""Silence Orbax's messages about errors that we report in one line."""
 
 import logging
 import sys
@@ -10,7 +10,7 @@ from typing import Any
 
 @contextmanager
 def without_messages() -> Iterator[None]:
-    """Orbax logs with a traceback what it also raises."""
+    """Mute the errors that Orbax logs with a traceback and also raises."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -21,9 +21,9 @@ def without_messages() -> Iterator[None]:
 
 
 def silence_abandoned_io() -> None:
-    """When one array cannot be read or written, the others under way have nobody to fail to.
+    """Mute the reads and writes that go on after one array has failed.
 
-    They end at any time later, in threads, and each would print a traceback of its own.
+    They fail later, in threads that nobody waits for, and each would print a traceback.
     """
     sys.unraisablehook = _show_unless_abandoned
     warnings.filterwarnings("ignore", message="coroutine .* was never awaited")

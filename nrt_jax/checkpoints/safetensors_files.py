@@ -24,12 +24,12 @@ from nrt_jax.errors import InputError
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_SHARD_BYTES = 5 * 10**9
-# At most what the header of a shard takes in all, and for one tensor beside its name.
+# Upper bounds on a shard's header without its entries, and on an entry without its name.
 _HEADER_BYTES, _ENTRY_BYTES = 64, 100
 
 
 def main_dtype(arrays: Iterable[Any]) -> StoredDtype:
-    """The dtype that most bytes have, of whatever has a shape and a dtype that files may hold."""
+    """The dtype of most bytes; `arrays` have a shape and one of the stored dtypes."""
     nbytes: Counter[str] = Counter()
     for array in arrays:
         dtype = jnp.dtype(array.dtype)
@@ -98,9 +98,9 @@ def _read_header(file: Path) -> list[StoredTensor]:
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
-    """The files that hold the weights, and what the index says where there is one.
+    """The files that hold the weights, and the weight map of the index if there is one.
 
-    Files beside the index that it does not name are another copy (`consolidated.safetensors`).
+    Other files beside an index are another copy of the weights (`consolidated.safetensors`).
     """
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
     if index.exists():
@@ -161,8 +161,8 @@ def write_tensors(
 ) -> None:
     """Write shards of at most `max_shard_bytes` (or one tensor), and an index if there are several.
 
-    Each tensor is fetched once, in order, and held alone. Without a directory all are fetched and
-    none is written: the part of a process that only lends its shards to the one that writes.
+    Each tensor is fetched once, in order, and held alone. Without a directory all tensors are
+    fetched and none is written: so a process lends its shards to the process that writes.
     """
     shards = _into_shards(tensors, max_shard_bytes)
     names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
@@ -200,12 +200,12 @@ def _write_shard(file: Path | None, tensors: list[NewTensor]) -> None:
             assert (array.shape, array.dtype) == (tensor.shape, tensor.dtype), tensor.name
             if out is not None:
                 out.write(array.view(np.uint8).data)
-            # The next one is fetched before this name is bound to it.
+            # Free it first: the next tensor is fetched before the name is bound again.
             del array
 
 
 def _header(tensors: list[NewTensor]) -> bytes:
-    """Length in 8 bytes, then JSON with the place of each tensor, filled up to a multiple of 8."""
+    """Length in 8 bytes, then JSON with each tensor's offsets, padded to a multiple of 8 bytes."""
     stored_as = {name: code for code, name in DTYPES.items()}
     entries: dict = {"__metadata__": {"format": "pt"}}
     start = 0

@@ -1,6 +1,6 @@
-"""One table between the names in Hugging Face files and the params of the decoder.
+"""The table from names in Hugging Face files to the params of the decoder.
 
-Letters: V vocabulary, D model dim, F feed-forward, N query heads, H key/value heads, d head dim.
+Letters: V vocabulary, D model dim, F feed-forward, H key/value heads, d head dim.
 """
 
 import math
@@ -15,11 +15,11 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Weight(NamedTuple):
-    """One row of the table: a name in the files, and where and how the params hold that weight.
+    """One row of the table: a weight's name in the files, and its path and shape in the params.
 
-    The files hold a matrix as [out, in]; the params hold it as [in dims, out dims], each of which
-    may be several. `in_dims` is how many of the dims of `shape` are the input; 0 for a weight that
-    both hold alike. A name with {} stands for one weight a layer, stacked in the params.
+    A matrix is [out, in] in the files and [*in dims, *out dims] in the params. `in_dims` is the
+    number of input dims in `shape`; 0 for a weight that is the same in both. A name with {} stands
+    for one weight per layer, stacked in the params.
     """
 
     name: str
@@ -43,9 +43,9 @@ class Weight(NamedTuple):
         return math.prod(self.shape[self.in_dims :]), math.prod(self.shape[: self.in_dims])
 
     def file_spec(self, spec: PartitionSpec) -> PartitionSpec:
-        """How a tensor in the files' layout is split where the param is split by `spec`.
+        """How a tensor in the files' layout is split when the param is split by `spec`.
 
-        Of dims that the files merge only the first is ever split, so the merged dim is too.
+        Of the dims that the files merge only the first is ever split, and so the merged dim is.
         """
         axes = tuple(spec)[self.stacked :]
         axes += (None,) * (len(self.shape) - len(axes))
@@ -56,7 +56,7 @@ class Weight(NamedTuple):
         return PartitionSpec(first_out, first_in)
 
     def from_file(self, tensor: Shaped[Array, "..."], shape: tuple[int, ...]) -> Array:
-        """A tensor of the files in the layout of the params, where its shape is `shape`."""
+        """A tensor of the files in the layout of the params, with shape `shape` there."""
         return (tensor.T if self.in_dims else tensor).reshape(shape)
 
     def to_file(self, weight: Shaped[Array, "..."]) -> Array:
@@ -70,15 +70,15 @@ class Weight(NamedTuple):
 def weight_table(a: Architecture) -> list[Weight]:
     """Every weight of a Llama or Mistral of this architecture, each once."""
     V, D, F = a.vocab_size, a.hidden_size, a.intermediate_size
-    N, H, d = a.num_attention_heads, a.num_key_value_heads, a.head_dim
+    heads, H, d = a.num_attention_heads, a.num_key_value_heads, a.head_dim
     layer = "model.layers.{}."
     rows = [
         (EMBEDDING, "embedding", (V, D), 0),
         (layer + "input_layernorm.weight", "layers.attention_norm.scale", (D,), 0),
-        (layer + "self_attn.q_proj.weight", "layers.attention.query", (D, N, d), 1),
+        (layer + "self_attn.q_proj.weight", "layers.attention.query", (D, heads, d), 1),
         (layer + "self_attn.k_proj.weight", "layers.attention.key", (D, H, d), 1),
         (layer + "self_attn.v_proj.weight", "layers.attention.value", (D, H, d), 1),
-        (layer + "self_attn.o_proj.weight", "layers.attention.output", (N, d, D), 2),
+        (layer + "self_attn.o_proj.weight", "layers.attention.output", (heads, d, D), 2),
         (layer + "post_attention_layernorm.weight", "layers.mlp_norm.scale", (D,), 0),
         (layer + "mlp.gate_proj.weight", "layers.mlp.gate", (D, F), 1),
         (layer + "mlp.up_proj.weight", "layers.mlp.up", (D, F), 1),

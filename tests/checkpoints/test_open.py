@@ -90,8 +90,10 @@ def test_prompts_and_limits_of_an_export_are_those_of_its_run(name, tmp_path):
 # --- a directory that is no export of ours -------------------------------------------------------
 
 
-def test_a_chat_model_answers_as_transformers_has_it(tmp_path, caplog):
-    model = write_chat_model(tmp_path / "model", LLAMA3)
+@pytest.mark.parametrize("template", ["llama3", "chat"])
+def test_a_chat_model_answers_as_transformers_has_it(template, tmp_path, caplog):
+    """Also with a template that writes no beginning of sequence: then there is none."""
+    model = write_chat_model(tmp_path / "model", TEMPLATES[template])
     with caplog.at_level(logging.INFO, "nrt_jax"):
         opened = open_model(model)
     assert "answers directly (its tokenizer lacks <|think_start|> and <|think_end|>)" in caplog.text
@@ -148,8 +150,9 @@ def test_without_a_chat_template_prompts_are_plain(tmp_path):
     model = write_chat_model(tmp_path / "model")
     opened = open_model(model)
     assert opened.config.data.template == "plain"
-    bos = opened.tokenizer.bos_id
-    assert prompts(opened)[0] == [bos, *opened.tokenizer.encode(QUESTIONS[0])]
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+    assert prompts(opened) == [theirs.encode(question) for question in QUESTIONS]
+    assert prompts(opened)[0][0] == opened.tokenizer.bos_id
     assert open_model(model, ["data.template=tulu"]).config.data.template == "tulu"
 
 
