@@ -6,7 +6,7 @@ from nrt_jax.config.load import Section
 
 
 class ServingConfig(Section):
-    """`nrt-jax serve CHECKPOINT [field=value ...]`: where it listens, and how much it accepts."""
+    """`nrt-jax serve MODEL [field=value ...]`: where it listens, and how much it accepts."""
 
     host: str = Field(default="127.0.0.1", min_length=1)
     """Address of both servers; 0.0.0.0 opens them to the network, without protection."""
@@ -16,7 +16,7 @@ class ServingConfig(Section):
     """Port of JetStream's gRPC server; 0 takes a free one, null starts none. Without the package
     (pip install 'nrt-jax[jetstream]') the default starts none."""
     name: str | None = Field(default=None, min_length=1)
-    """What requests call the model; null for the name of the run's directory."""
+    """What requests call the model; null for the name of its directory."""
     slots: int = Field(default=16, ge=1)
     """Sequences that the HTTP server decodes at the same time."""
     decode_steps: int = Field(default=8, ge=1, le=1024)
@@ -24,11 +24,11 @@ class ServingConfig(Section):
     grpc_slots: int = Field(default=4, ge=1)
     """Sequences that the gRPC server decodes at the same time, in a cache of their own."""
     max_prompt_tokens: int | None = Field(default=None, ge=1)
-    """Longest prompt of a chat, beginning-of-sequence token included; null for the run's
-    data.max_prompt_tokens."""
+    """Longest prompt of a chat, beginning-of-sequence token included; null for the
+    model's data.max_prompt_tokens."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Most tokens written after a prompt, for a chat t_start, trace, t_end and answer together;
-    null for the run's rollout.max_response_tokens, or data.max_answer_tokens where it does not
+    null for the model's rollout.max_response_tokens, or data.max_answer_tokens if it does not
     reason."""
     top_logprobs: int = Field(default=5, ge=0, le=20)
     """Most alternatives per token whose logprobs a request may ask for."""

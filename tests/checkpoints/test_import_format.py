@@ -60,7 +60,7 @@ def damaged(imported, tmp_path) -> Path:
 
 
 def test_files_are_copied_as_they_are(source, imported):
-    found = {path.name for path in import_format.iterdir()}
+    found = {path.name for path in imported.iterdir()}
     copied = {*TOKENIZER, "chat_template.jinja", "tokenizer.model", "config.json"}
     assert found == {*copied, "generation_config.json", "params", "import.json"}
     for name in (*copied, "generation_config.json"):
@@ -169,10 +169,10 @@ def test_an_existing_directory_is_refused(source, imported, monkeypatch):
         raise AssertionError("it was read")
 
     monkeypatch.setattr(hf_weights, "_load", read_nothing)
-    before = {path.name for path in import_format.iterdir()}
+    before = {path.name for path in imported.iterdir()}
     with pytest.raises(InputError, match=r"imported: exists and is not empty; give a new folder"):
         import_directory(source, imported, mesh())
-    assert {path.name for path in import_format.iterdir()} == before
+    assert {path.name for path in imported.iterdir()} == before
 
 
 def test_a_bad_source_makes_no_directory(copy, tmp_path):
