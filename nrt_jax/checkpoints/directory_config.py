@@ -73,7 +73,8 @@ def directory_config(directory: Path, overrides: Sequence[str]) -> tuple[RunConf
     within max_position_embeddings. Raises InputError.
     """
     # A config must name a source of data; nothing reads it here.
-    fixed = [f"model.path={json.dumps(str(directory.absolute()))}", "data.source=chain_addition"]
+    path = json.dumps(str(directory.absolute()), ensure_ascii=False)
+    fixed = [f"model.path={path}", "data.source=chain_addition"]
     if has_settings(directory):
         config = load_config(RunConfig, [directory / SETTINGS_FILE], [*fixed, *overrides])
         return config, load_tokenizer(config)
