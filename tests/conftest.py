@@ -19,6 +19,8 @@ for name, value in {
     # Compiled programs outlive a test: the same small models are compiled again and again.
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".pytest_cache" / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    # Most programs of the tests run once: LLVM's optimisations cost more than they save.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }.items():
     os.environ.setdefault(name, value)
 
