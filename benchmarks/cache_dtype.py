@@ -41,7 +41,7 @@ RANDOM_MODEL = PEER.model_copy(update={"initializer_range": 0.13})
 class Loss(NamedTuple):
     """How far one dtype is from float32."""
 
-    bytes_a_token: int
+    bytes_per_token: int
     """Keys and values of all layers, with the factors of int8."""
     mean_difference: float
     """|logprob difference| of the traces' tokens, nats."""
@@ -85,7 +85,7 @@ def main() -> None:
     tokens_BT = np.stack([trace.tokens for group in traces for trace in group])
     for dtype, loss in measure(engines, params, tokens_PS, tokens_BT).items():
         print(
-            f"{dtype:9s} {loss.bytes_a_token:6d} bytes a token  |logprob difference| mean "
+            f"{dtype:9s} {loss.bytes_per_token:6d} bytes per token  |logprob difference| mean "
             f"{loss.mean_difference:.2e} max {loss.largest_difference:.2e} nats  greedy tokens "
             f"that agree {100 * loss.greedy_agreement:6.2f} %  entropy {loss.entropy:.2f} nats"
         )
@@ -115,7 +115,7 @@ def measure(
         name: start_traces(engine, params, tokens_PS, traces, greedy)
         for name, engine in engines.items()
     }
-    bytes_a_token = {name: _bytes_a_token(state) for name, state in states.items()}
+    bytes_per_token = {name: _bytes_per_token(state) for name, state in states.items()}
     differences: dict[str, list[np.ndarray]] = {name: [] for name in engines}
     agreements: dict[str, list[np.ndarray]] = {name: [] for name in engines}
     entropies = []
@@ -130,7 +130,7 @@ def measure(
             states[name] = _decode(engine, params, states[name], token_B)
     return {
         name: Loss(
-            bytes_a_token[name],
+            bytes_per_token[name],
             float(np.mean(differences[name])),
             float(np.max(differences[name])),
             float(np.mean(agreements[name])),
@@ -163,7 +163,7 @@ def _decode(engine: Engine, params: Any, state: DecodeState, token_B: np.ndarray
     return state
 
 
-def _bytes_a_token(state: DecodeState) -> int:
+def _bytes_per_token(state: DecodeState) -> int:
     slots, (prompts, prompt_tokens, own_tokens) = len(state.active_B), state.layers[0].sizes
     tokens = prompts * prompt_tokens + slots * own_tokens
     return sum(x.nbytes for x in jax.tree.leaves(state.layers)) // tokens

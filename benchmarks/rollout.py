@@ -1,4 +1,4 @@
-"""Rollouts of a random model: tokens a second, the machine's limit, and a plain sampler beside it.
+"""Rollouts of a random model: tokens per second, the machine's limit, and a plain sampler beside.
 
     python benchmarks/rollout.py --out FILE
     python benchmarks/rollout.py --shape llama-1b --dtype bfloat16 --slots 64 --out FILE
@@ -248,7 +248,7 @@ def _print_ratios(name: str, figures: dict[str, Any]) -> None:
     ours, plain = figures[f"{name}/shared prompt"], figures[f"{name}/while_loop"]
     print(
         f"{name:12s} engine / while_loop: {ours['tokens_per_s'] / plain['tokens_per_s']:.2f} in "
-        f"tokens/s, {plain['cpu_s'] / ours['cpu_s']:.2f} in tokens a CPU-second",
+        f"tokens/s, {plain['cpu_s'] / ours['cpu_s']:.2f} in tokens per CPU-second",
         flush=True,
     )
 

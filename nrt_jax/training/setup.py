@@ -170,9 +170,9 @@ def packing_layout(config: RunConfig, model: Model) -> Layout:
     if config.method == "sft":
         largest = Lengths(0, (data.max_prompt_tokens + answer - 1,), 0)
     else:
-        branch = config.rollout.max_response_tokens - 1
-        branches = (branch,) * config.rollout.traces_per_prompt
-        largest = Lengths(data.max_prompt_tokens, branches, answer + 1)
+        completion = config.rollout.max_response_tokens - 1
+        completions = (completion,) * config.rollout.traces_per_prompt
+        largest = Lengths(data.max_prompt_tokens, completions, answer + 1)
     return Layout(
         train.micro_batch_prompts,
         shards=sizes["data"] * sizes["fsdp"],
