@@ -1,0 +1,1 @@
+"""Measurements; a package by this file, since a dependency installs another `benchmarks`."""
