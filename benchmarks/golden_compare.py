@@ -5,7 +5,7 @@ A renames file says what was changed on purpose; it is applied to the older reco
     metrics: {loss/trace: loss/policy, speed/: rate/, batch/shapes: null}
     config: {objective.scheme: loss.scheme, rollout: sampling, train.packing: null}
     texts: {no such checkpoint: no checkpoint of that step}
-    added: {metrics: [loss/value], config: [loss.new_key]}
+    added: {metrics: [loss/value], config: [loss.new_key], export: [file.json]}
 
 A null drops a name. A metric that ends in a slash stands for all that begin with it, a config key
 for all keys below it. Texts are replaced in messages, transcripts and the files of an export, not
@@ -106,7 +106,7 @@ def read_renames(path: Path) -> Renames:
     values = yaml.safe_load(path.read_text("utf-8")) or {}
     for part, known in (
         (values, {part.name for part in fields(Renames)}),
-        (values.get("added") or {}, {"metrics", "config"}),
+        (values.get("added") or {}, {"metrics", "config", "export"}),
     ):
         for name in part.keys() - known:
             raise SystemExit(f"{path}: {name}: unknown; there are {', '.join(sorted(known))}")
@@ -119,7 +119,7 @@ def compare(
     renames: Renames | None = None,
     tolerance: float = 0.0,
 ) -> int:
-    """Print a line a section and every difference; how many there are.
+    """Print a line per section and every difference; how many there are.
 
     Numbers of metrics may differ by `tolerance`, relative to the larger; all else is exact.
     """
@@ -173,6 +173,8 @@ def without_added(section: str, value: Any, before: Any, renames: Renames) -> An
         return {run: cut("metrics", row, before.get(run)) for run, row in value.items()}
     if section == "schema":
         return cut("config", value, before)
+    if section == "export":
+        return {dtype: cut("export", files, before.get(dtype)) for dtype, files in value.items()}
     if section == "config":
         return {
             preset: shown | {"values": cut("config", shown["values"], _values(before, preset))}

@@ -174,3 +174,11 @@ def test_long_values_are_shown_where_they_differ(capsys):
     assert "a1b" in line
     assert "a2b" in line
     assert len(line) < 250
+
+
+def test_an_export_may_have_a_new_file(tmp_path):
+    before = changed(export={"fp32": {"config.json": "{}"}})
+    after = changed(export={"fp32": {"config.json": "{}", "more.json": "[]"}})
+    named = renames(tmp_path, "added: {export: [more.json]}")
+    assert golden.compare(before, after) == 1
+    assert golden.compare(before, after, named) == 0
