@@ -21,6 +21,7 @@ changes no number. `speed` runs the benchmarks of rollout and update in both tre
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,8 @@ CACHE = REPOSITORY / "runs" / "golden_compiled"
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; 1 when it found a difference."""
     args = _parser().parse_args(argv)
+    # So that SIGTERM too ends what was started, and removes what was checked out.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     return args.run(args)
 
 
