@@ -1,6 +1,6 @@
 """The nouns that flow through a run: Example → TokenizedExample → Trace → Group."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +25,16 @@ class TokenizedExample:
 
     example: Example
     prompt_tokens: np.ndarray
-    """x, int32, BOS included where the tokenizer has one."""
+    """x, int32, BOS included where the tokenizer has one; t_start is never part of it."""
     answer_tokens: np.ndarray
     """y* and the end-of-sequence token, int32; its length is the T of the method."""
+    after_start_tokens: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    """White space that a chat template writes after t_start, int32; the trace follows it."""
+
+    def trace_prompt(self, think_start: int) -> np.ndarray:
+        """What a trace follows, int32: x t_start and the template's white space."""
+        parts = [self.prompt_tokens, [think_start], self.after_start_tokens]
+        return np.concatenate(parts).astype(np.int32)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,13 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from nrt_jax.checkpoints import run_dir
 from nrt_jax.checkpoints.abstract_model import Model, abstract_model, init_params, load_tokenizer
-from nrt_jax.checkpoints.directory_config import directory_config, has_settings
+from nrt_jax.checkpoints.directory_config import directory_config
 from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
     StoredDtype,
@@ -32,8 +31,6 @@ from nrt_jax.config.load import load_config
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
 from nrt_jax.config.run import CONFIG_FILE as RUN_FILE
 from nrt_jax.config.run import RunConfig
-from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder, abstract_decoder
@@ -65,8 +62,6 @@ class OpenModel:
     tokenizer: Tokenizer
     model: Model
     params: Any
-    template_opens_trace: bool = False
-    """Whether prompts end with t_start already, so that none is to be appended."""
 
     @property
     def reasons(self) -> bool:
@@ -87,12 +82,6 @@ class OpenModel:
     def vocab_size(self) -> int:
         """The token ids that a prompt may hold are below this: they have a name and a row."""
         return min(self.tokenizer.vocab_size, self.model.architecture.vocab_size)
-
-    def trace_prompt(self, prompt: np.ndarray) -> np.ndarray:
-        """x t_start."""
-        if self.template_opens_trace:
-            return prompt
-        return np.append(prompt, self.tokenizer.think_start_id).astype(np.int32)
 
 
 def find_model(path: Path) -> Found:
@@ -168,7 +157,6 @@ def _open_directory(found: Found, overrides: Sequence[str]) -> OpenModel:
     reasons = config.method == "nrt"
     # A model that answers directly must not draw think tokens that nobody trained.
     model = abstract_model(config, tokenizer, spread_mesh, add_think_rows=reasons)
-    opens = reasons and not has_settings(directory) and _opens_trace(config, tokenizer)
     return OpenModel(
         name=directory_name(directory),
         found=found,
@@ -178,20 +166,7 @@ def _open_directory(found: Found, overrides: Sequence[str]) -> OpenModel:
         params=init_params(config, model, tokenizer)
         if reasons
         else read_params(directory, model.target),
-        template_opens_trace=opens,
     )
-
-
-def _opens_trace(config: RunConfig, tokenizer: Tokenizer) -> bool:
-    """Whether the chat template ends a prompt with t_start, but for white space."""
-    try:
-        prompt = RowTokenizer(config.data, tokenizer).of_question("1").tolist()
-    except BadRow:
-        return False
-    if tokenizer.think_start_id not in prompt:
-        return False
-    after = prompt[::-1].index(tokenizer.think_start_id)
-    return not tokenizer.decode(prompt[len(prompt) - after :]).strip()
 
 
 def load_pretrained(

@@ -2,10 +2,17 @@
 
 import json
 import re
+from collections.abc import Sequence
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.chat_template import QUESTION, Messages, render_template, template_text
+from nrt_jax.data.chat_template import (
+    QUESTION,
+    Messages,
+    dated,
+    render_template,
+    template_text,
+)
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 
@@ -21,16 +28,44 @@ def chat_template_text(config: DataConfig, tokenizer: Tokenizer, opens_trace: bo
     """Jinja with which `apply_chat_template(messages, add_generation_prompt=True)` gives x.
 
     The beginning-of-sequence token is in it once or not at all, as `config.add_bos` says. With
-    `opens_trace` the ids of t_start follow x. Raises InputError when the config's template cannot
-    be read. Names of special tokens in the messages are transformers' to deal with.
+    `opens_trace` t_start follows x, once, and the white space that the config's template writes
+    after it. Raises InputError when that template cannot be read. Names of special tokens in the
+    messages are transformers' to deal with.
     """
-    text = template_text(config, tokenizer)
-    text = _plain(config, tokenizer) if text is None else _with_right_bos(text, config, tokenizer)
+    text, start = template_text(config, tokenizer), tokenizer.token(tokenizer.think_start_id)
+    if text is None:
+        text, may_open = _plain(config, tokenizer), False
+    else:
+        samples = _samples(text, config, tokenizer)
+        may_open = start in text or any(sample.rstrip().endswith(start) for sample in samples)
+        text = _with_right_bos(text, samples, config, tokenizer)
+        text = dated(text) if "strftime_now" in text else text
+    if may_open:
+        return _with_right_start(text, tokenizer, opens_trace)
     if opens_trace:
-        name = json.dumps(tokenizer.token(tokenizer.think_start_id), ensure_ascii=False)
         # "+": what the template wrote before the block stays as it is.
-        text += f"{{%+ if add_generation_prompt %}}{{{{ {name} }}}}{{% endif %}}"
+        text += f"{{%+ if add_generation_prompt %}}{{{{ {_quoted(start)} }}}}{{% endif %}}"
     return text
+
+
+def _with_right_start(text: str, tokenizer: Tokenizer, opens_trace: bool) -> str:
+    """The template inside one that writes t_start where it does not, or takes it off.
+
+    A trace that the template has closed, as Qwen3's does when it is told not to think, stays so.
+    """
+    start, end = map(tokenizer.token, (tokenizer.think_start_id, tokenizer.think_end_id))
+    opens = f"opened.rstrip().endswith({_quoted(start)})"
+    out = f"opened.rstrip()[:-{len(start)}] if add_generation_prompt and {opens} else opened"
+    if opens_trace:
+        closes = f"opened.rstrip().endswith({_quoted(end)})"
+        out = f"opened if not add_generation_prompt or {opens} or {closes} else opened ~ "
+        out += _quoted(start)
+    return f"{{%- set opened %}}\n{text}{{%+ endset %}}{{{{- {out} }}}}"
+
+
+def _quoted(name: str) -> str:
+    """A token's name as a string of Jinja."""
+    return json.dumps(name, ensure_ascii=False)
 
 
 def _plain(config: DataConfig, tokenizer: Tokenizer) -> str:
@@ -47,13 +82,14 @@ def _plain(config: DataConfig, tokenizer: Tokenizer) -> str:
     )
 
 
-def _with_right_bos(text: str, config: DataConfig, tokenizer: Tokenizer) -> str:
+def _with_right_bos(
+    text: str, samples: Sequence[str], config: DataConfig, tokenizer: Tokenizer
+) -> str:
     """The template itself where it writes what the config wants, else inside one that does."""
     text = re.sub(r"(\r\n|\r|\n)\Z", "", text)  # as Jinja ends a template
     if tokenizer.bos_id is None:
         return text
     bos = tokenizer.token(tokenizer.bos_id)
-    samples = _samples(text, config, tokenizer)
     if all(written.startswith(bos) == config.add_bos for written in samples):
         return text
     if config.add_bos:

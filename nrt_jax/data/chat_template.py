@@ -1,5 +1,12 @@
-"""From the turns of a conversation to the prompt x, as texts and control tokens."""
+"""From the turns of a conversation to the prompt x, as texts and control tokens.
 
+t_start and t_end are the method's: it puts t_start after x. A template may open the trace itself,
+that is end a prompt with t_start, and white space behind it. x is then what precedes t_start, and
+the trace follows the white space. A think token that a template writes elsewhere is refused.
+"""
+
+import logging
+import re
 from datetime import datetime
 from importlib import resources
 from typing import NamedTuple
@@ -26,6 +33,11 @@ _DATE_MACRO = (
     "{% endmacro %}\n"
 )
 
+log = logging.getLogger(__name__)
+
+THINK_TOKEN = "think token in the prompt"
+_OPENS_TRACE = re.compile(r"<[^<>\s]*(?:think|thought|reason)[^<>\s/]*>\s*\Z", re.IGNORECASE)
+
 Messages = list[dict[str, str]]
 QUESTION: Messages = [{"role": "user", "content": "1+2"}]
 
@@ -37,13 +49,16 @@ class Prompt(NamedTuple):
     """Texts, and ids of control tokens where these stand."""
     text: str
     """x as one text, without the beginning-of-sequence token in front."""
+    after_start: Text | None = None
+    """White space that the template writes after t_start, where it opens the trace."""
 
 
 class PromptTemplate:
     """The template of one config, for one tokenizer.
 
     plain: x is the question as it is. Else x is what the chat template makes of the turns, with the
-    header of the next turn. Raises InputError when the config's template cannot be read.
+    header of the next turn. Raises InputError when the config's template cannot be read, and when
+    it writes a think token into the prompt of a single question.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer):
@@ -52,6 +67,8 @@ class PromptTemplate:
         self._bos = "" if tokenizer.bos_id is None else tokenizer.token(tokenizer.bos_id)
         self._template = template_text(config, tokenizer)
         self._controls = ControlSplit(tokenizer)
+        if self._template is not None:
+            self._check_think_tokens(_place(config, tokenizer))
 
     @property
     def is_chat(self) -> bool:
@@ -66,9 +83,7 @@ class PromptTemplate:
 
     def chat(self, messages: Messages) -> Prompt:
         """x with a chat template; BadRow when it refuses the turns."""
-        assert self._template is not None, "a plain template takes no turns"
-        marked = [turn | {"content": self._controls.mark(turn["content"])} for turn in messages]
-        body = render_template(self._template, marked, self._tokenizer).removeprefix(self._bos)
+        body = self._render(messages).removeprefix(self._bos)
         if self._bos and body.lstrip().startswith(self._bos):
             raise BadRow(
                 "begins twice",
@@ -76,7 +91,66 @@ class PromptTemplate:
                 "with one or with none",
             )
         pieces = self._controls.split(self._bos + body if self._add_bos else body)
-        return Prompt(pieces, unmark(body))
+        return self._without_start(pieces, body)
+
+    def _render(self, messages: Messages) -> str:
+        """The rendered template, marks included.
+
+        Templates of reasoning models drop what an earlier answer has up to t_end. Such answers keep
+        the name of t_end as they have it, if the template does drop it.
+        """
+        assert self._template is not None, "a plain template takes no turns"
+        mark, end = self._controls.mark, self._tokenizer.token(self._tokenizer.think_end_id)
+        marked = [turn | {"content": mark(turn["content"])} for turn in messages]
+        answers = [i for i, turn in enumerate(messages) if turn["role"] == "assistant"]
+        if any(end in messages[i]["content"] for i in answers):
+            kept = list(marked)
+            for i in answers:
+                before, found, after = messages[i]["content"].rpartition(end)
+                kept[i] = messages[i] | {"content": mark(before) + found + mark(after)}
+            body = render_template(self._template, kept, self._tokenizer)
+            if end not in body:
+                return body
+        return render_template(self._template, marked, self._tokenizer)
+
+    def _without_start(self, pieces: tuple[int | Text, ...], body: str) -> Prompt:
+        """The prompt before a t_start at its end; BadRow for a think token anywhere else."""
+        start_id, end_id = self._tokenizer.think_start_id, self._tokenizer.think_end_id
+        last = pieces[-1] if pieces else None
+        space = last if isinstance(last, Text) and last.text.isspace() else None
+        before = pieces if space is None else pieces[:-1]
+        after_start = None
+        if before[-1:] == (start_id,):
+            pieces, after_start = before[:-1], space
+            body = body[: body.rindex(self._tokenizer.token(start_id))]
+        found = next((piece for piece in pieces if piece in (start_id, end_id)), None)
+        if isinstance(found, int):
+            name, start = self._tokenizer.token(found), self._tokenizer.token(start_id)
+            raise BadRow(
+                THINK_TOKEN,
+                f"the chat template writes {name} into the prompt, where {start} may stand at the "
+                "end and nowhere else; set data.template_file to a copy of the template without "
+                "it, or data.think_start and data.think_end to tokens that the template does not "
+                "write",
+            )
+        return Prompt(pieces, unmark(body), after_start)
+
+    def _check_think_tokens(self, place: str) -> None:
+        """InputError for a template that no question can be asked with; warn of another t_start."""
+        try:
+            prompt = self.chat(QUESTION)
+        except BadRow as bad:
+            if bad.reason == THINK_TOKEN:
+                raise InputError(f"{place}: {bad.detail}") from bad
+            return  # a template may refuse this conversation and take others
+        if match := _OPENS_TRACE.search(prompt.text):
+            log.warning(
+                "%s: ends a prompt with %s, which is not data.think_start=%s; to reason with the "
+                "tokens of the template, set data.think_start and data.think_end to them",
+                place,
+                match[0].strip(),
+                self._tokenizer.token(self._tokenizer.think_start_id),
+            )
 
 
 def template_text(config: DataConfig, tokenizer: Tokenizer) -> str | None:
@@ -86,17 +160,14 @@ def template_text(config: DataConfig, tokenizer: Tokenizer) -> str | None:
     """
     if config.template == "plain":
         return None
+    place = _place(config, tokenizer)
     if config.template_file is not None:
-        place = config.template_file
         missing = "set data.template_file to a file"
-        with reading(place, "not UTF-8", "save the file as UTF-8", missing):
-            text = place.read_text(encoding="utf-8")
+        with reading(config.template_file, "not UTF-8", "save the file as UTF-8", missing):
+            text = config.template_file.read_text(encoding="utf-8")
     elif config.template == "tulu":
-        place = "the template 'tulu'"
         text = resources.files("nrt_jax.data").joinpath("tulu.jinja").read_text("utf-8")
     else:
-        files = (TEMPLATE_FILE, OLD_TEMPLATE_FILE, SETTINGS_FILE)
-        place = next(path for name in files if (path := tokenizer.directory / name).is_file())
         text = _of_tokenizer(tokenizer)
     try:
         render_template(text, QUESTION, tokenizer)
@@ -111,15 +182,19 @@ def template_text(config: DataConfig, tokenizer: Tokenizer) -> str | None:
     return text
 
 
+def dated(template: str) -> str:
+    """The template with a clock that stands at `TODAY`."""
+    return _DATE_MACRO + template
+
+
 def render_template(template: str, messages: Messages, tokenizer: Tokenizer) -> str:
     """What the template makes of `messages` and the header of the next turn.
 
     Raises BadRow with the template's own words when it refuses them.
     """
-    dated = _DATE_MACRO + template
     try:
         rendered = tokenizer.fast.apply_chat_template(
-            messages, chat_template=dated, add_generation_prompt=True, tokenize=False
+            messages, chat_template=dated(template), add_generation_prompt=True, tokenize=False
         )
     except Exception as error:  # a template is a program, and can fail in any way that one can
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -128,6 +203,16 @@ def render_template(template: str, messages: Messages, tokenizer: Tokenizer) -> 
         ) from error
     assert isinstance(rendered, str), "one conversation, not tokenised"
     return rendered
+
+
+def _place(config: DataConfig, tokenizer: Tokenizer) -> str:
+    """What holds the template, for messages."""
+    if config.template_file is not None:
+        return str(config.template_file)
+    if config.template == "tulu":
+        return "the template 'tulu'"
+    files = (TEMPLATE_FILE, OLD_TEMPLATE_FILE, SETTINGS_FILE)
+    return str(next(path for name in files if (path := tokenizer.directory / name).is_file()))
 
 
 def _of_tokenizer(tokenizer: Tokenizer) -> str:

@@ -81,18 +81,6 @@ def first_rows(
         yield row.place, tokenized
 
 
-def tokenize_prompt(question: str, config: DataConfig, tokenizer: Tokenizer) -> np.ndarray:
-    """Token ids of the prompt x for a question, int32.
-
-    Raises InputError for a question that no row may have, or that has characters which the
-    tokenizer cannot spell.
-    """
-    try:
-        return RowTokenizer(config, tokenizer).of_question(question)
-    except BadRow as bad:
-        raise InputError(bad.detail) from bad
-
-
 class BatchIterator:
     """Endless batches of exactly `batch_size` examples.
 

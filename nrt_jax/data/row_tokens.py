@@ -51,32 +51,34 @@ class RowTokenizer:
         ((_, tokenized),) = self.of_rows([Row(example.index, f"row {example.index}", fields)])
         return tokenized
 
-    def of_question(self, question: str) -> np.ndarray:
-        """x for a question, int32; BadRow when no row may have it."""
-        return self._of_prompt(self._fields(question, "any"), question)
+    def of_question(self, question: str, *, opened: bool = False) -> np.ndarray:
+        """x for a question, int32, or what its trace follows; BadRow when no row may have it."""
+        return self._of_prompt(self._fields(question, "any"), question, opened)
 
-    def of_messages(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
-        """x for the turns before an answer, int32; BadRow when no row may have them.
+    def of_messages(
+        self, messages: Sequence[dict[str, str]], *, opened: bool = False
+    ) -> np.ndarray:
+        """As `of_question` for the turns before an answer.
 
         Without a chat template there must be one turn, of the user.
         """
         if self._template.is_chat:
             turns = [*messages, {"role": "assistant", "content": "any"}]
             contents = "".join(str(turn.get("content", "")) for turn in messages)
-            return self._of_prompt({self._config.messages_field: turns}, contents)
+            return self._of_prompt({self._config.messages_field: turns}, contents, opened)
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise BadRow(
                 "not one question",
                 f"{len(messages)} messages, and data.template=plain has no place for other turns; "
                 "send one message of the role 'user'",
             )
-        return self.of_question(messages[0]["content"])
+        return self.of_question(messages[0]["content"], opened=opened)
 
-    def _of_prompt(self, fields: dict, shown: str) -> np.ndarray:
+    def _of_prompt(self, fields: dict, shown: str, opened: bool) -> np.ndarray:
         rendered = self._render_fields(fields)
         (ids,) = self._encode([rendered])
         self._check_controls(rendered, ids)
-        prompt = self._prompt(rendered, ids)
+        prompt, after_start = self._prompt(rendered, ids)
         unknown = self._tokenizer.unk_id
         if unknown is not None and unknown in prompt:
             strange = [c for c in dict.fromkeys(shown) if unknown in self._tokenizer.encode(c)]
@@ -85,7 +87,8 @@ class RowTokenizer:
                 f"the prompt {shorten(shown)} has characters that the tokenizer cannot spell "
                 f"({shorten(''.join(strange))}); use those of its vocabulary",
             )
-        return np.array(prompt, np.int32)
+        follows = [self._tokenizer.think_start_id, *after_start] if opened else []
+        return np.array([*prompt, *follows], np.int32)
 
     def _fields(self, question: str, answer: str) -> dict[str, str]:
         return {self._config.question_field: question, self._config.answer_field: answer}
@@ -134,23 +137,26 @@ class RowTokenizer:
         self._check_controls(rendered, ids)
         answer = [*ids[-1], self._tokenizer.eos_id]
         self._check_spelling(rendered.answer, ids[-1])
-        prompt = self._prompt(rendered, ids)
+        prompt, after_start = self._prompt(rendered, ids)
         limit = self._config.max_answer_tokens
         _check_length("answer", len(answer), limit, rendered.answer)
         return TokenizedExample(
             example=Example(index, rendered.prompt.text, rendered.answer),
             prompt_tokens=np.array(prompt, np.int32),
             answer_tokens=np.array(answer, np.int32),
+            after_start_tokens=np.array(after_start, np.int32),
         )
 
-    def _prompt(self, rendered: Rendered, ids: list[list[int]]) -> list[int]:
+    def _prompt(self, rendered: Rendered, ids: list[list[int]]) -> tuple[list[int], list[int]]:
+        """x, and what the template writes after t_start; both count as the prompt's length."""
         texts = iter(ids)
         prompt: list[int] = []
         for piece in rendered.prompt.pieces:
             prompt += next(texts) if isinstance(piece, Text) else [piece]
-        limit = self._config.max_prompt_tokens
-        _check_length("prompt", len(prompt), limit, rendered.prompt.text)
-        return prompt
+        after_start = [] if rendered.prompt.after_start is None else next(texts)
+        limit, length = self._config.max_prompt_tokens, len(prompt) + len(after_start)
+        _check_length("prompt", length, limit, rendered.prompt.text)
+        return prompt, after_start
 
     def _check_controls(self, rendered: Rendered, ids: list[list[int]]) -> None:
         for text, text_ids in zip(_texts(rendered), ids, strict=True):
@@ -172,9 +178,11 @@ class RowTokenizer:
 
 
 def _texts(rendered: Rendered) -> list[Text]:
-    """The texts of x in order, then y*, which follows t_end."""
-    prompt = [piece for piece in rendered.prompt.pieces if isinstance(piece, Text)]
-    return [*prompt, Text(rendered.answer, starts=False)]
+    """The texts of x in order, the one after t_start, then y*, which follows t_end."""
+    after_start = rendered.prompt.after_start
+    pieces = [*rendered.prompt.pieces, *([] if after_start is None else [after_start])]
+    texts = [piece for piece in pieces if isinstance(piece, Text)]
+    return [*texts, Text(rendered.answer, starts=False)]
 
 
 def _check_length(what: str, length: int, limit: int, text: str) -> None:

@@ -90,7 +90,7 @@ def _row(
 ) -> str:
     ids = {
         X.label: row.prompt_tokens.tolist(),
-        T_START.label: [tokenizer.think_start_id],
+        T_START.label: [tokenizer.think_start_id, *row.after_start_tokens.tolist()],
         T_END.label: [tokenizer.think_end_id],
         Y.label: row.answer_tokens[:-1].tolist(),
         EOS.label: row.answer_tokens[-1:].tolist(),

@@ -10,7 +10,6 @@ from nrt_jax.checkpoints.open import OpenModel, open_model
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.pipeline import tokenize_prompt
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import end_name, make_answerer
@@ -35,18 +34,14 @@ def answer_prompts(
     opened = open_model(path, overrides)
     if references is not None:
         _check_references(opened, path, prompts, references)
-    tokens = [_prompt_tokens(opened, prompt) for prompt in prompts]
-    answerer = make_answerer(
-        _engine_config(opened, temperature),
-        opened.model,
-        opened.tokenizer,
-        opens_trace=not opened.template_opens_trace,
-    )
+    rows = RowTokenizer(opened.config.data, opened.tokenizer)
+    tokens = [_prompt_tokens(rows, prompt, opened=opened.reasons) for prompt in prompts]
+    answerer = make_answerer(_engine_config(opened, temperature), opened.model, opened.tokenizer)
     key, scored = jax.random.key(seed), [None] * len(prompts)
     if references is None:
         answered = answerer.answer(opened.params, tokens, key)
     else:
-        answers = _answer_tokens(opened, prompts, references)
+        answers = _answer_tokens(rows, prompts, references)
         answered, scores = answerer.answer_and_score(opened.params, tokens, answers, key)
         scored = _score_lines(scores, opened.config.objective)
     for prompt, (trace, answer), score in zip(prompts, answered, scored, strict=True):
@@ -93,18 +88,18 @@ def _score_lines(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -
     ]
 
 
-def _prompt_tokens(opened: OpenModel, prompt: str) -> np.ndarray:
+def _prompt_tokens(rows: RowTokenizer, prompt: str, *, opened: bool) -> np.ndarray:
     try:
-        return tokenize_prompt(prompt, opened.config.data, opened.tokenizer)
-    except InputError as error:
-        raise InputError(f"--prompt: {error}") from None
+        return rows.of_question(prompt, opened=opened)
+    except BadRow as bad:
+        raise InputError(f"--prompt: {bad.detail}") from None
 
 
 def _answer_tokens(
-    opened: OpenModel, prompts: Sequence[str], references: Sequence[str]
+    rows: RowTokenizer, prompts: Sequence[str], references: Sequence[str]
 ) -> list[np.ndarray]:
     """y* of each prompt as in a row: its last token is eos."""
-    rows, answers = RowTokenizer(opened.config.data, opened.tokenizer), []
+    answers = []
     for prompt, reference in zip(prompts, references, strict=True):
         row = rows.of_example(Example(0, prompt, reference))
         if isinstance(row, BadRow):

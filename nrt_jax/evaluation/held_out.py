@@ -45,13 +45,20 @@ class Answerer:
     """Tokens of each sequence that are decoded per dispatch."""
     score_rewards: ScoreRewards | None = None
     """Computes rewards of the reference answers, for an evaluation that measures them."""
-    opens_trace: bool = True
-    """Append t_start to prompts; False where the prompt template writes it."""
+
+    def prompt(self, example: TokenizedExample) -> np.ndarray:
+        """What to continue, int32: x t_start where a trace comes first, else x."""
+        if self.trace_engine is None:
+            return example.prompt_tokens
+        return example.trace_prompt(self.tokenizer.think_start_id)
 
     def answer(
         self, params: Any, prompts: Sequence[np.ndarray], key: jax.Array
     ) -> list[tuple[Trace | None, Trace]]:
-        """Trace and answer of each prompt; t_end is appended to every trace, also a cut one."""
+        """Trace and answer of each prompt; t_end is appended to every trace, also a cut one.
+
+        A prompt is x t_start where a trace comes first, else x.
+        """
         if self.trace_engine is None:
             requests = self._requests(prompts, self.max_answer_tokens, Sampling(0.0))
             answers = self._generate(self.answer_engine, params, requests, key)
@@ -93,10 +100,8 @@ class Answerer:
     def _trace_requests(
         self, prompts: Sequence[np.ndarray], references: Sequence[np.ndarray] | None = None
     ) -> list[Request]:
-        start = [self.tokenizer.think_start_id] if self.opens_trace else []
-        opened = [np.append(prompt, start).astype(np.int32) for prompt in prompts]
         sampling = Sampling(self.trace_temperature)
-        requests = self._requests(opened, self.max_trace_tokens, sampling)
+        requests = self._requests(prompts, self.max_trace_tokens, sampling)
         if references is None:
             return requests
         end = [self.tokenizer.think_end_id]
@@ -118,9 +123,7 @@ class Answerer:
         return [trace for (trace,) in groups]
 
 
-def make_answerer(
-    config: RunConfig, model: Model, tokenizer: Tokenizer, *, opens_trace: bool = True
-) -> Answerer:
+def make_answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
     """What evaluation and `nrt-jax generate` answer with: NRT reasons first, SFT does not."""
     reasons = config.method == "nrt"
     longest = config.data.max_prompt_tokens
@@ -145,7 +148,6 @@ def make_answerer(
         trace_temperature=config.evaluation.trace_temperature,
         decode_steps=config.rollout.decode_steps,
         score_rewards=partial(score_rewards, objective=config.objective) if scores else None,
-        opens_trace=opens_trace,
     )
 
 
@@ -172,7 +174,7 @@ def evaluate(
     model ended it with eos. With `score_rewards`: the mean reward of the reference answer after the
     trace and after the empty trace, and its logprob after the trace in nats per token.
     """
-    prompts = [example.prompt_tokens for example in examples]
+    prompts = [answerer.prompt(example) for example in examples]
     scored = {}
     if answerer.score_rewards is None:
         answered = answerer.answer(params, prompts, key)

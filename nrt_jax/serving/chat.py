@@ -183,14 +183,16 @@ class Chat:
 def _prompt(served: ServedModel, messages: Sequence[ChatMessage]) -> np.ndarray:
     turns = [_turn(index, message) for index, message in enumerate(messages)]
     try:
-        x = served.chat_prompt(turns)
+        prompt = served.chat_prompt(turns, opened=served.reasons)
     except InputError as error:
         raise bad_request("messages", str(error)) from None
-    if len(x) > served.limits.prompt:
+    # t_start counts among the new tokens.
+    length = len(prompt) - served.reasons
+    if length > served.limits.prompt:
         raise bad_request(
-            "messages", f"prompt 0 has {len(x)} tokens; {served.limits.prompt} are the most"
+            "messages", f"prompt 0 has {length} tokens; {served.limits.prompt} are the most"
         )
-    return served.opened.trace_prompt(x) if served.reasons else x
+    return prompt
 
 
 def _turn(index: int, message: ChatMessage) -> dict[str, str]:

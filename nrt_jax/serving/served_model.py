@@ -77,10 +77,15 @@ class ServedModel:
         starts = bos is not None and self.opened.config.data.add_bos
         return np.array([bos, *ids] if starts else ids, np.int32)
 
-    def chat_prompt(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
-        """x of a conversation as training builds it, int32; InputError for a bad row."""
+    def chat_prompt(
+        self, messages: Sequence[dict[str, str]], *, opened: bool = False
+    ) -> np.ndarray:
+        """x of a conversation as training builds it, int32; InputError for a bad row.
+
+        With `opened` it is what a trace follows: x t_start.
+        """
         try:
-            return self.rows.of_messages(messages)
+            return self.rows.of_messages(messages, opened=opened)
         except BadRow as bad:
             raise InputError(bad.detail) from bad
 

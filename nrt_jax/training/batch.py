@@ -13,6 +13,9 @@ A completion continues a prompt. With z = (z1 z2), y* = (y1 eos):
 so with trace_length = 2, targets t < 2 are z, t = 2 is t_end, and t >= 3 are y*. The decoder runs
 packed rows, which hold one or several completions (packing.py). The loss takes [P, K, T] and
 [P, A]: `unpack` finds each completion's values in the rows.
+
+A chat template may write white space after t_start. Then t_start and that space, but for its last
+token, end the prompt's row, and the last token is the first input in the place of t_start.
 """
 
 from collections.abc import Sequence
@@ -54,7 +57,7 @@ class GroupArrays(NamedTuple):
     """Lengths, answers and sampler logprobs of the groups, pack by pack."""
 
     prompt_last_P: Int[Array, " P"]
-    """Index of the prompt's last token in its row."""
+    """Index of x's last token, which predicts t_start, in its row."""
     completion_start_PK: Int[Array, "P K"]
     """Index of the completion's first target in the concatenated rows of its pack."""
     baseline_start_P: Int[Array, " P"]
@@ -99,7 +102,12 @@ def group_lengths(group: Group) -> Lengths:
     """Token counts of a group, for the packer."""
     answer = len(group.example.answer_tokens)
     completions = tuple(len(trace.tokens) + 1 + answer for trace in group.traces)
-    return Lengths(len(group.example.prompt_tokens), completions, 1 + answer)
+    return Lengths(_prompt_length(group.example), completions, 1 + answer)
+
+
+def _prompt_length(example: TokenizedExample) -> int:
+    """Tokens of the prompt's row: all that precede the first input of a completion."""
+    return len(example.prompt_tokens) + len(example.after_start_tokens)
 
 
 def nrt_batch(
@@ -114,17 +122,18 @@ def nrt_batch(
     for i, pack in enumerate(plan.packs):
         for g, member in enumerate(pack.groups):
             group = groups[member]
-            prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
+            *prompt, first = group.example.trace_prompt(think_start)
+            answer = group.example.answer_tokens
             at = (i, slice(pack.prompt_starts[g], pack.prompt_starts[g] + len(prompt)))
             batch.prompts.tokens_packs_S[at] = prompt
             batch.prompts.positions_packs_S[at] = np.arange(len(prompt))
             batch.prompts.segments_packs_S[at] = g + 1
             for trace, (row, start) in zip(group.traces, pack.completion_places[g], strict=True):
-                tokens = np.concatenate([[think_start], trace.tokens, [think_end], answer])
+                tokens = np.concatenate([[first], trace.tokens, [think_end], answer])
                 b = i * shape.rows + row
                 _write_completion(batch.completions, (b, start), tokens, len(prompt), g)
                 batch.completions.trace_BW[b, start : start + len(trace.tokens)] = True
-            tokens = np.concatenate([[think_start, think_end], answer])
+            tokens = np.concatenate([[first, think_end], answer])
             start = pack.baseline_starts[g]
             _write_completion(batch.baselines, (i, start), tokens, len(prompt), g)
             p = i * shape.groups + g

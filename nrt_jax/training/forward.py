@@ -51,6 +51,7 @@ class Prompts(NamedTuple):
     prefix: KVPrefix
     """Keys and values that the completions attend to."""
     last_hidden: Float[Array, "packs groups D"]
+    """At the last token of each x."""
 
 
 def run_prompts(decoder: Decoder, batch: NrtBatch) -> Prompts:

@@ -74,7 +74,7 @@ class Sampler:
         if rollout.drop_zero_std_groups:
             suffix = np.append(np.int32(tokenizer.think_end_id), example.answer_tokens)
         return Request(
-            prompt_tokens=np.append(example.prompt_tokens, np.int32(tokenizer.think_start_id)),
+            prompt_tokens=example.trace_prompt(tokenizer.think_start_id),
             stream=example.example.index,
             num_samples=rollout.traces_per_prompt,
             max_tokens=min(rollout.max_trace_tokens, longest_trace),

@@ -28,8 +28,8 @@ QUESTIONS = ["Natalia sold 48 clips", "  Die Straße\n"]
 def prompts(opened: OpenModel) -> list[list[int]]:
     """What the model sees before it writes."""
     rows = RowTokenizer(opened.config.data, opened.tokenizer)
-    asked = [rows.of_question(question) for question in QUESTIONS]
-    return [(opened.trace_prompt(x) if opened.reasons else x).tolist() for x in asked]
+    asked = [rows.of_question(question, opened=opened.reasons) for question in QUESTIONS]
+    return [ids.tolist() for ids in asked]
 
 
 def verb(*words: object) -> None:
@@ -74,8 +74,7 @@ def test_prompts_and_limits_of_an_export_are_those_of_its_run(name, tmp_path):
     assert (trained.found.kind, trained.step, trained.name) == ("run", STEP, "run")
     expected = prompts(trained)
     start = trained.tokenizer.think_start_id
-    # A run that was trained on its t_start twice is asked so, like its export.
-    assert [x.count(start) for x in expected] == [{"sft": 0, "opened": 2}.get(name, 1)] * 2
+    assert [x.count(start) for x in expected] == [0 if name == "sft" else 1] * 2
     for path, kind in (("export", "Hugging Face directory"), ("import", "import")):
         opened = open_model(tmp_path / path)
         assert (opened.found.kind, opened.step, opened.name) == (kind, None, path)
@@ -137,9 +136,12 @@ def test_a_directory_with_both_think_tokens_reasons(template, tmp_path):
     assert not open_model(model).reasons
     opened = open_model(model, NAMED)
     assert opened.reasons
-    assert opened.template_opens_trace == (template is OPENS)
-    start = opened.tokenizer.think_start_id
-    assert [prompt.count(start) for prompt in prompts(opened)] == [1, 1]
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    how = {"add_generation_prompt": True, "return_dict": False}
+    ids = [theirs.apply_chat_template(chat, **how) for chat in chats]
+    start = [] if template is OPENS else [opened.tokenizer.think_start_id]
+    assert prompts(opened) == [[*x, *start] for x in ids]
     assert open_model(model, [*NAMED, "method=sft"]).config.method == "sft"
     with_answers = [*NAMED, "rollout.max_trace_tokens=4", "evaluation.max_answer_tokens=4"]
     (shown,) = answer_prompts(model, QUESTIONS[:1], overrides=with_answers)

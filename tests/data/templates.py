@@ -54,4 +54,49 @@ MOODY = """  {% if messages[0].role == 'system' %}{{ bos_token }}{% endif %}
 next:
   """
 
+# As of DeepSeek-R1: it drops what an earlier answer has up to t_end, and opens the trace.
+R1 = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}\
+{% endif %}{% set ns = namespace(system_prompt='') %}{%- for message in messages %}\
+{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{%- endif %}\
+{%- endfor %}{{bos_token}}{{ns.system_prompt}}{%- for message in messages %}\
+{%- if message['role'] == 'user' %}{{'<|User|>' + message['content']}}{%- endif %}\
+{%- if message['role'] == 'assistant' and message['content'] is not none %}\
+{% set content = message['content'] %}\
+{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}\
+{{'<|Assistant|>' + content + eos_token}}{%- endif %}{%- endfor %}\
+{% if add_generation_prompt %}{{'<|Assistant|><think>\\n'}}{% endif %}"""
+
+# As of Qwen3: it writes reasoning after the last question, and an empty trace where it is told to.
+QWEN3 = """{%- set ns = namespace(last_query_index=messages|length - 1) %}
+{%- for message in messages %}
+    {%- if message.role == 'user' %}{%- set ns.last_query_index = loop.index0 %}{%- endif %}
+{%- endfor %}
+{%- for message in messages %}
+    {%- set content = message.content %}
+    {%- if message.role == 'assistant' %}
+        {%- set reasoning_content = '' %}
+        {%- if '</think>' in content %}
+            {%- set reasoning_content = content.split('</think>')[0].rstrip('\\n')\
+.split('<think>')[-1].lstrip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last_query_index %}
+            {{- '<|im_start|>' + message.role + '\\n<think>\\n' + reasoning_content.strip('\\n')\
+ + '\\n</think>\\n\\n' + content.lstrip('\\n') }}
+        {%- else %}
+            {{- '<|im_start|>' + message.role + '\\n' + content }}
+        {%- endif %}
+        {{- '<|im_end|>\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
 TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "chat": CHAT, "moody": MOODY}

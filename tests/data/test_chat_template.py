@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.control_split import MARK, ControlSplit, unmark
-from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
+from nrt_jax.data.pipeline import load_dataset
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.sources import Row
 from nrt_jax.data.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def test_tulu(made, config):
     ]
     asked = prompt({"question": "1+2", "answer": "3"}, config(), tokenizer)
     assert tokenizer.decode(asked) == f"{begin}<|user|>\n1+2\n<|assistant|>\n"
-    assert tokenize_prompt("1+2", config(), tokenizer).tolist() == asked
+    assert RowTokenizer(config(), tokenizer).of_question("1+2").tolist() == asked
 
 
 def test_only_the_template_writes_control_ids(
@@ -279,7 +279,7 @@ def test_the_template_of_the_tokenizer(made_directory, tmp_path, config):
 def test_a_template_file_that_is_not_there(made, tmp_path, config):
     run = config("tulu", template_file=tmp_path / "none.jinja")
     with pytest.raises(InputError) as caught:
-        tokenize_prompt("1+2", run, made("first"))
+        RowTokenizer(run, made("first")).of_question("1+2")
     assert str(caught.value) == (
         f"{tmp_path / 'none.jinja'}: No such file or directory; set data.template_file to a file"
     )

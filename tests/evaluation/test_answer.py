@@ -13,7 +13,8 @@ from flax import nnx
 from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.checkpoints.open import open_model
 from nrt_jax.checkpoints.run_dir import load_run
-from nrt_jax.data.pipeline import load_dataset, tokenize_prompt
+from nrt_jax.data.pipeline import load_dataset
+from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from tests.models.tiny import read
 from tests.objective import oracle
@@ -109,7 +110,7 @@ def test_a_prompt_is_tokenised_like_a_row(run):
     config = load_run(run.directory).data
     tokenizer = Tokenizer.load(config.tokenizer)
     for example in load_dataset(config, tokenizer).eval:
-        prompt = tokenize_prompt(example.example.question, config, tokenizer)
+        prompt = RowTokenizer(config, tokenizer).of_question(example.example.question)
         assert prompt.dtype == example.prompt_tokens.dtype
         assert prompt.tolist() == example.prompt_tokens.tolist()
 
@@ -160,7 +161,7 @@ def by_hand(run: TinyRun, question: str, answer: str) -> list[float]:
     """The same from whole forwards: a greedy trace token by token, then y* after it."""
     trained = open_model(run.directory)
     tokenizer, decoder = trained.tokenizer, nnx.merge(trained.model.definition, trained.params)
-    prompt = tokenize_prompt(question, trained.config.data, tokenizer).tolist()
+    prompt = RowTokenizer(trained.config.data, tokenizer).of_question(question).tolist()
     reference = [*tokenizer.encode(answer), tokenizer.eos_id]
 
     def log_pi(tokens: list[int]) -> np.ndarray:

@@ -161,6 +161,19 @@ def test_the_trace_comes_between_the_think_tokens(reasoning, rig, examples):
     assert (records[0]["trace"], records[0]["trace_end"]) == ("1", END)
 
 
+def test_the_trace_follows_what_the_template_writes_after_t_start(
+    reasoning, rig, examples, tokenizer
+):
+    """x t_start break 1 t_end =3 eos, where t_start alone would be followed by =."""
+    model = rig({START: "=", "\n": "1", "1": END, END: "=", "=": "3", "3": EOS})
+    (row,) = examples(("1+2", "=3"))
+    opened = dataclasses.replace(
+        row, after_start_tokens=np.asarray(tokenizer.encode("\n"), np.int32)
+    )
+    metrics, (record,) = score(reasoning, model, [opened])
+    assert (record["trace"], record["answer"], metrics["eval/exact_match"]) == ("1", "=3", 1.0)
+
+
 @pytest.mark.parametrize(
     ("after_1", "trace", "end"),
     [("1", "111111", "length"), (EOS, "1", EOS), ("<|bos|>", "1", "<|bos|>")],
@@ -179,12 +192,13 @@ def test_think_end_is_appended_to_whatever_trace_there_is(
 
 def test_the_answer_sees_question_and_trace(reasoning, tokenizer, a):
     """An ordinary model, followed token by token with whole forwards."""
-    prompts = [np.asarray([tokenizer.bos_id, *row], np.int32) for row in ([7, 8], [9, 10, 16, 11])]
+    rows = ([7, 8], [9, 10, 16, 11])
+    start = tokenizer.think_start_id
+    prompts = [np.asarray([tokenizer.bos_id, *row, start], np.int32) for row in rows]
     stop_ids = tokenizer.special_ids
     params = nnx.split(decoder(a))[1]
     answered = reasoning.answer(params, prompts, jax.random.key(0))
-    for prompt, (trace, answer) in zip(prompts, answered, strict=True):
-        opened = np.append(prompt, tokenizer.think_start_id)
+    for opened, (trace, answer) in zip(prompts, answered, strict=True):
         assert (trace.tokens.tolist(), trace.end_token) == greedy(a, opened, 6, stop_ids)
         closed = np.concatenate([opened, trace.tokens, [tokenizer.think_end_id]])
         assert (answer.tokens.tolist(), answer.end_token) == greedy(a, closed, 3, stop_ids)
@@ -193,7 +207,7 @@ def test_the_answer_sees_question_and_trace(reasoning, tokenizer, a):
 def test_sampled_answers_repeat_with_their_key_alone(reasoning, tokenizer, a):
     answerer = dataclasses.replace(reasoning, trace_temperature=1.0)
     params = nnx.split(decoder(a))[1]
-    prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 8
+    prompts = [np.asarray([tokenizer.bos_id, 7, 8, tokenizer.think_start_id], np.int32)] * 8
 
     def draw(seed):
         answered = answerer.answer(params, prompts, jax.random.key(seed))
@@ -207,12 +221,11 @@ def test_sampled_answers_repeat_with_their_key_alone(reasoning, tokenizer, a):
 def test_answers_are_greedy_whatever_the_temperature_of_the_trace(reasoning, tokenizer, a):
     answerer = dataclasses.replace(reasoning, trace_temperature=1.0)
     params = nnx.split(decoder(a))[1]
-    prompts = [np.asarray([tokenizer.bos_id, 7, 8], np.int32)] * 4
+    prompts = [np.asarray([tokenizer.bos_id, 7, 8, tokenizer.think_start_id], np.int32)] * 4
     answered = answerer.answer(params, prompts, jax.random.key(0))
     assert len({str(trace.tokens) for trace, _ in answered}) > 1
     for trace, answer in answered:
-        think = [tokenizer.think_start_id], trace.tokens, [tokenizer.think_end_id]
-        closed = np.concatenate([prompts[0], *think])
+        closed = np.concatenate([prompts[0], trace.tokens, [tokenizer.think_end_id]])
         expected = greedy(a, closed, 3, tokenizer.special_ids)
         assert (answer.tokens.tolist(), answer.end_token) == expected
 

@@ -8,12 +8,14 @@ import pytest
 import transformers
 
 from nrt_jax.config.serving import ServingConfig
-from nrt_jax.data.pipeline import tokenize_prompt
+from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.errors import InputError
+from nrt_jax.serving.chat import Chat
+from nrt_jax.serving.protocol import ApiError, ChatMessage, ChatRequest
 from nrt_jax.serving.served_model import find_limits, open_served, serve_model
 from tests.data.templates import TEMPLATES
 from tests.serving.models import NEW, PROMPT, TRACE
-from tests.serving.runs import STEP, write_run
+from tests.serving.runs import STEP, write_chat_model, write_run
 
 CONVERSATION = [
     {"role": "system", "content": "Be brief."},
@@ -53,6 +55,24 @@ def test_a_conversation_is_that_of_transformers(served, turns):
     assert served.chat_prompt(messages).tolist() == expected
 
 
+def test_a_chat_follows_what_the_template_opens(tmp_path):
+    """The prompt that is served is that of transformers, t_start and the break after it once."""
+    names = ("<think>", "</think>")
+    template = TEMPLATES["llama3"] + "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    model = write_chat_model(tmp_path / "model", template, think=names)
+    named = [f"data.think_start={names[0]}", f"data.think_end={names[1]}"]
+    theirs = transformers.AutoTokenizer.from_pretrained(model)
+    chat = CONVERSATION[-1:]
+    ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    body = ChatRequest(model="model", messages=[ChatMessage(**turn) for turn in chat])
+    limits = [*named, f"data.max_prompt_tokens={len(ids) - 1}"]
+    served = open_served(model, ServingConfig(), limits)
+    assert Chat.prepare(served, body, sequences=1, top=0).prompt.tolist() == ids
+    small = open_served(model, ServingConfig(), [*named, f"data.max_prompt_tokens={len(ids) - 2}"])
+    with pytest.raises(ApiError, match=f"has {len(ids) - 1} tokens; {len(ids) - 2} are the most"):
+        Chat.prepare(small, body, sequences=1, top=0)
+
+
 def test_a_text_spells_no_control_token(served):
     prompt = served.chat_prompt(CONVERSATION).tolist()
     clean = [turn | {"content": turn["content"].replace("<|eot_id|>", "")} for turn in CONVERSATION]
@@ -63,7 +83,7 @@ def test_a_text_spells_no_control_token(served):
 def test_a_plain_run_takes_one_question(plain):
     question = [{"role": "user", "content": "1+2+3"}]
     data = plain.opened.config.data
-    expected = tokenize_prompt("1+2+3", data, plain.tokenizer).tolist()
+    expected = RowTokenizer(data, plain.tokenizer).of_question("1+2+3").tolist()
     assert plain.chat_prompt(question).tolist() == expected
     assert plain.text_prompt("1+2+3").tolist() == expected
     for messages in (question * 2, [{"role": "system", "content": "1"}], []):

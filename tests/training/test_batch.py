@@ -1,5 +1,7 @@
 """The layout of a training batch: the worked example of the module, and its invariants."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -53,6 +55,21 @@ def test_worked_example():
     )
     assert answer_values(targets_PKT, groups)[0, 0].tolist() == Y
     assert answer_mask(groups)[0].tolist() == [True, True]
+
+
+def test_white_space_after_t_start_goes_before_the_trace():
+    """Two tokens (10, 11) of it: t_start and the first end the prompt's row."""
+    after_start = np.asarray([10, 11], np.int32)
+    group = one_group()
+    example = dataclasses.replace(group.example, after_start_tokens=after_start)
+    batch = batch_of([dataclasses.replace(group, example=example)])
+    row = [11, *Z, THINK_END, *Y]
+    assert batch.prompts.tokens_packs_S[0, :6].tolist() == [*X, THINK_START, 10, 0]
+    assert batch.groups.prompt_last_P.tolist() == [2]  # predicts t_start
+    assert batch.completions.inputs_BW[0].tolist() == [*row[:-1], 0, 0, 0]
+    assert batch.completions.targets_BW[0].tolist() == [*row[1:], 0, 0, 0]
+    assert batch.completions.positions_BW[0].tolist() == [5, 6, 7, 8, 9, 0, 0, 0]
+    assert batch.baselines.inputs_BW[0, :3].tolist() == [11, THINK_END, Y[0]]
 
 
 @pytest.mark.parametrize(

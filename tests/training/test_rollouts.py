@@ -77,6 +77,7 @@ def test_how_traces_are_drawn(opened):
 
     tokenizer, engine = run.policy.tokenizer, run.engines.traces
     examples = [example(index, length) for index, length in enumerate((1, 2, 4, 5), start=6)]
+    examples[1] = replace(examples[1], after_start_tokens=np.asarray([8, 7], np.int32))
     groups = sampler(run, generate=generate).sample(run.engines.weights(run.progress), examples, 1)
     ((params, requests, steps),) = calls
     assert params is run.progress.state.params
@@ -86,7 +87,8 @@ def test_how_traces_are_drawn(opened):
         assert request.num_samples == 5
         assert request.stream == row.example.index
         assert request.prompt_tokens.dtype == np.int32
-        assert request.prompt_tokens.tolist() == [1, 4, 3, tokenizer.think_start_id]
+        after_start = row.after_start_tokens.tolist()
+        assert request.prompt_tokens.tolist() == [1, 4, 3, tokenizer.think_start_id, *after_start]
         assert request.suffix_tokens is None
         assert (group.example, group.version) == (row, 0)
     # t_start, z, t_end and the answer are at most nine tokens, and z alone at most four.
