@@ -9,7 +9,12 @@ import jax
 
 from nrt_jax.checkpoints import hf_weights, import_format
 from nrt_jax.checkpoints.directory_config import write_settings
-from nrt_jax.checkpoints.hf_config import StoredDtype, read_architecture, read_generation
+from nrt_jax.checkpoints.generation_config import (
+    read_generation,
+    read_token_ids,
+    trained_generation,
+)
+from nrt_jax.checkpoints.hf_config import StoredDtype, read_architecture
 from nrt_jax.checkpoints.model_card import converted_card, trained_card
 from nrt_jax.checkpoints.new_directory import check_new
 from nrt_jax.checkpoints.open import find_model, open_model
@@ -71,6 +76,7 @@ def _export_run(path: Path, out: Path, dtype: StoredDtype | None, copy_rows: lis
     rows = row_pairs(tokenizer, copy_rows)
     template = chat_template_text(config.data, tokenizer, opens_trace=opened.reasons)
     card = trained_card(opened)
+    generation = trained_generation(config.model.path, tokenizer)
 
     def add_files(folder: Path) -> None:
         tokenizer.copy_to(folder, chat_template=template)
@@ -82,7 +88,7 @@ def _export_run(path: Path, out: Path, dtype: StoredDtype | None, copy_rows: lis
         opened.model.architecture,
         copy_token_rows(opened.params, rows),
         dtype=dtype or _dtype_of_base(config),
-        generation={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
+        generation=generation,
         add_files=add_files,
     )
 
@@ -95,7 +101,9 @@ def _export_directory(path: Path, out: Path, dtype: StoredDtype | None) -> None:
 
     def add_files(folder: Path) -> None:
         for file in import_format.tokenizer_files(path):
-            shutil.copyfile(file, folder / file.name)
+            target = folder / file.relative_to(path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
         (folder / CARD).write_text(converted_card(path), encoding="utf-8")
 
     hf_weights.write_directory(
@@ -104,6 +112,7 @@ def _export_directory(path: Path, out: Path, dtype: StoredDtype | None) -> None:
         params,
         dtype=dtype,
         generation=read_generation(path),
+        token_ids=read_token_ids(path),
         add_files=add_files,
     )
 

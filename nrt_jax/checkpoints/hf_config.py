@@ -97,16 +97,6 @@ def directory_name(directory: Path) -> str:
     return directory.resolve().name
 
 
-def read_generation(directory: Path) -> dict[str, Any]:
-    """The content of `generation_config.json`, or the token ids that `config.json` has."""
-    directory = Path(directory)
-    if (directory / GENERATION_FILE).exists():
-        return read_json(directory / GENERATION_FILE)
-    config = read_json(directory / CONFIG_FILE)
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {key: config[key] for key in keys if config.get(key) is not None}
-
-
 def read_architecture(directory: Path) -> Architecture:
     """The architecture that `config.json` describes.
 
@@ -223,10 +213,10 @@ def _rope_fields(file: Path, config: dict[str, Any]) -> Iterator[tuple[str, str,
                 yield f"{name}.{key}", "rope_type" if key == "type" else key, value
 
 
-def config_json(a: Architecture, dtype: str, generation: dict[str, Any]) -> dict[str, Any]:
+def config_json(a: Architecture, dtype: str, token_ids: dict[str, Any]) -> dict[str, Any]:
     """`config.json` in the spelling that transformers 4 and 5 both read.
 
-    Token ids that `generation`, the content of `generation_config.json`, has are repeated in it.
+    `token_ids` may hold more than the token ids, as the content of `generation_config.json` does.
     """
     config = a.model_dump(exclude={"family"})
     if a.family == "llama":
@@ -240,7 +230,8 @@ def config_json(a: Architecture, dtype: str, generation: dict[str, Any]) -> dict
         **config,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
-        **{key: generation.get(key) for key in ("bos_token_id", "eos_token_id")},
+        # Without these fields the class has ids of its own.
+        **{key: token_ids.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")},
         "torch_dtype": dtype,
         "use_cache": True,
     }

@@ -208,13 +208,15 @@ def write_directory(
     *,
     dtype: StoredDtype | None = None,
     generation: dict[str, Any] | None = None,
+    token_ids: dict[str, Any] | None = None,
     add_files: Callable[[Path], object] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """Write a directory that transformers loads: configs, and the weights in `dtype`.
 
     Without a dtype each weight keeps its own. `generation` is the content of
-    `generation_config.json`, and `add_files(folder)` may add files, such as a tokenizer. The params
+    `generation_config.json`; `token_ids`, by default those in it, are the ids of `config.json`.
+    `add_files(folder)` may add files, such as a tokenizer. The params
     stay on their mesh; each tensor comes to the host when the first process writes it. The files go
     to a new folder that is renamed at the end, so that `directory` is complete or does not exist.
     Raises InputError when it exists and is not empty, when it cannot be written,
@@ -223,9 +225,10 @@ def write_directory(
     tensors = _to_tensors(architecture, params, dtype)
     generation = generation or {}
     stored_as = dtype or main_dtype(tensors)
+    token_ids = generation | (token_ids or {})
     with new_directory(directory) as folder:
         if folder is not None:
-            write_json(folder / CONFIG_FILE, config_json(architecture, stored_as, generation))
+            write_json(folder / CONFIG_FILE, config_json(architecture, stored_as, token_ids))
             write_json(folder / GENERATION_FILE, generation)
             if add_files is not None:
                 add_files(folder)

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from nrt_jax.checkpoints.generation_config import read_generation
 from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -43,6 +44,7 @@ _TOKENIZER_FILES = (
     "chat_template*",
     "added_tokens.json",
     "nrt_jax*",
+    "additional_chat_templates/*.jinja",
 )
 
 
@@ -55,6 +57,7 @@ def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = No
     source = Path(source)
     check_new(out)
     architecture = read_architecture(source)
+    read_generation(source)  # refused here, not after a training
     small_files = _small_files(source)
     target = saved_target(source, mesh)
     if dtype is not None:
@@ -65,17 +68,18 @@ def import_directory(source: Path, out: Path, mesh: Mesh, dtype: str | None = No
         _save(folder / PARAMS, params)
         if jax.process_index() == 0:
             for name, content in small_files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
             write_json(folder / PROVENANCE_FILE, {"source": str(source.absolute())})
     return params
 
 
-def _small_files(source: Path) -> dict[str, bytes]:
-    """The files that an import copies: configs and tokenizer."""
+def _small_files(source: Path) -> dict[Path, bytes]:
+    """The files that an import copies, by their places in it: configs and tokenizer."""
     configs = [source / CONFIG_FILE, source / GENERATION_FILE]
     files = [*filter(Path.is_file, configs), *tokenizer_files(source)]
     try:
-        return {file.name: file.read_bytes() for file in files}
+        return {file.relative_to(source): file.read_bytes() for file in files}
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {one_line(error)}") from None
 

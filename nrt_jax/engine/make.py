@@ -1,5 +1,6 @@
 """The engines of a run, for training, evaluation and serving."""
 
+from nrt_jax.checkpoints import generation_config
 from nrt_jax.checkpoints.abstract_model import Model
 from nrt_jax.checkpoints.token_rows import token_id
 from nrt_jax.config.run import RunConfig
@@ -25,7 +26,18 @@ def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engin
 def trace_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end a trace; InputError for a stop token that the tokenizer does not have."""
     names = config.rollout.stop_tokens
-    return tokenizer.special_ids | {token_id(tokenizer, n, "rollout.stop_tokens") for n in names}
+    more = {token_id(tokenizer, name, "rollout.stop_tokens") for name in names}
+    return answer_stop_ids(config, tokenizer) | more
+
+
+def answer_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end an answer: special ones, and the stops of the base, which an export has too.
+
+    Raises InputError for a broken generation_config.json of the base.
+    """
+    base = config.model.path
+    of_base = [] if base is None else generation_config.stop_ids(base)
+    return tokenizer.special_ids | set(of_base)
 
 
 def make_engine(

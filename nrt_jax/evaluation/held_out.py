@@ -18,7 +18,7 @@ from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate, generate_and_score
-from nrt_jax.engine.make import make_engine, trace_engine
+from nrt_jax.engine.make import answer_stop_ids, make_engine, trace_engine
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.objective.rewards import score_rewards
@@ -136,7 +136,7 @@ def make_answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answ
         slots=config.rollout.slots,
         longest_prompt=longest,
         new_tokens=answer_tokens,
-        stop_ids=tokenizer.special_ids,
+        stop_ids=answer_stop_ids(config, tokenizer),
     )
     scores = reasons and config.evaluation.score_references
     return Answerer(

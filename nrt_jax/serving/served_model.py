@@ -14,7 +14,7 @@ from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
-from nrt_jax.engine.make import make_engine, trace_stop_ids
+from nrt_jax.engine.make import answer_stop_ids, make_engine, trace_stop_ids
 from nrt_jax.engine.sampling import MAX_STOP_IDS
 from nrt_jax.errors import InputError
 from nrt_jax.serving.logprobs import TokenTexts
@@ -45,7 +45,7 @@ class ServedModel:
     opened: OpenModel
     limits: Limits
     trace_stop_ids: frozenset[int]
-    """Tokens that end a trace besides the special ones."""
+    """Tokens that end a trace besides those that end an answer too."""
     rows: RowTokenizer = field(repr=False)
     token_texts: TokenTexts = field(repr=False)
 
@@ -97,7 +97,7 @@ class ServedModel:
             slots=slots,
             longest_prompt=self.limits.context,
             new_tokens=self.limits.new,
-            stop_ids=self.tokenizer.special_ids,
+            stop_ids=answer_stop_ids(self.opened.config, self.tokenizer),
             top_logprobs=top_logprobs,
         )
 
@@ -122,7 +122,8 @@ def serve_model(opened: OpenModel, config: ServingConfig) -> ServedModel:
 
 
 def _trace_stop_ids(opened: OpenModel) -> frozenset[int]:
-    more = trace_stop_ids(opened.config, opened.tokenizer) - opened.tokenizer.special_ids
+    config, tokenizer = opened.config, opened.tokenizer
+    more = trace_stop_ids(config, tokenizer) - answer_stop_ids(config, tokenizer)
     if len(more) > MAX_STOP_IDS:
         raise InputError(
             f"rollout.stop_tokens: {len(more)} tokens end a trace of this run; "

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
+from nrt_jax.checkpoints.generation_config import read_generation
 from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
     config_json,
     read_architecture,
-    read_generation,
 )
 from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.errors import InputError
