@@ -17,6 +17,8 @@ class Example:
     """x: what the model sees before it reasons, after the prompt template."""
     answer: str
     """y*: the reference answer, without the end-of-sequence token."""
+    aliases: tuple[str, ...] = ()
+    """Other answers that are right; an evaluation accepts them, and nothing is trained on them."""
 
 
 @dataclass(frozen=True)

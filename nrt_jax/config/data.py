@@ -54,7 +54,8 @@ class DataConfig(Section):
     question_field: str = "question"
     """Field of a row that holds the question."""
     answer_field: str = "answer"
-    """Field of a row that holds the reference answer."""
+    """Field of a row that holds the reference answer, or a list of right answers: the first is
+    trained on, and an evaluation accepts any."""
     messages_field: str = "messages"
     """Field that holds a list of {role, content} turns; read where a chat template is used."""
     template: Literal["plain", "tulu", "tokenizer"] = "plain"

@@ -1,8 +1,14 @@
 """The `evaluation` section: exact match on held-out examples."""
 
-from pydantic import Field
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import Field, field_validator
 
 from nrt_jax.config.load import Section
+
+EXTRACTS = ("whole", "last_number", "boxed", "choice", "any_of")
+AFTER = "after:"
 
 
 class EvaluationConfig(Section):
@@ -14,9 +20,34 @@ class EvaluationConfig(Section):
     """Held-out examples to answer; 0 for no evaluation."""
     max_answer_tokens: int = Field(default=64, ge=1)
     """Longest answer to generate, in tokens."""
+    extract: str = "whole"
+    """What of an answer is compared with the reference: whole, last_number, boxed (the last
+    \\boxed), choice (a letter), after:TEXT (the line after the last TEXT), or any_of (the whole,
+    without case, punctuation and articles)."""
     trace_temperature: float = Field(default=0.0, ge=0)
     """Temperature of the traces; 0 is greedy, 1 samples as training does. Answers are greedy."""
     score_references: bool = False
     """Also score the reference answer after each trace (eval/reward and others); not for sft."""
     samples: int = Field(default=10, ge=0)
     """Examples whose trace and answer are written to samples.jsonl."""
+
+    @field_validator("extract", mode="before")
+    @classmethod
+    def _read_as_yaml(cls, value: Any) -> Any:
+        # YAML reads `after: TEXT`, with a space and without quotes, as a mapping.
+        if isinstance(value, dict) and list(value) == ["after"]:
+            return f"{AFTER}{'' if value['after'] is None else value['after']}"
+        return value
+
+    @field_validator("extract")
+    @classmethod
+    def _known_extract(cls, value: str) -> str:
+        kind, colon, text = value.partition(":")
+        if value in EXTRACTS or (kind + colon == AFTER and text.strip()):
+            return value
+        if kind == AFTER.removesuffix(":"):
+            raise ValueError("needs the text in front of the answer, as in after:####")
+        near = get_close_matches(kind.lower(), [*EXTRACTS, "after"], n=1)
+        meant = near[0].replace("after", "after:TEXT") if near else None
+        hint = f"; did you mean {meant!r}?" if meant else ""
+        raise ValueError(f"must be one of {', '.join(EXTRACTS)}, after:TEXT{hint}")

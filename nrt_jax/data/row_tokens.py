@@ -22,6 +22,8 @@ class Rendered(NamedTuple):
     prompt: Prompt
     answer: str
     """y*, without the end-of-sequence token."""
+    aliases: tuple[str, ...] = ()
+    """Other right answers."""
 
 
 class RowTokenizer:
@@ -112,11 +114,11 @@ class RowTokenizer:
             messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
             return Rendered(self._template.chat(messages), answer)
         question = _text(fields, config.question_field)
-        answer = _text(fields, config.answer_field)
+        answer, *aliases = _answers(fields, config.answer_field)
         if self._template.is_chat:
             turn = {"role": "user", "content": question}
-            return Rendered(self._template.chat([turn]), answer)
-        return Rendered(self._template.plain(question), answer)
+            return Rendered(self._template.chat([turn]), answer, tuple(aliases))
+        return Rendered(self._template.plain(question), answer, tuple(aliases))
 
     def _encode(self, rendered: Sequence[Rendered]) -> Iterator[list[list[int]]]:
         """The ids of each row's texts, the answer last."""
@@ -141,7 +143,7 @@ class RowTokenizer:
         limit = self._config.max_answer_tokens
         _check_length("answer", len(answer), limit, rendered.answer)
         return TokenizedExample(
-            example=Example(index, rendered.prompt.text, rendered.answer),
+            example=Example(index, rendered.prompt.text, rendered.answer, rendered.aliases),
             prompt_tokens=np.array(prompt, np.int32),
             answer_tokens=np.array(answer, np.int32),
             after_start_tokens=np.array(after_start, np.int32),
@@ -219,6 +221,16 @@ def _turn(message: object, name: str) -> dict[str, str]:
     # An empty system turn is common, and says nothing wrong.
     content = _text(message, "content", f"{name}.content", may_be_empty=role == "system")
     return {"role": role, "content": content}
+
+
+def _answers(fields: dict, key: str) -> list[str]:
+    """The answer, or of a list of right answers all, the first of which is y*."""
+    value = fields.get(key)
+    if not isinstance(value, list):
+        return [_text(fields, key)]
+    if not value:
+        raise BadRow(f"empty '{key}'", f"'{key}' is []; fill it in or drop the row")
+    return [_text({key: answer}, key, f"{key}[{i}]") for i, answer in enumerate(value)]
 
 
 def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool = False) -> str:

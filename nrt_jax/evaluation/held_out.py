@@ -1,10 +1,12 @@
 """Exact match: let the model reason and answer, and compare with the reference answer.
 
+`evaluation.extract` says what of both is compared.
+
 Letters: P prompts, K traces per prompt.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,6 +16,7 @@ from jaxtyping import Float
 
 from nrt_jax.checkpoints.abstract_model import Model
 from nrt_jax.config.run import RunConfig
+from nrt_jax.data.bad_rows import shorten
 from nrt_jax.data.pipeline import Dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
@@ -21,6 +24,8 @@ from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.make import answer_stop_ids, make_engine, trace_engine
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
+from nrt_jax.errors import InputError
+from nrt_jax.evaluation.extract import Extract, make_extract
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.types import SuffixLogprobs, TokenizedExample, Trace
 
@@ -43,6 +48,8 @@ class Answerer:
     """Of the trace; answers are greedy."""
     decode_steps: int = 16
     """Tokens of each sequence that are decoded per dispatch."""
+    extract: Extract = field(default_factory=partial(make_extract, "whole"))
+    """What of an answer counts."""
     score_rewards: ScoreRewards | None = None
     """Computes rewards of the reference answers, for an evaluation that measures them."""
 
@@ -147,6 +154,7 @@ def make_answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answ
         max_answer_tokens=answer_tokens,
         trace_temperature=config.evaluation.trace_temperature,
         decode_steps=config.rollout.decode_steps,
+        extract=make_extract(config.evaluation.extract),
         score_rewards=partial(score_rewards, objective=config.objective) if scores else None,
     )
 
@@ -154,10 +162,25 @@ def make_answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answ
 def evaluation_answerer(
     config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
 ) -> Answerer | None:
-    """The answerer of a training's evaluations; None when there is nothing to evaluate."""
+    """The answerer of a training's evaluations; None when there is nothing to evaluate.
+
+    Raises InputError when `evaluation.extract` finds an answer in no reference.
+    """
     if not config.evaluation.examples or not dataset.eval:
         return None
-    return make_answerer(config, model, tokenizer)
+    answerer = make_answerer(config, model, tokenizer)
+    check_references(answerer.extract, dataset.eval)
+    return answerer
+
+
+def check_references(extract: Extract, examples: Sequence[TokenizedExample]) -> None:
+    """InputError when no example has a reference in which there is an answer."""
+    references = [reference for example in examples for reference in _references(example)]
+    if not any(map(extract.of_reference, references)):
+        raise InputError(
+            f"evaluation.extract={extract.name}: finds no answer in any of the {len(references)} "
+            f"reference answers, such as {shorten(references[0])}; set another"
+        )
 
 
 def evaluate(
@@ -170,8 +193,9 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """Metrics over all examples, and the first `samples` of them as readable records.
 
-    An answer is right when its text equals the reference, both stripped of white space, and the
-    model ended it with eos. With `score_rewards`: the mean reward of the reference answer after the
+    An answer is right when what `answerer.extract` finds in it is what it finds in the reference,
+    or in one of its aliases, and the model ended it with eos: neither an answer that was cut nor a
+    trace counts. With `score_rewards`: the mean reward of the reference answer after the
     trace and after the empty trace, and its logprob after the trace in nats per token.
     """
     prompts = [answerer.prompt(example) for example in examples]
@@ -183,10 +207,13 @@ def evaluate(
         answered, scores = answerer.answer_and_score(params, prompts, references, key)
         scored = _reference_metrics(scores, answerer.score_rewards)
     records = [
-        _record(answerer.tokenizer, example, trace, answer)
+        _record(answerer, example, trace, answer)
         for example, (trace, answer) in zip(examples, answered, strict=True)
     ]
     metrics = {"eval/exact_match": float(np.mean([record["correct"] for record in records]))}
+    if answerer.extract.name != "whole":
+        found = [record["extracted"] is not None for record in records]
+        metrics["eval/extracted_share"] = float(np.mean(found))
     traces = [trace for trace, _ in answered if trace is not None]
     if traces:
         ended = [trace.end_token == answerer.tokenizer.think_end_id for trace in traces]
@@ -208,11 +235,13 @@ def _reference_metrics(
 
 
 def _record(
-    tokenizer: Tokenizer, example: TokenizedExample, trace: Trace | None, answer: Trace
+    answerer: Answerer, example: TokenizedExample, trace: Trace | None, answer: Trace
 ) -> dict[str, Any]:
+    tokenizer, extract = answerer.tokenizer, answerer.extract
     text = tokenizer.decode(answer.tokens.tolist())
-    right = text.strip() == example.example.answer.strip()
-    return {
+    references = _references(example)
+    right = extract.is_right(text, references)
+    record = {
         "index": example.example.index,
         "question": example.example.question,
         "trace": None if trace is None else tokenizer.decode(trace.tokens.tolist()),
@@ -221,6 +250,14 @@ def _record(
         "reference": example.example.answer,
         "correct": right and answer.end_token == tokenizer.eos_id,
     }
+    if extract.name == "whole":
+        return record
+    accepted = [extract.of_reference(reference) for reference in references]
+    return record | {"extracted": extract.of_answer(text), "accepted": accepted}
+
+
+def _references(example: TokenizedExample) -> list[str]:
+    return [example.example.answer, *example.example.aliases]
 
 
 def end_name(tokenizer: Tokenizer, trace: Trace) -> str:

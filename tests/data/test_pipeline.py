@@ -32,6 +32,33 @@ def additions(count: int) -> list[dict]:
     ]
 
 
+# --- several right answers -----------------------------------------------------------------------
+
+
+def test_the_first_of_several_answers_is_trained_on(make_config, tokenizer, write_rows):
+    path = write_rows([{"question": "1+2", "answer": ["=3", "3", "=03"]}, *additions(2)])
+    (row, one, _) = load_dataset(make_config(path=path, eval_rows=0), tokenizer).train
+    assert (row.example.answer, row.example.aliases) == ("=3", ("3", "=03"))
+    assert row.answer_tokens.tolist() == [*tokenizer.encode("=3"), tokenizer.eos_id]
+    assert one.example.aliases == ()
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([], "'answer' is []; fill it in or drop the row"),
+        (["=3", ""], "'answer[1]' is ''; fill it in or drop the row"),
+        ([["=3"]], "'answer[0]' is ['=3']; write it as a string"),
+        (["\ud83d"], "'answer[0]' has the lone surrogate '\\ud83d'; escape it as a pair"),
+    ],
+)
+def test_answers_that_are_none(answers, said, make_config, tokenizer, write_rows):
+    path = write_rows([{"question": "1+2", "answer": answers}])
+    with pytest.raises(InputError) as caught:
+        load_dataset(make_config(path=path, eval_rows=0), tokenizer)
+    assert said in str(caught.value)
+
+
 # --- batches -------------------------------------------------------------------------------------
 
 

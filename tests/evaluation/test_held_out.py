@@ -12,7 +12,9 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
-from nrt_jax.evaluation.held_out import Answerer, end_name, evaluate
+from nrt_jax.errors import InputError
+from nrt_jax.evaluation.extract import make_extract
+from nrt_jax.evaluation.held_out import Answerer, check_references, end_name, evaluate
 from nrt_jax.types import Example, TokenizedExample, Trace
 from tests.engine.toy import greedy, one_device
 from tests.models.tiny import architecture, decoder
@@ -146,6 +148,44 @@ def test_white_space_around_an_answer_does_not_count(direct, rig, examples):
     metrics, records = score(direct, rig(with_break), examples(("2", "3"), ("2", "\n3 ")))
     assert records[0]["answer"] == "\n3"
     assert metrics["eval/exact_match"] == 1
+
+
+def test_what_is_extracted_is_compared(direct, rig, examples):
+    """The last number of "=3", which the references say in other ways."""
+    answerer = dataclasses.replace(direct, extract=make_extract("last_number"))
+    rows = examples(("1+2", "3"), ("0+4", "1+2=3"), ("1+4", "=2"), ("3+3", "=33"))
+    aliased = dataclasses.replace(rows[2].example, aliases=("4", "3.0"))
+    rows.append(dataclasses.replace(rows[2], example=aliased))
+    metrics, records = score(answerer, rig(ANSWERS_3 | {"3": EOS}), rows)
+    assert [record["correct"] for record in records] == [True, True, False, False, True]
+    assert metrics["eval/exact_match"] == pytest.approx(0.6)
+    assert metrics["eval/extracted_share"] == pytest.approx(0.8)
+    assert [record["extracted"] for record in records] == ["3", "3", "3", None, "3"]
+    assert records[4]["accepted"] == ["2", "4", "3"]
+
+
+def test_nothing_of_a_trace_and_of_a_cut_answer_is_extracted(reasoning, rig, examples):
+    """x t_start 3 3 3 ..., cut and closed by t_end, then no answer; or one without an end."""
+    answerer = dataclasses.replace(reasoning, extract=make_extract("last_number"))
+    for follows, extracted in (({END: EOS}, None), ({END: "="}, None), ({END: "3"}, "333")):
+        model = rig({START: "3", "3": "3", "=": EOS} | follows)
+        metrics, (record,) = score(answerer, model, examples(("1+2", "=3")))
+        assert record["trace"] == "333333"
+        assert (record["extracted"], record["correct"]) == (extracted, False)
+        assert metrics["eval/exact_match"] == 0
+
+
+def test_references_without_an_answer(tokenizer):
+    """Known before anything is trained."""
+    numbers = np.zeros(1, np.int32)
+    row = TokenizedExample(Example(0, "q", "seven"), numbers, numbers)
+    with pytest.raises(InputError) as caught:
+        check_references(make_extract("last_number"), [row])
+    assert str(caught.value) == (
+        "evaluation.extract=last_number: finds no answer in any of the 1 reference answers, such "
+        "as 'seven'; set another"
+    )
+    check_references(make_extract("any_of"), [row])
 
 
 def test_the_trace_comes_between_the_think_tokens(reasoning, rig, examples):
