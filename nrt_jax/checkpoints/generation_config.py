@@ -55,8 +55,11 @@ _KINDS: dict[str, Kind] = {
 }
 """Types of the fields about tokens, lengths and sampling, where they are not null."""
 # Old conversions write -1 for a token that there is not.
-_KINDS_OF_CONFIG: dict[str, Kind] = dict.fromkeys(TOKEN_IDS, INTEGER) | {
-    "eos_token_id": (lambda v: _is_int(v) or v == [] or _is_list(v, _is_int), IDS[1])
+_CONFIG_IDS: Kind = lambda v: _is_int(v) or v == [] or _is_list(v, _is_int), IDS[1]
+_KINDS_OF_CONFIG: dict[str, Kind] = {
+    "bos_token_id": INTEGER,
+    "eos_token_id": _CONFIG_IDS,
+    "pad_token_id": INTEGER,
 }
 
 
@@ -66,7 +69,7 @@ def read_generation(directory: Path) -> dict[str, Any]:
     Raises InputError for a field of another type and for a token id outside the vocabulary.
     """
     file = Path(directory) / GENERATION_FILE
-    if not file.exists():
+    if not file.exists() and not file.is_symlink():
         return _usable_token_ids(directory)
     content = read_json(file)
     _check(file, content, _KINDS)

@@ -155,6 +155,12 @@ class RowTokenizer:
         prompt: list[int] = []
         for piece in rendered.prompt.pieces:
             prompt += next(texts) if isinstance(piece, Text) else [piece]
+        if not prompt:
+            raise BadRow(
+                "empty prompt",
+                "the chat template writes nothing in front of the answer; set another, or "
+                "data.add_bos=true",
+            )
         after_start = [] if rendered.prompt.after_start is None else next(texts)
         limit, length = self._config.max_prompt_tokens, len(prompt) + len(after_start)
         _check_length("prompt", length, limit, rendered.prompt.text)

@@ -203,6 +203,14 @@ def test_a_template_that_writes_them_into_some_rows(rows):
     assert row.reason == "think token in the prompt"
 
 
+@pytest.mark.parametrize("text", ["{{ '<think>' }}", "{{ '' }}"])
+def test_a_template_that_writes_nothing_else(text, rows):
+    trained, _, _ = rows(text, add_bos=False)
+    row = tokenized(trained, {"messages": [*CHATS[0], ANSWER]})
+    assert isinstance(row, BadRow)
+    assert row.reason == "empty prompt"
+
+
 def test_names_that_are_not_those_of_the_template(made, config, tmp_path, caplog):
     path = tmp_path / "template.jinja"
     path.write_text(R1)
