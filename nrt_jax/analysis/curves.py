@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord, labels
+from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord
+from nrt_jax.analysis.seeds import SeedGroup
 
 MAX_POINTS = 250
 """Longer series are drawn as means over windows of equal length."""
@@ -71,32 +72,31 @@ _STYLE = {
 }
 
 
-def write_png(records: Sequence[RunRecord], path: Path) -> None:
+def write_png(groups: Sequence[SeedGroup], path: Path) -> None:
     """All panels in one picture on white, legible at a width of 800 pixels."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(10, 6.8), dpi=160, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         figure.get_layout_engine().set(hspace=0.08, wspace=0.06)  # type: ignore[union-attr]
         for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-            _draw(axes, panel, records, _PRINT)
+            _draw(axes, panel, groups, _PRINT)
         handles = [
             Line2D([], [], color=cycle(_PRINT.runs, i), marker=cycle(MARKERS, i), linewidth=2)
-            for i in range(len(records))
+            for i in range(len(groups))
         ]
-        legend = figure.legend(
-            handles, labels(records), loc="outside upper center", ncols=3, frameon=False
-        )
+        names = [_legend(group) for group in groups]
+        legend = figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
         figure.savefig(path, format="png")
 
 
-def panel_svg(panel: Panel, records: Sequence[RunRecord]) -> str:
+def panel_svg(panel: Panel, groups: Sequence[SeedGroup]) -> str:
     """One panel as an SVG element whose colours are --ink, --grid and --run-0, --run-1, ..."""
     with matplotlib.rc_context(_STYLE | {"svg.hashsalt": panel.title}):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         figure.patch.set_visible(False)
-        _draw(figure.subplots(), panel, records, _VARIABLES)
+        _draw(figure.subplots(), panel, groups, _VARIABLES)
         file = io.StringIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     svg = file.getvalue()
@@ -118,30 +118,31 @@ def series(record: RunRecord, metric: str) -> tuple[list[float], list[float]]:
     return steps, [sum(row[metric] for row in window) / len(window) for window in windows]
 
 
+def band(group: SeedGroup, metric: str) -> tuple[list[float], list[list[float]]]:
+    """Steps at which every seed of a group has the metric, and the values of the seeds there."""
+    runs = [dict(zip(*series(record, metric), strict=True)) for record in group.records]
+    steps = [step for step in runs[0] if all(step in run for run in runs)]
+    return steps, [[run[step] for run in runs] for step in steps]
+
+
 def cycle(values: Sequence[str], index: int) -> str:
     """The value of the run at an index; values repeat when runs outnumber them."""
     return values[index % len(values)]
 
 
-def _draw(axes: Axes, panel: Panel, records: Sequence[RunRecord], ink: _Ink) -> None:
-    lines = 0
-    for index, record in enumerate(records):
-        for metric, style in ((panel.metric, "-"), (panel.dashed, (0, (4, 2)))):
-            steps, values = series(record, metric) if metric else ([], [])
-            if not steps:
-                continue
-            lines += 1
-            axes.plot(
-                steps,
-                [panel.factor * value for value in values],
-                color=cycle(ink.runs, index),
-                linestyle=style,
-                linewidth=1.9 if style == "-" else 1.5,
-                marker=cycle(MARKERS, index) if style == "-" else None,
-                markevery=-(-len(steps) // MARKS),
-                markersize=5,
-            )
-    if not lines:
+def _legend(group: SeedGroup) -> str:
+    seeds = len(group.records)
+    return group.label if seeds == 1 else f"{group.label}, mean and range of {seeds} seeds"
+
+
+def _draw(axes: Axes, panel: Panel, groups: Sequence[SeedGroup], ink: _Ink) -> None:
+    drawn = [
+        _draw_line(axes, panel, group, metric, ink, index)
+        for index, group in enumerate(groups)
+        for metric in (panel.metric, panel.dashed)
+        if metric
+    ]
+    if not any(drawn):
         where = {"transform": axes.transAxes, "ha": "center"}
         axes.text(0.5, 0.5, "no traces in these runs", color=ink.text, **where)
     if panel.metric == EXACT_MATCH:
@@ -157,3 +158,28 @@ def _draw(axes: Axes, panel: Panel, records: Sequence[RunRecord], ink: _Ink) -> 
     axes.patch.set_visible(False)
     axes.tick_params(colors=ink.text, length=0)
     axes.spines[["left", "bottom"]].set_color(ink.grid)
+
+
+def _draw_line(
+    axes: Axes, panel: Panel, group: SeedGroup, metric: str, ink: _Ink, index: int
+) -> bool:
+    """One metric of a group: the mean over its seeds, in a band from the lowest to the highest."""
+    steps, values = band(group, metric)
+    if not steps:
+        return False
+    colour, solid = cycle(ink.runs, index), metric == panel.metric
+    scaled = [[panel.factor * value for value in seeds] for seeds in values]
+    axes.plot(
+        steps,
+        [sum(seeds) / len(seeds) for seeds in scaled],
+        color=colour,
+        linestyle="-" if solid else (0, (4, 2)),
+        linewidth=1.9 if solid else 1.5,
+        marker=cycle(MARKERS, index) if solid else None,
+        markevery=-(-len(steps) // MARKS),
+        markersize=5,
+    )
+    if len(group.records) > 1:
+        low, high = [min(seeds) for seeds in scaled], [max(seeds) for seeds in scaled]
+        axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
+    return True

@@ -10,10 +10,20 @@ import jinja2
 from markupsafe import Markup, escape
 
 from nrt_jax.analysis.curves import DARK, GLYPHS, LIGHT, PANELS, cycle, panel_svg
-from nrt_jax.analysis.run_records import RunRecord, labels
-from nrt_jax.analysis.summary import WINDOW, arrow, duration, number, percent, problems_text
+from nrt_jax.analysis.problems import OUTCOMES, problem_rows
+from nrt_jax.analysis.run_records import RunRecord
+from nrt_jax.analysis.seeds import SeedGroup, flat_config, leaves
+from nrt_jax.analysis.summary import (
+    WINDOW,
+    arrow,
+    duration,
+    number,
+    percent,
+    percent_spread,
+    problems_text,
+    spread,
+)
 
-SHOWN_PROBLEMS = 10
 PHASES = {
     "data": "reading data",
     "generate": "sampling traces",
@@ -28,8 +38,9 @@ ENDINGS = {
 }
 
 
-def render_page(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
+def render_page(groups: Sequence[SeedGroup], summary: dict[str, Any]) -> str:
     """The whole page. Every text of a model, the data or a config is escaped."""
+    records = [record for group in groups for record in group.records]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nrt_jax", "analysis"),
         autoescape=True,
@@ -44,18 +55,24 @@ def render_page(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
         "number": number,
         "arrow": arrow,
         "duration": duration,
+        "spread": spread,
+        "percent_spread": percent_spread,
     }
     return environment.get_template("report.html.jinja").render(
         summary=summary,
         runs=summary["runs"],
+        names=_names(groups),
+        groups=groups,
+        group_of=[i for i, group in enumerate(groups) for _ in group.records],
         story=_story(records, summary),
         problems=problems_text(summary["problems"]),
         window=WINDOW,
         glyphs=GLYPHS,
         light=LIGHT,
         dark=DARK,
-        panels=[(panel.title, Markup(panel_svg(panel, records))) for panel in PANELS],
-        samples=_samples(records),
+        panels=[(panel.title, Markup(panel_svg(panel, groups))) for panel in PANELS],
+        samples=problem_rows(groups),
+        outcomes=OUTCOMES,
         phases=_phases(summary["runs"]),
         endings=ENDINGS,
         differences=config_differences(records),
@@ -81,7 +98,7 @@ def _hidden(char: str) -> bool:
 
 def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Settings that differ between the runs, with the value of each run."""
-    flat = [_flat(record.config.model_dump(mode="json")) for record in records]
+    flat = [_texts(flat_config(record)) for record in records]
     keys = dict.fromkeys(key for config in flat for key in config)
     rows = [(key, [config.get(key, "not set") for config in flat]) for key in keys]
     return [
@@ -91,15 +108,23 @@ def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str
     ]
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            flat[prefix + key] = text
-    return flat
+def _texts(settings: dict[str, Any]) -> dict[str, str]:
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        for key, value in settings.items()
+    }
+
+
+def _names(groups: Sequence[SeedGroup]) -> dict[str, str]:
+    """What the page compares, by name: the methods, the model and the data."""
+    records = [group.records[0] for group in groups]
+    return {
+        "methods": " and ".join(group.label for group in groups[:2])
+        if len(groups) < 3
+        else f"{groups[0].label} and {len(groups) - 1} others",
+        "models": ", ".join(dict.fromkeys(record.model_name for record in records)),
+        "data": ", ".join(dict.fromkeys(record.data_name for record in records)),
+    }
 
 
 def _story(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
@@ -123,8 +148,12 @@ def _story(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
 
 
 def _story_of_pair(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
-    sft, nrt = sorted(summary["runs"], key=lambda run: run["method"] != "sft")
-    differing = [key for key, _ in config_differences(records)]
+    by_method = {run["method"]: run for run in summary["runs"]}
+    sft, nrt = by_method["sft"], by_method["nrt"]
+    seeds = summary["seeds"]
+    labels = {run["method"]: run["label"].partition(" · seed ")[0] for run in (sft, nrt)}
+    firsts = [next(r for r in records if r.config.method == method) for method in ("sft", "nrt")]
+    differing = [key for key, _ in config_differences(firsts)]
     if any(key.startswith(("model.", "data.", "seed", "train.")) for key in differing):
         what = (
             f"Two models were trained on {sft['pairs_seen']:,} and {nrt['pairs_seen']:,} "
@@ -137,12 +166,12 @@ def _story_of_pair(records: Sequence[RunRecord], summary: dict[str, Any]) -> str
         )
     exact = {name: percent(share) for name, share in summary["exact_match"].items()}
     return (
-        f"{what}: {sft['label']} learns to answer at once, while {nrt['label']} first writes a "
+        f"{what}: {labels['sft']} learns to answer at once, while {labels['nrt']} first writes a "
         "trace of its own, of which no example is given, and is rewarded when that makes it surer "
         f"of the reference answer. On {problems_text(summary['problems'])}, the model answers "
         f"{exact['base']} right with a trace and {exact['base_direct']} without one before "
-        f"training, and after it {exact['sft']} ({sft['label']}) and {exact['nrt']} "
-        f"({nrt['label']})."
+        f"training, and after it {exact['sft']} ({labels['sft']}) and {exact['nrt']} "
+        f"({labels['nrt']})." + (" Figures are means over seeds." if seeds else "")
     )
 
 
@@ -150,30 +179,6 @@ def _range(values: Iterable[Any]) -> list[Any]:
     """The smallest and the largest value, or the one if they are equal."""
     values = set(values)
     return sorted({min(values), max(values)})
-
-
-def _samples(records: Sequence[RunRecord]) -> list[dict[str, Any]]:
-    """The first problems, unselected, with the answers of the base model and of every run.
-
-    The base model's answers are from the first run that writes traces, or else from the first run.
-    """
-    first = next((record for record in records if record.scheme), records[0])
-    names = labels(records)
-    base = "Base model" if len(records) < 3 else f"{names[records.index(first)]} before training"
-    columns = [(base, first.samples_of(0))]
-    columns += [
-        (name, record.samples_of(record.config.train.steps))
-        for name, record in zip(names, records, strict=True)
-    ]
-    keys = dict.fromkeys(key for _, samples in columns for key in samples)
-    return [
-        {
-            "question": question,
-            "reference": reference,
-            "answers": [(name, samples.get((question, reference))) for name, samples in columns],
-        }
-        for question, reference in list(keys)[:SHOWN_PROBLEMS]
-    ]
 
 
 def _phases(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float | None]]]:
@@ -184,7 +189,7 @@ def _phases(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float | None
 
 def _versions(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Versions by name; one value where all runs agree."""
-    flat = [_flat(record.versions) for record in records]
+    flat = [_texts(leaves(record.versions)) for record in records]
     rows = []
     for key in dict.fromkeys(key for versions in flat for key in versions):
         values = [versions.get(key, "not saved") for versions in flat]

@@ -1,6 +1,7 @@
 """The saved records of finished runs: config, versions, metrics and samples."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,6 +43,18 @@ class RunRecord:
         return self.config.method.upper() if self.scheme is None else SCHEMES[self.scheme].title
 
     @property
+    def model_name(self) -> str:
+        """The model that the run started from."""
+        path = self.config.model.path
+        return "random weights" if path is None else path.name
+
+    @property
+    def data_name(self) -> str:
+        """The data that the run was trained on: a generator, or a file with its folder."""
+        path = self.config.data.path
+        return self.config.data.source if path is None else "/".join(path.parts[-2:])
+
+    @property
     def problems(self) -> int | None:
         """Problems per evaluation; None where an evaluation file may hold fewer than asked for."""
         if self.config.data.eval_path is not None:
@@ -57,15 +70,6 @@ class RunRecord:
 def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
     """Records of finished runs, in the order given; InputError for one that cannot be compared."""
     return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
-
-
-def labels(records: Sequence[RunRecord]) -> list[str]:
-    """A label for each run: its method, and its name too if runs share the method."""
-    count = Counter(record.title for record in records)
-    return [
-        record.title if count[record.title] == 1 else f"{record.title} · {record.name}"
-        for record in records
-    ]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -141,8 +145,12 @@ def _is_number(value: Any) -> bool:
 def _check_numbers(row: Any) -> str | None:
     if not isinstance(row, dict) or "step" not in row:
         return "has no step"
-    wrong = next((key for key, value in row.items() if not _is_number(value)), None)
-    return f"{wrong} is no number" if wrong else None
+    for key, value in row.items():
+        if value is None:  # how metrics.jsonl writes a value that is not finite
+            row[key] = math.nan
+        elif not _is_number(value):
+            return f"{key} is no number"
+    return None
 
 
 def _check_sample(row: Any) -> str | None:

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from statistics import median
 from typing import Any
 
-from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord, labels
+from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord
+from nrt_jax.analysis.seeds import SeedGroup, run_labels
 
 WINDOW = 5
 """Training steps over which the first and the last value of a noisy metric are averaged."""
@@ -16,17 +18,21 @@ FINISH_SHARES = {
 }
 
 
-def summarise(records: Sequence[RunRecord]) -> dict[str, Any]:
+def summarise(groups: Sequence[SeedGroup]) -> dict[str, Any]:
     """The content of summary.json. Exact match and shares are from 0 to 1; null: does not apply.
 
-    `exact_match`, only for a comparison of one SFT and one NRT run:
+    `exact_match`, only for a comparison of SFT with NRT, each with one seed or several (means):
         `base`         the model before training, which writes a trace and then answers (the NRT
                        run's evaluation of step 0)
         `base_direct`  the model before training, which answers at once (the SFT run's)
         `sft`, `nrt`   after training, each evaluated as before it
     `problems`  held-out problems per evaluation; null when the runs differ, or when the number is
                 unknown because an evaluation file may hold fewer than evaluation.examples
-    `runs`      one entry per run, in the order given:
+    `seeds`     one entry per config that was run with several seeds:
+        `label`, `seeds`   its label in the report, and its seeds
+        `exact_match`, `reward`, `trace_tokens`, `entropy`
+                           {mean, lowest, highest} after training over the seeds; null as below
+    `runs`      one entry per run, seeds of one config together:
         `name`, `label`    end of its path; its label in the report
         `path`             its directory, as given
         `method`, `scheme` sft or nrt; the reward scheme, null for sft
@@ -43,28 +49,59 @@ def summarise(records: Sequence[RunRecord]) -> dict[str, Any]:
         `entropy`          {first, last}: entropy of the policy in nats per token, over the trace
                            (nrt) or the reference answer (sft)
         `skipped_updates`  updates skipped because a gradient was not finite
+        `tokens_per_second`  median over the steps of training; null where it was not measured
         `seconds`          per phase: `data`, `generate`, `update`, `evaluate`, and their sum
                            `total`; including compilation, without start-up and saving
 
     The {first, last} of training metrics are means over the first and the last 5 steps, or null if
     one of these values was not finite.
     """
-    runs = [
-        _summarise_run(record, label)
-        for record, label in zip(records, labels(records), strict=True)
+    names = run_labels(groups)
+    by_group = [
+        [_summarise_run(record, names[record.name]) for record in group.records] for group in groups
     ]
+    runs = [run for members in by_group for run in members]
     counts = {run["problems"] for run in runs}
-    summary = {"problems": counts.pop() if len(counts) == 1 else None, "runs": runs}
-    by_method = {run["method"]: run["exact_match"] for run in runs}
-    if len(runs) == 2 and by_method.keys() == {"sft", "nrt"}:
+    summary = {
+        "problems": counts.pop() if len(counts) == 1 else None,
+        "seeds": [
+            _summarise_seeds(group, members)
+            for group, members in zip(groups, by_group, strict=True)
+            if len(members) > 1
+        ],
+        "runs": runs,
+    }
+    by_method = {members[0]["method"]: members for members in by_group}
+    if len(groups) == 2 and by_method.keys() == {"sft", "nrt"}:
         exact_match = {
-            "base": by_method["nrt"]["first"],
-            "base_direct": by_method["sft"]["first"],
-            "sft": by_method["sft"]["last"],
-            "nrt": by_method["nrt"]["last"],
+            "base": _mean_match(by_method["nrt"], "first"),
+            "base_direct": _mean_match(by_method["sft"], "first"),
+            "sft": _mean_match(by_method["sft"], "last"),
+            "nrt": _mean_match(by_method["nrt"], "last"),
         }
         return {"exact_match": exact_match} | summary
     return summary
+
+
+def _mean_match(runs: Sequence[dict[str, Any]], when: str) -> float:
+    return math.fsum(run["exact_match"][when] for run in runs) / len(runs)
+
+
+def _summarise_seeds(group: SeedGroup, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "label": group.label,
+        "seeds": [run["seed"] for run in runs],
+        **{key: _spread(runs, key) for key in ("exact_match", "reward", "trace_tokens", "entropy")},
+    }
+
+
+def _spread(runs: Sequence[dict[str, Any]], key: str) -> dict[str, float] | None:
+    """Mean, smallest and largest last value; None where a run has none."""
+    values = [run[key]["last"] if run[key] else None for run in runs]
+    if None in values:
+        return None
+    mean = math.fsum(values) / len(values)
+    return {"mean": mean, "lowest": min(values), "highest": max(values)}
 
 
 def _summarise_run(record: RunRecord, label: str) -> dict[str, Any]:
@@ -95,8 +132,14 @@ def _summarise_run(record: RunRecord, label: str) -> dict[str, Any]:
         else None,
         "entropy": _ends(record, "policy/entropy"),
         "skipped_updates": int(record.training[-1].get("update/skipped", 0)),
+        "tokens_per_second": _median(record, "speed/tokens_per_second"),
         "seconds": _seconds(record),
     }
+
+
+def _median(record: RunRecord, metric: str) -> float | None:
+    values = [row[metric] for row in record.training if metric in row]
+    return median(values) if values and all(map(math.isfinite, values)) else None
 
 
 def _ends(record: RunRecord, metric: str) -> dict[str, float | None] | None:
@@ -144,6 +187,19 @@ def arrow(ends: dict[str, float | None] | None) -> str:
     return "–" if ends is None else f"{number(ends['first'])} → {number(ends['last'])}"
 
 
+def spread(values: dict[str, float] | None) -> str:
+    """Mean (lowest to highest)."""
+    if values is None:
+        return "–"
+    return f"{number(values['mean'])} ({number(values['lowest'])} to {number(values['highest'])})"
+
+
+def percent_spread(values: dict[str, float]) -> str:
+    """As `spread`, of shares from 0 to 1 as percentages."""
+    low, high = f"{100 * values['lowest']:.1f}", percent(values["highest"])
+    return f"{percent(values['mean'])} ({low} to {high})"
+
+
 def duration(seconds: float) -> str:
     """Seconds in the largest two units that apply."""
     if seconds < 60:
@@ -181,6 +237,10 @@ def table(summary: dict[str, Any]) -> str:
                 duration(run["seconds"]["total"]),
             )
         )
+    for seeds in summary["seeds"]:
+        cells = [spread(seeds[key]) for key in ("reward", "trace_tokens", "entropy")]
+        label = f"{seeds['label']}, {len(seeds['seeds'])} seeds"
+        rows.append((label, percent_spread(seeds["exact_match"]), *cells, ""))
     return "\n".join([*lines, "", *_aligned(rows)])
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from nrt_jax.analysis.curves import MAX_POINTS, PANELS, panel_svg, series
+from nrt_jax.analysis.curves import MAX_POINTS, PANELS, band, panel_svg, series
 from nrt_jax.analysis.page import config_differences, visible
 from nrt_jax.analysis.report import write_report
 from nrt_jax.analysis.run_records import read_runs
+from nrt_jax.analysis.seeds import group_by_seed
 from tests.analysis.conftest import MakeRun, sample
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -109,15 +110,63 @@ def test_what_is_not_there_is_said(make_run: MakeRun, tmp_path: Path):
     assert "No samples were saved" in page.text
 
 
-def test_samples_are_matched_by_problem_and_ten_are_shown(make_run: MakeRun, tmp_path: Path):
+def test_samples_are_matched_by_problem_and_all_are_shown(make_run: MakeRun, tmp_path: Path):
     first = [sample(12, "sft", question=f"q{i:02}", answer=f"s{i:02}") for i in range(12)]
     second = [sample(12, "nrt", question=f"q{i:02}", answer=f"n{i:02}") for i in range(12)]
     runs = [make_run("sft", "sft", samples=first), make_run("nrt", samples=second[::-1])]
     _, page = page_of(runs, tmp_path / "out")
-    for i in range(10):
+    for i in range(12):
         section = page.text.split(f" {i + 1}. q{i:02} ")[1].split(" q")[0]
         assert section.index(f"s{i:02}") < section.index(f"n{i:02}")
-    assert "q10" not in page.text
+
+
+def test_more_than_ten_samples_can_be_filtered(make_run: MakeRun, tmp_path: Path):
+    """The filter's script is the only one, and is there only when it is needed."""
+
+    def rows(count: int, **right: bool) -> list[dict]:
+        return [
+            sample(step, "nrt", question=f"q{i}", correct=right[name])
+            for step, name in ((0, "before"), (12, "after"))
+            for i in range(count)
+        ]
+
+    few = make_run("few", samples=rows(10, before=False, after=True))
+    html, _ = page_of([few], tmp_path / "few")
+    assert "<script" not in html
+    gained = make_run("gained", samples=rows(11, before=False, after=True))
+    lost = make_run("lost", samples=rows(11, before=True, after=False), objective={"scheme": "gm"})
+    html, page = page_of([gained, lost], tmp_path / "many")
+    assert page.tags.count("script") == 1
+    assert html.count('data-outcomes="all differ gained"') == 11
+    html, _ = page_of([lost], tmp_path / "lost")
+    assert html.count('data-outcomes="all lost wrong"') == 11
+
+
+def test_real_prompts_are_named_by_their_question(make_run: MakeRun, tmp_path: Path):
+    """The control tokens of a chat template are no headline; the whole prompt is beside it."""
+    question = "<|start|>user\nHow many?<|end|>"
+    rows = [sample(s, "nrt", question=question, user_text="How many?") for s in (0, 12)]
+    run = make_run("nrt", samples=rows, data={"source": "jsonl", "path": "/data/gsm8k/train.jsonl"})
+    html, page = page_of([run], tmp_path / "out")
+    assert "<h1>NRT-WS(−log p): base trained on gsm8k/train.jsonl</h1>" in html
+    assert "1. How many? reference" in page.text
+    assert "the prompt as the model sees it <|start|>user↵ How many?<|end|>" in page.text
+
+
+def test_runs_that_differ_by_their_seed_are_one_line(make_run: MakeRun, tmp_path: Path):
+    runs = [make_run(f"s{seed}", after=0.9 + seed / 100, seed=seed) for seed in (1, 2, 3)]
+    again, other = make_run("again", seed=3), make_run("gm", seed=1, objective={"scheme": "gm"})
+    groups = group_by_seed(read_runs([*runs, again, other]))
+    assert [len(group.records) for group in groups] == [3, 1, 1]
+    steps, values = band(groups[0], "eval/exact_match")
+    assert steps == [0, 12]
+    assert values == [[0.25] * 3, [0.91, 0.92, 0.93]]
+    # One line and one band: the band is the only filled path of the figure.
+    assert panel_svg(PANELS[0], groups[:1]).count("PolyCollection") > 0
+    assert panel_svg(PANELS[0], groups[1:2]).count("PolyCollection") == 0
+    _, page = page_of([*runs, make_run("sft", "sft", before=0.125, after=0.5)], tmp_path / "out")
+    assert "mean of 3 seeds (lowest to highest) 92.0 % (91.0 to 93.0 %)" in page.text
+    assert "after it 50.0 % (SFT) and 92.0 % (NRT-WS(−log p)). Figures are means" in page.text
 
 
 def test_hidden_characters_are_spelt_out():
@@ -147,7 +196,7 @@ def test_curves_hold_the_values(make_run: MakeRun):
 
 
 def test_svg_takes_its_colours_from_the_page(make_run: MakeRun):
-    runs = read_runs([make_run("nrt"), make_run("sft", "sft")])
+    runs = group_by_seed(read_runs([make_run("nrt"), make_run("sft", "sft")]))
     svg = panel_svg(PANELS[0], runs)
     for name in ("ink", "grid", "run-0", "run-1"):
         assert f"var(--{name})" in svg

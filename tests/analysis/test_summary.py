@@ -2,20 +2,26 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nrt_jax.analysis.report import write_report
 from nrt_jax.analysis.run_records import read_runs
+from nrt_jax.analysis.seeds import group_by_seed
 from nrt_jax.analysis.summary import arrow, duration, number, percent, summarise
 from tests.analysis.conftest import MakeRun
+
+
+def summary_of(paths: list[Path]) -> dict[str, Any]:
+    return summarise(group_by_seed(read_runs(paths)))
 
 
 def test_exact_match_of_one_sft_and_one_nrt_run(make_run: MakeRun):
     nrt = make_run("nrt", before=0.25, after=0.95)
     sft = make_run("sft", "sft", before=0.125, after=0.5)
     for paths in ([sft, nrt], [nrt, sft]):
-        summary = summarise(read_runs(paths))
+        summary = summary_of(paths)
         expected = {"base": 0.25, "base_direct": 0.125, "sft": 0.5, "nrt": 0.95}
         assert summary["exact_match"] == expected
         assert [run["path"] for run in summary["runs"]] == [str(path) for path in paths]
@@ -24,13 +30,13 @@ def test_exact_match_of_one_sft_and_one_nrt_run(make_run: MakeRun):
 def test_other_sets_of_runs_have_no_such_pair(make_run: MakeRun):
     runs = [make_run("a"), make_run("b"), make_run("c", "sft")]
     for chosen in (runs[:1], runs[:2], runs):
-        summary = summarise(read_runs(chosen))
+        summary = summary_of(chosen)
         assert "exact_match" not in summary
         assert len(summary["runs"]) == len(chosen)
 
 
 def test_figures_of_an_nrt_run(make_run: MakeRun):
-    (run,) = summarise(read_runs([make_run("nrt")]))["runs"]
+    (run,) = summary_of([make_run("nrt")])["runs"]
     # Steps 1..5 and 8..12 have the means 3 and 10.
     assert run["reward"] == pytest.approx({"first": 0.3, "last": 1.0})
     assert run["baseline"] == {"first": 0.5, "last": 0.5}
@@ -59,13 +65,14 @@ def test_figures_of_an_nrt_run(make_run: MakeRun):
             "problems": 200,
             "exact_match": {"first": 0.25, "last": 0.95},
             "skipped_updates": 1,
+            "tokens_per_second": 6.5,
         }
         == run
     )
 
 
 def test_sft_has_no_traces(make_run: MakeRun):
-    (run,) = summarise(read_runs([make_run("sft", "sft")]))["runs"]
+    (run,) = summary_of([make_run("sft", "sft")])["runs"]
     assert run["scheme"] is None
     for key in ("reward", "baseline", "trace_tokens", "finish_shares"):
         assert run[key] is None
@@ -76,14 +83,14 @@ def test_problems(make_run: MakeRun):
     few = make_run("few", evaluation={"examples": 32})
     many = make_run("many")
     unknown = make_run("unknown", data={"eval_path": "/eval.jsonl"})
-    assert summarise(read_runs([few]))["problems"] == 32
-    assert summarise(read_runs([few, many]))["problems"] is None
-    assert summarise(read_runs([unknown]))["problems"] is None
+    assert summary_of([few])["problems"] == 32
+    assert summary_of([few, many])["problems"] is None
+    assert summary_of([unknown])["problems"] is None
 
 
 def test_runs_are_told_apart_by_their_names(make_run: MakeRun):
     runs = [make_run("a/nrt"), make_run("b/nrt"), make_run("b/gm", objective={"scheme": "gm"})]
-    summary = summarise(read_runs(runs))
+    summary = summary_of(runs)
     assert [run["name"] for run in summary["runs"]] == ["a/nrt", "b/nrt", "b/gm"]
     assert [run["label"] for run in summary["runs"]] == [
         "NRT-WS(−log p) · a/nrt",
