@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed-$(REQUIREMENTS)
 INSTALLED_TEST := .venv/.installed-test
 
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-test demo test test-slow lint format docs lock clean
+.PHONY: help venv venv-test demo test test-slow lint format figures docs lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,9 @@ lint: venv-test  ## linters, type checks and import contracts
 format: venv-test  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+figures: venv  ## after demo: its figures into docs/figures.json and the README
+	$(BIN)/python docs/figures.py quickstart runs/quickstart
 
 docs: venv  ## make docs/configuration.md anew from the schema
 	$(BIN)/python docs/generate_configuration.py

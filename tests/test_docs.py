@@ -1,8 +1,11 @@
 """The documents name only what exists: links, files, targets, commands, config keys."""
 
+import json
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -134,3 +137,32 @@ def test_the_checks_find_something_to_check():
         "config",
     }
     assert KEYS.findall(TEXTS["README.md"])
+
+
+RECORDER = runpy.run_path(str(REPOSITORY / "docs" / "figures.py"))
+RECORDED = json.loads(RECORDER["FIGURES"].read_text("utf-8"))
+
+
+@pytest.mark.parametrize("section", RECORDER["TEXTS"])
+def test_the_documents_show_the_recorded_figures(section):
+    """And no text that `docs/figures.py` could not find again."""
+    texts = RECORDER["replaced"](section, RECORDED[section], RECORDED[section])
+    assert texts
+    assert all(path.read_text("utf-8") == text for path, text in texts.items())
+    changed = {name: value + 1 for name, value in RECORDED[section].items()}
+    with pytest.raises(ValueError, match="must hold once"):
+        RECORDER["replaced"](section, changed, RECORDED[section])
+
+
+@pytest.mark.slow
+def test_a_fresh_quickstart_gives_the_recorded_figures(tmp_path):
+    def nrt_jax(*arguments):
+        subprocess.run([sys.executable, "-m", "nrt_jax", *map(str, arguments)], check=True)
+
+    runs = [tmp_path / name for name in ("sft", "nrt")]
+    for run in runs:
+        nrt_jax("train", f"quickstart/{run.name}", f"run_dir={run}")
+    nrt_jax("report", *runs, "--out", tmp_path)
+    fresh = RECORDER["quickstart_figures"](json.loads((tmp_path / "summary.json").read_text()))
+    for name, tolerance in RECORDER["TOLERANCES"].items():
+        assert fresh[name] == pytest.approx(RECORDED["quickstart"][name], abs=tolerance), name

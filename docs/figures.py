@@ -1,0 +1,145 @@
+"""Measured figures: from the files of a measurement into docs/figures.json and the documents.
+
+    make demo figures
+    .venv/bin/python docs/figures.py quickstart runs/quickstart
+    .venv/bin/python docs/figures.py peers OURS_8192 PEER_8192 OURS_32000 PEER_32000
+
+`quickstart` reads summary.json of a report and takes its curves.png. `peers` reads four files in
+the form that `benchmarks/peer_workload.py --out` writes; a peer's needs rollout_cpu_s, update_cpu_s
+and peak_rss_gb. Each text of TEXTS with the old figures is replaced by that with the new ones; a
+text that a document does not hold is an error, and then nothing is written. tests/test_docs.py
+compares the documents with docs/figures.json, and a slow test compares docs/figures.json with a
+fresh run, within TOLERANCES.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).parent
+FIGURES = DOCS / "figures.json"
+CURVES = DOCS / "images" / "quickstart_curves.png"
+
+Figures = dict[str, float]
+
+TEXTS: dict[str, dict[str, list[str]]] = {
+    "quickstart": {
+        "../README.md": [
+            "| base, with a trace | {base_percent:.1f} % | {reward_first:.3f} "
+            "| {trace_tokens_first:.2f} | {entropy_first:.2f} |",
+            "| base, direct answer | {base_direct_percent:.1f} % | – | – | – |",
+            "| SFT | {sft_percent:.1f} % | – | – | – |",
+            "| NRT-WS(−log p) | {nrt_percent:.1f} % | {reward_last:.3f} "
+            "| {trace_tokens_last:.2f} | {entropy_last:.3f} |",
+            "The two runs took {minutes:.1f} minutes, {compile_minutes:.1f} of them compiling.",
+        ]
+    },
+    "peers": {
+        "../README.md": [
+            "| rollout, vocabulary 8,192 | {rollout_8192:.1f} | {peer_rollout_8192:.1f} "
+            "| {rollout_ratio_8192:.2f} |",
+            "| rollout, vocabulary 32,000 | {rollout_32000:.1f} | {peer_rollout_32000:.1f} "
+            "| {rollout_ratio_32000:.2f} |",
+            "| update, vocabulary 8,192 | {update_8192:.1f} | {peer_update_8192:.1f} "
+            "| {update_ratio_8192:.2f} |",
+            "| update, vocabulary 32,000 | {update_32000:.1f} | {peer_update_32000:.1f} "
+            "| {update_ratio_32000:.2f} |",
+            "| {gb_8192:.1f} and {gb_32000:.1f} GB "
+            "| {peer_gb_8192:.1f} and {peer_gb_32000:.1f} GB |",
+            "would take {matrix_percent_8192:.0f} % and {matrix_percent_32000:.0f} % of its time",
+        ]
+    },
+}
+"""The texts with figures, by section of docs/figures.json and by document."""
+
+TOLERANCES = {
+    "base_percent": 1.0,
+    "base_direct_percent": 0.5,
+    "sft_percent": 10.0,
+    "nrt_percent": 3.0,
+    "reward_first": 0.02,
+    "reward_last": 0.05,
+    "trace_tokens_first": 0.3,
+    "trace_tokens_last": 0.3,
+    "entropy_first": 0.05,
+    "entropy_last": 0.05,
+}
+"""How far a fresh quickstart may be from docs/figures.json, in the unit of each figure.
+
+Kernels of other processors round differently, and 200 updates amplify that. Times are not compared.
+"""
+
+
+def quickstart_figures(summary: dict[str, Any]) -> Figures:
+    """The figures of a report of quickstart/sft and quickstart/nrt."""
+    exact = {f"{name}_percent": 100 * share for name, share in summary["exact_match"].items()}
+    (nrt,) = (run for run in summary["runs"] if run["method"] == "nrt")
+    ends = {
+        f"{name}_{when}": nrt[name][when]
+        for name in ("reward", "trace_tokens", "entropy")
+        for when in ("first", "last")
+    }
+    seconds = math.fsum(run["seconds"]["total"] for run in summary["runs"])
+    compiling = math.fsum(run["seconds"]["compile"] for run in summary["runs"])
+    return exact | ends | {"minutes": seconds / 60, "compile_minutes": compiling / 60}
+
+
+def peer_figures(files: list[Path]) -> Figures:
+    """CPU-seconds, memory and ratios at both vocabularies."""
+    figures: Figures = {}
+    for vocabulary, ours_file, peer_file in ((8192, *files[:2]), (32000, *files[2:])):
+        ours, peer = (json.loads(file.read_text("utf-8")) for file in (ours_file, peer_file))
+        for phase in ("rollout", "update"):
+            own, other = ours[f"{phase}_cpu_s"], peer[f"{phase}_cpu_s"]
+            figures[f"{phase}_{vocabulary}"] = own
+            figures[f"peer_{phase}_{vocabulary}"] = other
+            figures[f"{phase}_ratio_{vocabulary}"] = own / other
+        figures[f"gb_{vocabulary}"] = ours["peak_rss_gb"]
+        figures[f"peer_gb_{vocabulary}"] = peer["peak_rss_gb"]
+        figures[f"matrix_percent_{vocabulary}"] = 100 * ours["update_matrix_share"]
+    return figures
+
+
+def replaced(section: str, old: Figures, new: Figures) -> dict[Path, str]:
+    """The documents with the new figures; ValueError for a text that a document does not hold."""
+    texts = {}
+    for name, templates in TEXTS[section].items():
+        path = (DOCS / name).resolve()
+        text = path.read_text("utf-8")
+        for template in templates:
+            before = template.format(**old)
+            if text.count(before) != 1:
+                raise ValueError(f"{path}: must hold once: {before!r}")
+            text = text.replace(before, template.format(**new))
+        texts[path] = text
+    return texts
+
+
+def main() -> None:
+    """Read a measurement, and write its figures where they are shown."""
+    parser = argparse.ArgumentParser(description="Figures of a measurement into the documents.")
+    parser.add_argument("section", choices=TEXTS)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    recorded = json.loads(FIGURES.read_text("utf-8"))
+    if args.section == "quickstart":
+        (folder,) = args.files
+        new = quickstart_figures(json.loads((folder / "summary.json").read_text("utf-8")))
+    else:
+        new = peer_figures(args.files)
+    texts = replaced(args.section, recorded[args.section], new)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
+    if args.section == "quickstart":
+        shutil.copy(folder / "curves.png", CURVES)
+    recorded[args.section] = new
+    FIGURES.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
+    print(f"wrote {FIGURES} and {', '.join(str(path) for path in texts)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
