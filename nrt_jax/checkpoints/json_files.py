@@ -5,30 +5,31 @@ from pathlib import Path
 from typing import Any
 
 from nrt_jax.errors import InputError
+from nrt_jax.file_kinds import HEAD_BYTES, check_text, why_missing
+from nrt_jax.strict_json import parse_json
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in `file`; InputError when it cannot be read or names a key twice."""
+    """The object in `file`; InputError when it cannot be read or is no strict JSON."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_object)
-    except FileNotFoundError:
-        raise InputError(f"{file}: no such file; give a Hugging Face model directory") from None
-    except (OSError, UnicodeDecodeError) as error:
+        content = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        reason = why_missing(file)
+        raise InputError(f"{file}: {reason}; give a Hugging Face model directory") from None
+    except OSError as error:
         raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
-    except (ValueError, RecursionError) as error:
+    if not content:
+        raise InputError(f"{file}: is empty; copy or download it again")
+    check_text(file, content[:HEAD_BYTES])
+    try:
+        value = parse_json(content.decode("utf-8-sig"), allow_nan=True)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+    except ValueError as error:
         raise InputError(f"{file}: must be JSON: {one_line(error)}") from None
     if not isinstance(value, dict):
         raise InputError(f"{file}: must be a JSON object")
     return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} occurs twice")
-    return result
 
 
 def write_json(file: Path, value: dict[str, Any]) -> None:

@@ -1,6 +1,5 @@
 """The files of a Hugging Face tokenizer directory, read by transformers."""
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import tokenizers
 
 from nrt_jax.errors import InputError
+from nrt_jax.file_kinds import check_text, read_head, why_missing
+from nrt_jax.strict_json import parse_json
 
 if TYPE_CHECKING:
     import transformers
@@ -43,8 +44,9 @@ def read_directory(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any
     Raises InputError for a file that is missing or cannot be read.
     """
     if not directory.is_dir():
+        problem = "is a file, not a" if directory.exists() else "no such"
         raise InputError(
-            f"{directory}: no such tokenizer directory; set data.tokenizer ({DIRECTORY_NEEDS})"
+            f"{directory}: {problem} tokenizer directory; set data.tokenizer ({DIRECTORY_NEEDS})"
         )
     if (directory / SENTENCEPIECE_FILE).is_file() and not (directory / TOKENIZER_FILE).is_file():
         raise InputError(
@@ -52,6 +54,9 @@ def read_directory(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any
             f"lose the order of merges (double spaces get other ids); download {TOKENIZER_FILE} "
             "from the model's page, or save there the fast tokenizer that transformers loads"
         )
+    for file in [directory / name for name in (*LEGACY_FILES, TEMPLATE_FILE, OLD_TEMPLATE_FILE)]:
+        if file.is_symlink() and not file.exists():
+            raise InputError(f"{file}: {why_missing(file)}; {DIRECTORY_NEEDS}")
     # Read here first: transformers does not name the file that it cannot read.
     optional = [file for name in (*LEGACY_FILES, *TEMPLATE_FILES) for file in directory.glob(name)]
     files = {file.name: _read_small(file) for file in [directory / SETTINGS_FILE, *optional]}
@@ -76,8 +81,12 @@ def read_directory(directory: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any
 def read_backend(directory: Path) -> tokenizers.Tokenizer:
     """tokenizer.json without truncation and padding; InputError when it cannot be read."""
     path = directory / TOKENIZER_FILE
+    check_text(path, read_head(path))
     with reading(path, "not a tokenizer", "download it again"):
-        backend = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        # The library keeps the last of two equal names, as in a vocabulary.
+        parse_json(text)
+        backend = tokenizers.Tokenizer.from_str(text)
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -91,7 +100,9 @@ def reading(
     try:
         yield
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; {missing}") from error
+        dangling = path.is_symlink() and not path.exists()
+        reason = why_missing(path) if dangling else error.strerror or error
+        raise InputError(f"{path}: {reason}; {missing}") from error
     except Exception as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: {problem} ({reason}); {remedy}") from error
@@ -99,12 +110,13 @@ def reading(
 
 def _read_small(path: Path) -> Any:
     """The JSON object, or of a template the text, in one of the small files."""
+    check_text(path, read_head(path))
     with reading(path, "not UTF-8", "save the file as UTF-8"):
         text = path.read_text(encoding="utf-8")
     if path.suffix == ".jinja":
         return text
     with reading(path, "not JSON", AGAIN):
-        value = json.loads(text)
+        value = parse_json(text)
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds no JSON object; {AGAIN}")
     return value

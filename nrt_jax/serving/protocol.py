@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from starlette.responses import Response
 
 from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling
+from nrt_jax.strict_json import parse_json
 
 MAX_STOPS = 4
 
@@ -233,7 +234,7 @@ def parse(schema: type[R], body: bytes) -> R:
 
 def _read_json(body: bytes) -> dict[str, Any]:
     try:
-        fields = json.loads(body, parse_constant=_no_constant)
+        fields = parse_json(body)
         # Lone surrogates are not text, neither in values nor in names.
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError:
@@ -243,10 +244,6 @@ def _read_json(body: bytes) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise ApiError(400, "the body must be a JSON object")
     return fields
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _refuse(error: ValidationError, schema: type[BaseModel]) -> NoReturn:

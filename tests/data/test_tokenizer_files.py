@@ -184,3 +184,51 @@ def test_transformers_is_imported_when_a_tokenizer_is_loaded():
     code = "import sys, nrt_jax.data.pipeline; print('transformers' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout == "False\n", result.stderr
+
+
+# --- files that are not what their names say ------------------------------------------------------
+
+NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "chat_template.jinja", "chat_template.json"])
+def test_files_of_other_kinds(name, directory):
+    path = directory / name
+    for content, said in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is a Git LFS pointer"),
+        (b"\x1f\x8b\x08", "is compressed with gzip"),
+        ('{"a": 1}'.encode("utf-16"), "is text in UTF-16"),
+    ):
+        path.write_bytes(content)
+        assert refusal(directory).startswith(f"{path}: {said}")
+    path.unlink()
+    path.symlink_to("/nowhere/blob")
+    said = f"{path}: is a symbolic link to /nowhere/blob, which does not exist; restore it; a token"
+    assert refusal(directory).startswith(said)
+    path.unlink()
+    path.mkdir()
+    assert refusal(directory).startswith(f"{path}: Is a directory; a tokenizer directory holds")
+
+
+@pytest.mark.parametrize("name", [*NAMES, "chat_template.json"])
+def test_a_key_twice(name, directory):
+    path = directory / name
+    content = path.read_text().strip() if path.exists() else "{}"
+    path.write_text(
+        content[:-1].rstrip(",") + (", " if len(content) > 2 else "") + '"x": {"y": 1, "y": 2}}'
+    )
+    assert "the key 'y' occurs twice in one object; keep one" in refusal(directory)
+
+
+def test_a_vocabulary_with_an_entry_twice(directory):
+    """The library takes the last id, and every text with the entry gets another one."""
+    path = directory / "tokenizer.json"
+    text = path.read_text()
+    assert text.count('"vocab": {') == 1
+    path.write_text(text.replace('"vocab": {', '"vocab": {"a": 5, ', 1))
+    assert "the key 'a' occurs twice in one object" in refusal(directory)
+
+
+def test_a_file_in_place_of_the_directory(directory):
+    path = directory / "tokenizer.json"
+    assert refusal(path).startswith(f"{path}: is a file, not a tokenizer directory; set data.tok")

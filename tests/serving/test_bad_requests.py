@@ -137,6 +137,12 @@ def test_chats(live, fields, param, said):
         (b"[1]", "the body must be a JSON object"),
         (b"[" * 100_000, "the body must be JSON"),
         (b'{"model":"tiny","prompt":"a","temperature":NaN}', "NaN is no number of JSON"),
+        (b'{"model":"tiny","prompt":"a","seed":' + b"1" * 5000 + b"}", "more than 4300 digits"),
+        (b'{"model":"tiny","prompt":"a","prompt":"b"}', "the key 'prompt' occurs twice in one"),
+        (
+            b'{"model":"tiny","prompt":"a","stream":true,"stream_options":{"x":1,"x":1}}',
+            "the key 'x' occurs twice in one object; keep one",
+        ),
         (b'{"model":"tiny","prompt":"a","top_p":Infinity}', "Infinity is no number of JSON"),
         (b'{"model":"tiny","prompt":"\\ud800"}', "the body has a lone surrogate"),
         (b'{"model":"\\udc00","prompt":"a"}', "the body has a lone surrogate"),
