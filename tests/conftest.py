@@ -39,6 +39,15 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_faults(shared_data) -> Path:
+    """The folder of inputs that once broke something, beside the data."""
+    folder = shared_data.parent / "faults"
+    if not folder.is_dir():
+        pytest.skip(f"no folder of faulty inputs at {folder}")
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory_maps() -> Iterator[None]:
     """Forget compiled programs before they are too many.

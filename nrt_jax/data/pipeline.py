@@ -77,8 +77,11 @@ def first_rows(
             yield f"row {index}", rows.of_example(example)
         return
     assert config.path is not None, "DataConfig requires a path for file sources"
-    for row, tokenized in rows.of_rows(islice(read_rows(config.source, config.path), count)):
+    row, unread = None, read_rows(config.source, config.path, rows.fields_of)
+    for row, tokenized in rows.of_rows(islice(unread, count)):
         yield row.place, tokenized
+    if row is None:
+        BadRows(str(config.path)).check(0, config.max_bad_share)
 
 
 class BatchIterator:
@@ -144,7 +147,7 @@ def _read_file(
 ) -> tuple[list[TokenizedExample], Counter[str]]:
     bad_rows = BadRows(str(path))
     examples: list[TokenizedExample] = []
-    unread = read_rows(config.source, path)
+    unread = read_rows(config.source, path, rows.fields_of)
     while rows_of_slice := list(islice(unread, ROWS_PER_SLICE)):
         for row, tokenized in rows.of_rows(rows_of_slice):
             if isinstance(tokenized, BadRow):

@@ -1,6 +1,8 @@
 """Rows → token ids: x with the template's control tokens, y* with the end-of-sequence token."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Container, Iterable, Iterator, Sequence
+from decimal import Decimal
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +35,13 @@ class RowTokenizer:
         self._config = config
         self._tokenizer = tokenizer
         self._template = PromptTemplate(config, tokenizer)
+
+    def fields_of(self, names: Container[str]) -> tuple[str, ...]:
+        """The fields that are read of a row which has `names`."""
+        config = self._config
+        if self._template.is_chat and config.messages_field in names:
+            return (config.messages_field,)
+        return config.question_field, config.answer_field
 
     def of_rows(self, rows: Iterable[Row]) -> Iterator[tuple[Row, TokenizedExample | BadRow]]:
         """Each row, in order, with its ids or with the reason why it is unusable."""
@@ -110,7 +119,7 @@ class RowTokenizer:
         row without messages is a conversation of its question.
         """
         config = self._config
-        if self._template.is_chat and config.messages_field in fields:
+        if self.fields_of(fields) == (config.messages_field,):
             messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
             return Rendered(self._template.chat(messages), answer)
         question = _text(fields, config.question_field)
@@ -222,6 +231,12 @@ def _turn(message: object, name: str) -> dict[str, str]:
     if not isinstance(message, dict):
         raise BadRow("bad turn", f"'{name}' is {shorten(message)}; give {{role, content}}")
     role = message.get("role")
+    if role is None and "from" in message:
+        raise BadRow(
+            "bad turn",
+            f"'{name}' has 'from' instead of 'role'; write {{role, content}}, with user for human "
+            "and assistant for gpt",
+        )
     if role not in ROLES:
         raise BadRow("bad role", f"'{name}.role' is {shorten(role)}; use {', '.join(ROLES)}")
     # An empty system turn is common, and says nothing wrong.
@@ -244,7 +259,10 @@ def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool
     if key not in fields:
         has = ", ".join(map(repr, list(fields)[:5])) or "none"
         raise BadRow(f"without '{key}'", f"field '{name}' is missing (it has {has}); add it")
-    value = fields[key]
+    value = _as_text(fields[key])
+    if value is None or isinstance(value, float):
+        shown = "null" if value is None else value
+        raise BadRow(f"'{key}' not text", f"'{name}' is {shown}; fill it in or drop the row")
     if not isinstance(value, str):
         raise BadRow(f"'{key}' not text", f"'{name}' is {shorten(value)}; write it as a string")
     if not value.strip() and not may_be_empty:
@@ -257,3 +275,16 @@ def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool
             f"'{key}' not Unicode", f"'{name}' has the lone surrogate {shown}; escape it as a pair"
         ) from error
     return value
+
+
+def _as_text(value: object) -> object:
+    """A number as text: one of JSON as it is written, a whole one of Parquet without fraction."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return value
+        return str(int(value)) if value.is_integer() and abs(value) < 2**53 else str(value)
+    if isinstance(value, Decimal):
+        return f"{value:f}"
+    return str(value) if isinstance(value, int | str) else value

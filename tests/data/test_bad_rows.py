@@ -44,7 +44,7 @@ PLAIN_CASES = {
         "field 'answer' is missing (it has 'question'); add it",
     ),
     "'question' not text": (question(["1+2"]), "'question' is ['1+2']; write it as a string"),
-    "'answer' not text": (answer(3), "'answer' is 3; write it as a string"),
+    "'answer' not text": (answer(True), "'answer' is True; write it as a string"),
     "empty 'question'": (question(""), "'question' is ''; fill it in or drop the row"),
     "empty 'answer'": (answer(" \n"), "'answer' is ' \\n'; fill it in or drop the row"),
     "'answer' not Unicode": (

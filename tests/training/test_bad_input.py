@@ -205,7 +205,7 @@ GOOD = [json.dumps({"question": f"{i % 10}+{i // 10}", "answer": "=3"}) for i in
             "first line 3: field 'answer' is missing (it has 'question'); add it",
         ),
         ('{"question": "1", "answer": " "}', "first line 3: 'answer' is ' '; fill it in or drop"),
-        ('{"question": "1", "answer": 3}', "first line 3: 'answer' is 3; write it as a string"),
+        ('{"question": "1", "answer": true}', "first line 3: 'answer' is True; write it as a"),
         (
             '{"question": "1", "answer": "=12345"}',
             "first line 3: the answer '=12345' has 7 tokens, more than data.max_answer_tokens=4; "
