@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import ValidationError
 
 from nrt_jax.checkpoints.json_files import read_json
+from nrt_jax.checkpoints.other_weights import other_weights
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.errors import InputError
 
@@ -105,6 +106,9 @@ def read_architecture(directory: Path) -> Architecture:
     decoder does not do.
     """
     file = Path(directory) / CONFIG_FILE
+    told = None if file.exists() else other_weights(Path(directory))
+    if told is not None:
+        raise InputError(told)
     config = read_json(file)
     family = _family(file, config)
     for field, allowed in _NO_CHANGE.items():

@@ -4,7 +4,7 @@ Both directions handle one tensor at a time, so that no host ever holds a model.
 Letters: V vocabulary, L layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from nrt_jax.checkpoints.hf_config import (
 )
 from nrt_jax.checkpoints.json_files import write_json
 from nrt_jax.checkpoints.new_directory import new_directory
+from nrt_jax.checkpoints.other_weights import other_name
 from nrt_jax.checkpoints.safetensors_files import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -156,6 +157,7 @@ def _checked_tensors(
         expected[HEAD] = expected[EMBEDDING]
     missing = [name for name in expected if name not in tensors]
     if missing:
+        _explain(tensors, expected)
         hint = "; or tie_word_embeddings must be true" if missing[0] == HEAD else ""
         raise InputError(
             f"{directory}: {missing[0]}: missing ({len(missing)} of {len(expected)} weights are); "
@@ -165,7 +167,8 @@ def _checked_tensors(
         if name.endswith(_CONSTANT):
             continue
         if name not in expected:
-            raise InputError(f"{tensor.file}: {name}: no weight of a {a.family} of this config")
+            told = other_name(name, expected) or f"no weight of a {a.family} of this config"
+            raise InputError(f"{tensor.file}: {name}: {told}")
         shape = expected[name].file_shape()
         if tensor.shape != shape:
             raise InputError(
@@ -176,6 +179,14 @@ def _checked_tensors(
                 f"{tensor.file}: {name}: dtype {tensor.stored_as}; store F32, BF16 or F16"
             )
     return table, tensors
+
+
+def _explain(tensors: dict[str, StoredTensor], expected: Collection[str]) -> None:
+    """InputError for the first tensor that stands under another name than its weight's."""
+    for name, tensor in tensors.items():
+        told = None if name in expected else other_name(name, expected)
+        if told is not None:
+            raise InputError(f"{tensor.file}: {name}: {told}")
 
 
 def _check_tied(tensors: dict[str, StoredTensor]) -> None:

@@ -149,7 +149,10 @@ def stored_dtype(directory: Path) -> StoredDtype:
 def source_name(directory: Path) -> str:
     """Name of a checkpoint: that of the directory it was imported from, else its own."""
     file = Path(directory) / PROVENANCE_FILE
-    return directory_name(Path(read_json(file)["source"]) if file.exists() else directory)
+    source = read_json(file).get("source") if file.exists() else str(directory)
+    if not isinstance(source, str):
+        raise InputError(f"{file}: source={source!r}: must be the path of the import's source")
+    return directory_name(Path(source))
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

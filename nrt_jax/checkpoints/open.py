@@ -26,6 +26,7 @@ from nrt_jax.checkpoints.hf_config import (
     read_architecture,
 )
 from nrt_jax.checkpoints.import_format import PARAMS, is_imported, read_params
+from nrt_jax.checkpoints.other_weights import other_weights
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.config.load import load_config
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
@@ -96,6 +97,9 @@ def find_model(path: Path) -> Found:
         return Found("run", path)
     if of_directory:
         return Found("import" if is_imported(path) else "Hugging Face directory", path)
+    told = other_weights(path)
+    if told is not None:
+        raise InputError(told)
     if not path.is_dir():
         raise InputError(
             f"{path}: no such directory; name a run, RUN/{run_dir.CHECKPOINTS}/STEP, an import, or "

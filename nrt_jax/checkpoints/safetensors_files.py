@@ -19,9 +19,13 @@ from safetensors import SafetensorError, safe_open
 
 from nrt_jax.checkpoints.hf_config import StoredDtype
 from nrt_jax.checkpoints.json_files import one_line, read_json, write_json
+from nrt_jax.checkpoints.other_weights import other_weights
 from nrt_jax.errors import InputError
+from nrt_jax.file_kinds import read_head, recognise, why_missing
+from nrt_jax.strict_json import parse_json
 
 INDEX_FILE, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 MAX_SHARD_BYTES = 5 * 10**9
 # Upper bounds on a shard's header without its entries, and on an entry without its name.
@@ -87,14 +91,31 @@ def _read_header(file: Path) -> list[StoredTensor]:
     try:
         with safe_open(file, framework="np") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return [
+            tensors = [
                 StoredTensor(file, name, tuple(piece.get_shape()), piece.get_dtype())
                 for name, piece in slices.items()
             ]
+        _check_names(file)
     except FileNotFoundError:
-        raise InputError(f"{file}: no such file, but {INDEX_FILE} names it; copy it too") from None
+        reason = why_missing(file)
+        if not file.is_symlink():
+            reason += f", but {INDEX_FILE} names it; copy it too"
+        raise InputError(f"{file}: {reason}") from None
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{file}: cannot be read as safetensors: {one_line(error)}") from None
+        reason = "is a directory, not a file" if file.is_dir() else recognise(read_head(file))
+        reason = reason or f"cannot be read as safetensors: {one_line(error)}"
+        raise InputError(f"{file}: {reason}") from None
+    return tensors
+
+
+def _check_names(file: Path) -> None:
+    """InputError when the header names a tensor twice: the library keeps the last."""
+    with file.open("rb") as raw:
+        (length,) = struct.unpack("<Q", raw.read(8))
+        try:
+            parse_json(raw.read(length))
+        except ValueError as error:
+            raise InputError(f"{file}: header: {one_line(error)}") from None
 
 
 def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
@@ -103,7 +124,7 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
     Other files beside an index are another copy of the weights (`consolidated.safetensors`).
     """
     index, single = directory / INDEX_FILE, directory / SINGLE_FILE
-    if index.exists():
+    if index.exists() or index.is_symlink():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise InputError(f"{index}: weight_map: must map names of weights to files")
@@ -116,16 +137,16 @@ def _weight_files(directory: Path) -> tuple[list[Path], dict[str, str] | None]:
                 f"{directory}: {SINGLE_FILE} and {INDEX_FILE}: two models; remove one of them"
             )
         return [directory / name for name in names], weight_map
+    adapter = directory / ADAPTER_FILE
     files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
-    if files:
+    if files and files != [adapter]:
+        if adapter.exists():
+            raise InputError(f"{adapter}: a LoRA adapter beside a model; merge or remove it")
         return files, None
-    pickled = sorted(f for end in ("bin", "pt", "pth") for f in directory.glob(f"*.{end}"))
-    if pickled:
-        raise InputError(
-            f"{pickled[0]}: pickled weights are refused, since loading a pickle runs the code in "
-            "it; convert with transformers: save_pretrained(..., safe_serialization=True)"
-        )
-    raise InputError(f"{directory}: holds no *.safetensors; give a Hugging Face model directory")
+    raise InputError(
+        other_weights(directory)
+        or f"{directory}: holds no *.safetensors; give a Hugging Face model directory"
+    )
 
 
 def _check_index(index: Path, weight_map: dict[str, str], tensors: dict[str, StoredTensor]) -> None:

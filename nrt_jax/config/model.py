@@ -39,6 +39,12 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
-        if (self.path is None) == (self.architecture is None):
+        if self.path is None and self.architecture is None:
             raise ValueError("set one of path (a checkpoint) and architecture (random weights)")
+        if self.path is not None and self.architecture is not None:
+            raise ValueError(
+                f"path={self.path} (a checkpoint) and architecture (random weights) are both set, "
+                "and neither rules; set one of them to null, such as model.architecture=null to "
+                "start from the checkpoint"
+            )
         return self
