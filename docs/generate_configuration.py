@@ -33,7 +33,11 @@ nrt-jax config schema
   is part of the installed package. A file of the same name wins over the preset.
 - `extends: other.yaml`, or a list, merges other files, relative to the file that names them, or
   presets. A file's own keys win over those; mappings merge, everything else replaces.
-- An override is `section.field=value`; the value is YAML, so `null`, `1e-5` and `[a, b]` work.
+- An override is `section.field=value`, before, between or after the options of the command. The
+  value is YAML, so `null`, `1e-5` and `[a, b]` work; for a field of text or a path it is the text
+  as typed, so `data.think_start=[control_12]` works too. In a list, a text that YAML reads as
+  something else needs double quotes, and the shell single ones:
+  `'rollout.stop_tokens=["[control_12]"]'`.
 - A path in a file starts from the directory of that file, a path in an override from the working
   directory; `run_dir` always starts from the working directory.
 - An unknown key, a value out of range and a clash between two settings are errors of one line that

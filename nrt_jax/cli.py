@@ -4,25 +4,30 @@ jax is imported by the verb that needs it, so that --help and --version answer a
 """
 
 import argparse
+import errno
 import io
 import json
 import logging
-import math
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import nrt_jax
+from nrt_jax.arguments import Parser, dtype, parse, row_count, seed, temperature
 from nrt_jax.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
     from nrt_jax.config.run import RunConfig
     from nrt_jax.engine.generate import Generate
 
+_WRONG_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EEXIST, errno.ENOTEMPTY),
+}
 EPILOG = """\
 CONFIG is one or more YAML files or presets, merged from left to right, followed by overrides such
 as train.steps=10 or objective.scheme=gm.
@@ -34,21 +39,20 @@ as train.steps=10 or objective.scheme=gm.
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; 0 when it worked, 2 for a mistake in the input, 1 for a run that failed."""
-    args = _parser().parse_args(argv)
+    args = parse(_parser(), sys.argv[1:] if argv is None else argv)
     _configure_logging()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The text of a model may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.verb(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except InputError as error:
         return _fail(error, 2)
     except RunFailed as error:
         return _fail(error, 1)
     except BrokenPipeError:
-        # The reader is gone: the exit must not try to write the rest of the output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _fail("standard output was closed before the end", 1)
     except OSError as error:
         return _fail(_os_error(error), 1)
@@ -69,28 +73,30 @@ def _is_not_raised(record: logging.LogRecord) -> bool:
 
 
 def _fail(message: object, status: int) -> int:
+    if (out := sys.stdout) is not None:
+        try:
+            out.flush()
+        except OSError:
+            # Closed or full: the exit must not try to write the rest of the output.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
     print(f"nrt-jax: error: {' '.join(str(message).split())}", file=sys.stderr)
     return status
 
 
 def _os_error(error: OSError) -> str:
     """The file, the system's message, and the remedy."""
-    where = error.filename or "a file"
-    return (
-        f"{where}: {error.strerror or error}; make room or allow access there, then run the same "
-        "command again: a run continues from its newest checkpoint"
-    )
+    where = error.filename or "a file or the output"
+    remedy = "check the path"
+    if error.errno not in _WRONG_PATH:
+        remedy = (
+            "make room or allow access there, then run the same command again: a run continues "
+            "from its newest checkpoint"
+        )
+    return f"{where}: {error.strerror or error}; {remedy}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a mistake in one line, like every other error."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"nrt-jax: error: {message}; see {self.prog} --help\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="nrt-jax",
         description="Native Reasoning Training: reasoning from question-answer pairs alone.",
         epilog=EPILOG,
@@ -104,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
     train = verbs.add_parser("train", help="train a config's run, or continue it")
     _add_config(train)
     train.set_defaults(verb=_train)
@@ -119,9 +125,9 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     )
     generate.add_argument("--prompt", required=True, action="append", help="may be given again")
     generate.add_argument(
-        "--temperature", type=_temperature, default=0.0, help="of the trace; 0 is greedy"
+        "--temperature", type=temperature, default=0.0, help="of the trace; 0 is greedy"
     )
-    generate.add_argument("--seed", type=_seed, default=0)
+    generate.add_argument("--seed", type=seed, default=0)
     generate.add_argument(
         "--score",
         action="append",
@@ -142,7 +148,7 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     serve.set_defaults(verb=_serve)
 
 
-def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
     import_ = verbs.add_parser(
         "import",
         help="convert a Hugging Face directory once, for runs that start from it on many devices",
@@ -172,14 +178,14 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     export.set_defaults(verb=_export)
 
 
-def _add_views(verbs: "argparse._SubParsersAction[_Parser]") -> None:
+def _add_views(verbs: "argparse._SubParsersAction[Parser]") -> None:
     data = verbs.add_parser("data", help="show a config's data")
     data_verbs = data.add_subparsers(required=True, metavar="VERB")
     show_data = data_verbs.add_parser(
         "show", help="print rows as the model sees them, part by part"
     )
     _add_config(show_data)
-    show_data.add_argument("--rows", type=_count, default=3, help="how many, 3 by default")
+    show_data.add_argument("--rows", type=row_count, default=3, help="how many, 3 by default")
     show_data.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     show_data.set_defaults(verb=_data_show)
 
@@ -197,47 +203,16 @@ def _add_views(verbs: "argparse._SubParsersAction[_Parser]") -> None:
     schema.set_defaults(verb=_config_schema)
 
 
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no temperature; give 0 or more")
-    return value
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text} is no number of rows; give 1 or more")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    value = int(text) if text.isdecimal() else -1
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is no seed; give 0 to {2**31 - 1}")
-    return value
-
-
 def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
     names = "bf16, fp16 or fp32"
     parser.add_argument(
-        "--dtype", type=_dtype, metavar="DTYPE", help=f"{names}; otherwise {default}"
+        "--dtype", type=dtype, metavar="DTYPE", help=f"{names}; otherwise {default}"
     )
-
-
-def _dtype(text: str) -> str:
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    if text not in (*names, *names.values()):
-        raise argparse.ArgumentTypeError(f"{text} is no dtype of weights; give {', '.join(names)}")
-    return names.get(text, text)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
-        type=Path,
         metavar="MODEL",
         help="a run, RUN/checkpoints/STEP, an import or a Hugging Face directory",
     )
@@ -254,7 +229,7 @@ def _load(args: argparse.Namespace):
     from nrt_jax.config.run import RunConfig
 
     # A file may have an equals sign in its path.
-    overrides = [word for word in args.config if "=" in word and not Path(word).is_file()]
+    overrides = [word for word in args.config if "=" in word and not os.path.isfile(word)]
     files = [Path(word) for word in args.config if word not in overrides]
     if not files:
         raise InputError(f"{' '.join(args.config)}: no config file; name one before the overrides")
@@ -347,7 +322,7 @@ def _export(args: argparse.Namespace) -> None:
     from nrt_jax.checkpoints.export import export
 
     with _exit_on_sigterm():
-        export(args.model, args.out, dtype=args.dtype, copy_rows=args.copy_row)
+        export(Path(args.model), args.out, dtype=args.dtype, copy_rows=args.copy_row)
     print(f"wrote {args.out}")
 
 

@@ -110,7 +110,16 @@ def test_runs_as_a_module_and_as_a_script():
         (("generate", "run", "--prompt", "1", "--seed", "-1"), "-1 is no seed"),
         (("export", "run", "out", "--dtype", "int8"), "int8 is no dtype of weights; give bf16"),
         (("data", "show", "c.yaml", "--rows", "0"), "0 is no number of rows; give 1 or more"),
+        (("data", "show", "c.yaml", "--rows", "9" * 30), "is no number of rows; give 1 or more"),
         (("report", "runs"), "the following arguments are required: --out"),
+        (("report", "runs", "--out", "x", "more"), "unrecognized arguments: more"),
+        (("config", "schema", "x=1"), "unrecognized arguments: x=1"),
+        (("train", "c.yaml", "--train.steps=3"), "an override has no dashes: train.steps=3"),
+        (("train", "c.yaml", "train.steps", "3"), "c.yaml: no such config file"),
+        (("generate", "a", "b", "--prompt", "1"), "one MODEL is required, and 2 are named: a b"),
+        (("generate", "x.y=1", "--prompt", "1"), "one MODEL is required, and 0 are named: x.y=1"),
+        (("train", "run_dir=\udcff"), r"the argument 'run_dir=\udcff' is not UTF-8 text"),
+        (("train", "a\nb", "--c"), "unrecognized arguments: --c"),
     ],
 )
 def test_words(words, said, capsys):
@@ -129,6 +138,62 @@ def test_words(words, said, capsys):
 )
 def test_overrides(override, said, config, capsys):
     assert fails(capsys, "config", "show", str(config), override).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("data", "show", "{config}", "--rows", "1", "{override}"),
+        ("data", "show", "{config}", "{override}", "--rows", "1", "--color", "never"),
+        ("data", "show", "{override}", "--rows=1", "{config}"),
+        ("data", "show", "--rows", "1", "{config}", "--color", "never", "{override}"),
+        ("data", "show", "--rows", "1", "{config}", "--", "{override}"),
+    ],
+)
+def test_overrides_stand_anywhere_in_data_show(words, config, capsys):
+    override = "data.tokenizer=elsewhere"
+    line = fails(capsys, *(word.format(config=config, override=override) for word in words))
+    assert "elsewhere: no such tokenizer directory" in line
+
+
+@pytest.mark.parametrize("verb", ["generate", "serve"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("MODEL", "O"),
+        ("O", "MODEL"),
+        ("MODEL", "--prompt", "a=b", "O"),
+        ("O", "--prompt", "a=b", "MODEL"),
+        ("--prompt", "a=b", "MODEL", "O", "P"),
+        ("O", "--prompt", "a=b", "P", "MODEL"),
+    ],
+)
+def test_overrides_stand_anywhere_around_a_model(verb, words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, f"_{verb}", seen.append)
+    if verb == "serve":
+        words = [word for word in words if word not in ("--prompt", "a=b")]
+    elif "--prompt" not in words:
+        words = [*words, "--prompt", "a=b"]
+    names = {"O": "data.template=[x]", "P": "rollout.slots=3", "MODEL": "runs/x"}
+    assert cli.main([verb, *(names.get(word, word) for word in words)]) == 0
+    (args,) = seen
+    assert args.model == Path("runs/x")
+    assert args.overrides == [names[word] for word in words if word in ("O", "P")]
+
+
+def test_a_model_with_an_equals_sign_in_its_name(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(cli, "_serve", seen.append)
+    model = tmp_path / "lr=1"
+    model.mkdir()
+    assert cli.main(["serve", "port=0", str(model)]) == 0
+    assert (seen[0].model, seen[0].overrides) == (model, ["port=0"])
+
+
+def test_a_long_override_is_no_name_of_a_file(config, capsys):
+    assert cli.main(["config", "show", str(config), f"data.think_start={'x' * 5000}"]) == 0
+    assert "x" * 5000 in capsys.readouterr().out
 
 
 # --- config ---------------------------------------------------------------------------------------
@@ -188,6 +253,20 @@ def test_schema(capsys):
             "run/metrics.jsonl: No space left on device; make room or allow access there, then run "
             "the same command again: a run continues from its newest checkpoint",
         ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "run"),
+            1,
+            "run: Permission denied; make room or allow access there, then run the same command "
+            "again: a run continues from its newest checkpoint",
+        ),
+        *(
+            (
+                OSError(number, os.strerror(number), "x"),
+                1,
+                f"x: {os.strerror(number)}; check the path",
+            )
+            for number in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+        ),
         (KeyboardInterrupt(), 130, "interrupted; the same command continues a run"),
     ],
 )
@@ -222,6 +301,20 @@ def test_nobody_reads_the_output(config):
     os.close(writer)
     assert result.returncode == 1
     assert result.stderr == "nrt-jax: error: standard output was closed before the end\n"
+
+
+def test_a_full_disk_behind_the_output(config):
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "nrt_jax", "config", "show", str(config)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+        )
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("nrt-jax: error: a file or the output: No space left on device; make")
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------

@@ -9,13 +9,16 @@ import re
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from nrt_jax.config.presets import find_config, suggest_preset
+from nrt_jax.config.yaml_values import NULL, Dumper, Text, read_yaml
 from nrt_jax.errors import InputError
+from nrt_jax.file_kinds import check_text, read_head, why_missing
 
 
 class Section(BaseModel):
@@ -33,16 +36,10 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
-class _Text(str):
-    """A string of a config, with the directory that it starts from if it is a relative path."""
-
-    directory: Path
-
-
 def _resolve(value: Any) -> Any:
     if not isinstance(value, str | Path):
         return value
-    directory = value.directory if isinstance(value, _Text) else Path()
+    directory = value.directory if isinstance(value, Text) else Path()
     return Path(os.path.abspath(directory / Path(value).expanduser()))
 
 
@@ -59,6 +56,10 @@ class _Layer(NamedTuple):
 
 _EMPTY = _Layer({}, {})
 _OVERRIDE = "override"
+_QUOTES = (
+    "put double quotes around a text that YAML reads as something else, and single quotes around "
+    """the whole for the shell, such as 'section.field=["[x]"]'"""
+)
 
 
 def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str] = ()) -> S:
@@ -72,7 +73,7 @@ def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str]
     for path in paths:
         layer = _merge(layer, _read_file(find_config(Path(path), str(path)), chain=()))
     for override in overrides:
-        layer = _merge(layer, _read_override(override))
+        layer = _merge(layer, _read_override(override, schema))
     try:
         return schema.model_validate(layer.values)
     except ValidationError as error:
@@ -83,7 +84,7 @@ def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str]
 def dump_config(config: Section) -> str:
     """The whole config as YAML that load_config reads back to an equal config."""
     values = config.model_dump(mode="json")
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def config_schema(schema: type[Section]) -> dict[str, Any]:
@@ -130,25 +131,77 @@ def _parents(extends: Any, path: Path) -> list[Path]:
 
 def _read_text(path: Path, chain: tuple[Path, ...]) -> str:
     origin = f" (extended by {chain[-1]})" if chain else ""
+    check_text(path, read_head(path))
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise InputError(f"{path}: no such config file{origin}{suggest_preset(path)}") from None
+        reason = why_missing(path) if path.is_symlink() else f"no such config file{origin}"
+        raise InputError(f"{path}: {reason}{_meant(path)}") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}{origin}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: must be UTF-8 text; byte {error.start} is not") from None
 
 
-def _read_override(override: str) -> _Layer:
+def _meant(path: Path) -> str:
+    """The end of an error about a missing file: an override without its sign, or a preset."""
+    if re.fullmatch(r"[a-z_]+(\.[a-z_]+)+", str(path)) and path.suffix not in (".yaml", ".yml"):
+        return f"; an override is written {path}=VALUE"
+    return suggest_preset(path)
+
+
+def _read_override(override: str, schema: type[Section]) -> _Layer:
     key, equals, text = override.partition("=")
     names = key.split(".")
     if not equals or not all(names):
         raise InputError(f"{_OVERRIDE} {override}: must look like section.field=value")
-    values = _parse(text, Path(), f"{_OVERRIDE} {override}")
+    kinds = _field_kinds(names, schema)
+    if kinds and kinds <= {str, Path, None}:
+        values = _override_text(text, kinds)
+    else:
+        values = _parse(text, Path(), f"{_OVERRIDE} {override}")
     for name in reversed(names):
         values = {name: values}
     return _Layer(values, dict.fromkeys(_key_paths(values), _OVERRIDE))
+
+
+def _override_text(text: str, kinds: set[Any]) -> str | None:
+    """The value of a field that takes text or null: as it is typed, without quotes around it.
+
+    So [x], {x}, *x, #x, 5 and true, which are no text in YAML, are text here.
+    """
+    if NULL.fullmatch(text) and not (text and kinds == {str}):
+        return None
+    if text[:1] in ("'", '"'):
+        try:
+            quoted = _parse(text, Path(), _OVERRIDE)
+        except InputError:
+            quoted = None
+        if isinstance(quoted, str):
+            return quoted
+    return Text.of(text, Path())
+
+
+def _field_kinds(names: Sequence[str], schema: type[Section]) -> set[Any]:
+    """What a field takes: str (also for a choice of names), Path, None, or another annotation."""
+    *outer, last = names
+    sections = [schema]
+    for name in outer:
+        fields = [part.model_fields[name] for part in sections if name in part.model_fields]
+        sections = [part for field in fields for part in _sections(field.annotation)]
+    fields = [part.model_fields[last] for part in sections if last in part.model_fields]
+    return {kind for field in fields for kind in _kinds(field.annotation)}
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kinds(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return {kind for part in get_args(annotation) for kind in _kinds(part)}
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    return {None if annotation is NoneType else annotation}
 
 
 def _merge(base: _Layer, top: _Layer) -> _Layer:
@@ -170,87 +223,20 @@ def _key_paths(values: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield from ((key, *rest) for rest in _key_paths(value))
 
 
-# --- YAML ----------------------------------------------------------------------------------------
-# PyYAML reads YAML 1.1, in which 1e-5 and 08 are strings, 010 is 8, 1:30 is 90 and `no` is false.
-# These are the scalars of YAML 1.2; every other plain scalar is a string, which pydantic validates.
-
-_NULL = re.compile(r"~|null|Null|NULL|")
-_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?(0|[1-9][0-9]{0,99})")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_INF_NAN = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Quotes strings that only YAML 1.2 reads as numbers, and escapes control characters."""
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # Only double quotes keep every character: elsewhere U+0085 reads back as a space.
-    style = None if text.isprintable() else '"'
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _represent_text)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT.pattern})$"), None)
-
-
 def _parse(text: str, directory: Path, name: str) -> Any:
-    """The Python value of a YAML document, each string with its directory."""
+    """The Python value of a YAML document; InputError, with the line in a file, when it is none."""
     try:
-        node = yaml.compose(text, Loader=yaml.BaseLoader)
-        return None if node is None else _plain(node, directory)
+        return read_yaml(text, directory)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        line = f"line {mark.line + 1}: " if mark and not name.startswith(_OVERRIDE) else ""
+        if name.startswith(_OVERRIDE):
+            raise InputError(f"{name}: must be YAML: {error.problem}; {_QUOTES}") from None
+        line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{name}: {line}must be YAML: {error.problem}") from None
     except yaml.YAMLError as error:
         raise InputError(f"{name}: must be YAML: {_one_line(str(error))}") from None
     except RecursionError:
         raise InputError(f"{name}: must be YAML: nested too deeply") from None
-
-
-def _plain(node: yaml.Node, directory: Path) -> Any:
-    if isinstance(node, yaml.MappingNode):
-        return _mapping(node, directory)
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item, directory) for item in node.value]
-    if node.tag != yaml.BaseLoader.DEFAULT_SCALAR_TAG or not isinstance(node, yaml.ScalarNode):
-        raise yaml.MarkedYAMLError(
-            problem=f"unknown tag {node.tag!r}", problem_mark=node.start_mark
-        )
-    return _scalar(node.value, directory, quoted=node.style is not None)
-
-
-def _mapping(node: yaml.MappingNode, directory: Path) -> dict[str, Any]:
-    result = {}
-    for key_node, value_node in node.value:
-        if not isinstance(key_node, yaml.ScalarNode):
-            raise yaml.MarkedYAMLError(
-                problem="a key that is no name", problem_mark=key_node.start_mark
-            )
-        if key_node.value in result:
-            problem = f"the key {key_node.value!r} occurs twice"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-        result[key_node.value] = _plain(value_node, directory)
-    return result
-
-
-def _scalar(text: str, directory: Path, *, quoted: bool) -> Any:
-    if not quoted:
-        if _NULL.fullmatch(text):
-            return None
-        if _BOOL.fullmatch(text):
-            return text.lower() == "true"
-        if _INT.fullmatch(text):
-            return int(text)
-        if _FLOAT.fullmatch(text):
-            return float(text)
-        if _INF_NAN.fullmatch(text):
-            return float(text.replace(".", ""))
-    result = _Text(text)
-    result.directory = directory
-    return result
 
 
 # --- errors --------------------------------------------------------------------------------------
@@ -274,7 +260,10 @@ def _describe(error: ValidationError, schema: type[Section], layer: _Layer, name
     same = [detail for detail in details if _keys(detail["loc"], layer.values) == keys]
     messages = list(dict.fromkeys(_message(detail) for detail in same))
     others = [message.removeprefix("must be ") for message in messages[1:]]
-    return _place(source, dotted + value) + " or ".join([messages[0], *others])
+    message = " or ".join([messages[0], *others])
+    if "a valid string" in message and not isinstance(first["input"], str | None):
+        message += f"; {_QUOTES}" if source == _OVERRIDE else "; put it in quotes"
+    return _place(source, dotted + value) + message
 
 
 def _keys(loc: tuple[int | str, ...], values: Any) -> list[str]:
@@ -299,7 +288,12 @@ def _place(source: str, key: str) -> str:
     return f"{source}: {key}: " if key else f"{source}: "
 
 
-_TYPES = {"model_type": "mapping", "dict_type": "mapping", "path_type": "path"}
+_TYPES = {
+    "model_type": "mapping",
+    "dict_type": "mapping",
+    "path_type": "path",
+    "tuple_type": "list, such as [a, b]",
+}
 
 
 def _message(detail: Any) -> str:

@@ -1,0 +1,78 @@
+"""Words of the command line: where overrides may stand, and what the values of options may be."""
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a mistake in one line, like every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nrt-jax: error: {' '.join(message.split())}; see {self.prog} --help\n")
+
+
+def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Read the words of a command; those of CONFIG and overrides may also stand after options."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            parser.error(
+                f"the argument {word!a} is not UTF-8 text; rename it or use a UTF-8 locale"
+            )
+    args, rest = parser.parse_known_args(argv)
+    rest = [word for word in rest if word != "--"]
+    dashed = next((word for word in rest if word.startswith("-") and "=" in word), None)
+    takes_more = hasattr(args, "config") or hasattr(args, "overrides")
+    if rest and (not takes_more or any(word.startswith("-") for word in rest)):
+        hint = f"; an override has no dashes: {dashed.lstrip('-')}" if dashed else ""
+        parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+    if hasattr(args, "config"):
+        args.config += rest
+    if not hasattr(args, "overrides"):
+        return args
+    words = [args.model, *args.overrides, *rest]
+    args.overrides = [word for word in words if "=" in word and not os.path.exists(word)]
+    models = [word for word in words if word not in args.overrides]
+    if len(models) != 1:
+        parser.error(f"one MODEL is required, and {len(models)} are named: {' '.join(words)}")
+    args.model = Path(models[0])
+    return args
+
+
+def temperature(text: str) -> float:
+    """A temperature of 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no temperature; give 0 or more")
+    return value
+
+
+def row_count(text: str) -> int:
+    """A number of rows, 1 or more."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is no number of rows; give 1 or more")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """A seed that fits int32."""
+    value = int(text) if text.isdecimal() else -1
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is no seed; give 0 to {2**31 - 1}")
+    return value
+
+
+def dtype(text: str) -> str:
+    """The whole name of a dtype of weights."""
+    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+    if text not in (*names, *names.values()):
+        raise argparse.ArgumentTypeError(f"{text} is no dtype of weights; give {', '.join(names)}")
+    return names.get(text, text)
