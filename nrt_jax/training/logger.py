@@ -1,6 +1,7 @@
 """Write metrics to metrics.jsonl, TensorBoard, Weights & Biases and the terminal."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -16,6 +17,8 @@ from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.errors import InputError
 from nrt_jax.training.tensorboard import EventFile
 
+NOT_FINITE = "metrics/not_finite"
+"""Number of metrics of the line that are NaN or infinite."""
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 TIMING_PREFIXES = ("time/", "speed/", "weights/seconds")
 """Metrics that differ between two otherwise equal runs."""
@@ -103,15 +106,20 @@ class MetricsWriter:
             self._opened = opened.pop_all()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one line of metrics, numbers with full precision."""
-        row = {"step": step} | {name: _number(value) for name, value in metrics.items()}
-        append(self._metrics, json.dumps(row).encode() + b"\n")
-        scalars = {name: value for name, value in row.items() if name != "step"}
+        """Write one line of metrics, numbers with full precision.
+
+        JSON has no NaN and no infinity: there they are null, and NOT_FINITE counts them.
+        """
+        scalars = {name: _number(value) for name, value in metrics.items()}
+        not_finite = [name for name, value in scalars.items() if not math.isfinite(value)]
+        scalars[NOT_FINITE] = len(not_finite)
+        row = {"step": step} | scalars | dict.fromkeys(not_finite)
+        append(self._metrics, json.dumps(row, allow_nan=False).encode() + b"\n")
         if self._events is not None:
             self._events.write(step, scalars)
         if self._wandb is not None:
             self._wandb.log(scalars, step=step)
-        self._show(step, row)
+        self._show(step, scalars)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Write the traces and answers of one evaluation."""

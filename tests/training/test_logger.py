@@ -3,12 +3,14 @@
 import errno
 import io
 import json
+import math
 import os
 import pty
 import struct
 import termios
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
@@ -67,7 +69,8 @@ def test_lines_are_in_the_file_at_once(tmp_path):
     writer = open_writer(tmp_path)
     writer.write(1, {"loss": 0.1 + 0.2, "count": 3})
     writer.write_samples(1, [{"answer": "−1\u2028"}, {"answer": "b"}])
-    assert (tmp_path / "metrics.jsonl").read_bytes() == row(1, loss=0.1 + 0.2, count=3)
+    written = {"loss": 0.1 + 0.2, "count": 3, "metrics/not_finite": 0}
+    assert (tmp_path / "metrics.jsonl").read_bytes() == row(1, **written)
     assert (tmp_path / "samples.jsonl").read_bytes() == row(1, answer="−1\u2028") + row(
         1, answer="b"
     )
@@ -82,7 +85,26 @@ def test_a_continued_run_appends(tmp_path):
     second = open_writer(tmp_path, 1)
     second.write(2, {"x": 20})
     second.close()
-    assert (tmp_path / "metrics.jsonl").read_bytes() == row(0, x=0) + row(1, x=1) + row(2, x=20)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_bytes().splitlines()]
+    assert [(row["step"], row["x"]) for row in rows] == [(0, 0), (1, 1), (2, 20)]
+
+
+def test_values_that_are_not_finite_are_null_and_counted(tmp_path, capsys):
+    writer = open_writer(tmp_path, every_steps=1)
+    values = {"loss/total": np.float32("nan"), "a": math.inf, "b": -math.inf, "c": 0.5, "d": 7}
+    writer.write(1, values)
+    writer.close()
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    line = (tmp_path / "metrics.jsonl").read_text()
+    written = json.loads(line, parse_constant=no_constant)
+    nulls = dict.fromkeys(("loss/total", "a", "b"))
+    assert written == {"step": 1, **nulls, "c": 0.5, "d": 7, "metrics/not_finite": 3}
+    assert "loss nan" in capsys.readouterr().out
+    keep_up_to(tmp_path / "metrics.jsonl", 1)
+    assert (tmp_path / "metrics.jsonl").read_text() == line
 
 
 # --- TensorBoard ----------------------------------------------------------------------------------
@@ -106,7 +128,8 @@ def test_tensorboard_has_every_written_step(tmp_path):
     assert version.file_version == "brain.Event:2"
     assert (start.step, start.session_log.status) == (0, 1)
     assert event.step == 1
-    assert {v.tag: v.simple_value for v in event.summary.value} == {"loss/total": 0.5, "x": 2.0}
+    values = {v.tag: v.simple_value for v in event.summary.value}
+    assert values == {"loss/total": 0.5, "x": 2.0, "metrics/not_finite": 0}
     open_writer(tmp_path, 7).close()
     (path,) = set((tmp_path / "tensorboard").iterdir()) - {path}
     # What earlier files have from this step on is hidden.
