@@ -19,6 +19,7 @@ from nrt_jax.data.control_split import ControlSplit, Text, unmark
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.tokenizer_files import OLD_TEMPLATE_FILE, SETTINGS_FILE, TEMPLATE_FILE, reading
 from nrt_jax.errors import InputError
+from nrt_jax.file_kinds import check_text, read_head
 
 TODAY = datetime(2024, 7, 26)
 """What a template that asks for the date is told: Llama 3.2's own default, so that prompts are the
@@ -163,6 +164,7 @@ def template_text(config: DataConfig, tokenizer: Tokenizer) -> str | None:
     place = _place(config, tokenizer)
     if config.template_file is not None:
         missing = "set data.template_file to a file"
+        check_text(config.template_file, read_head(config.template_file))
         with reading(config.template_file, "not UTF-8", "save the file as UTF-8", missing):
             text = config.template_file.read_text(encoding="utf-8")
     elif config.template == "tulu":
@@ -173,12 +175,18 @@ def template_text(config: DataConfig, tokenizer: Tokenizer) -> str | None:
         render_template(text, QUESTION, tokenizer)
     except BadRow as bad:
         # A template may refuse this conversation and take others.
-        if isinstance(error := bad.__cause__, jinja2.TemplateSyntaxError):
-            line = error.lineno - _DATE_MACRO.count("\n")
-            raise InputError(
-                f"{place}: line {line}: not a Jinja template ({error.message}); set "
-                "data.template=tulu, or data.template_file to a template that is one"
-            ) from error
+        error, line = bad.__cause__, ""
+        if isinstance(error, jinja2.TemplateSyntaxError):
+            line, reason = f"line {error.lineno - _DATE_MACRO.count(chr(10))}: ", error.message
+        elif isinstance(error, SyntaxError | RecursionError):
+            # Jinja leaves it to Python to find a break outside a loop, and too deep nesting.
+            reason = getattr(error, "msg", "nested too deeply")
+        else:
+            return text
+        raise InputError(
+            f"{place}: {line}not a Jinja template ({reason}); set data.template=tulu, or "
+            "data.template_file to a template that is one"
+        ) from error
     return text
 
 

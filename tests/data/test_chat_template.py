@@ -276,6 +276,33 @@ def test_the_template_of_the_tokenizer(made_directory, tmp_path, config):
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{% break %}", "not a Jinja template ('break' outside loop); set data.template=tulu, or"),
+        ("{% for m in messages %}{% endfor %}{% continue %}", "'continue' not properly in loop"),
+        ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "not a Jinja template (nested too deeply)"),
+        ("version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the file"),
+    ],
+)
+def test_a_template_that_is_none(text, said, made, tmp_path, config):
+    path = tmp_path / "t.jinja"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        tokenize_prompt("1+2", config("tulu", template_file=path), made("first"))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert said in str(caught.value)
+
+
+def test_a_break_in_a_loop(made, tmp_path, config):
+    path = tmp_path / "t.jinja"
+    path.write_text("{% for m in messages %}{{ m.content }}{% break %}no{% endfor %}")
+    row = tokenize(
+        {"question": "1+2", "answer": "3"}, config("tulu", template_file=path), made("first")
+    )
+    assert row.example.question == "1+2"
+
+
 def test_a_template_file_that_is_not_there(made, tmp_path, config):
     run = config("tulu", template_file=tmp_path / "none.jinja")
     with pytest.raises(InputError) as caught:
