@@ -289,7 +289,7 @@ def test_a_template_that_is_none(text, said, made, tmp_path, config):
     path = tmp_path / "t.jinja"
     path.write_text(text)
     with pytest.raises(InputError) as caught:
-        tokenize_prompt("1+2", config("tulu", template_file=path), made("first"))
+        RowTokenizer(config("tulu", template_file=path), made("first")).of_question("1+2")
     assert str(caught.value).startswith(f"{path}: ")
     assert said in str(caught.value)
 
