@@ -41,7 +41,8 @@ nrt-jax config schema
 - A path in a file starts from the directory of that file, a path in an override from the working
   directory; `run_dir` always starts from the working directory.
 - An unknown key, a value out of range and a clash between two settings are errors of one line that
-  name the file or the override, the key, the value and what is allowed.
+  name the file or the override, the key, the value and what is allowed. An integer without an upper
+  bound in the tables is below 2³¹.
 - A run directory holds the resolved config as `config.yaml`; training from it repeats the run.
 
 The settings of `nrt-jax serve` are not part of a run's config: they are given on its command line,

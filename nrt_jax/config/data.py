@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from nrt_jax.config.load import ConfigPath, Section
+from nrt_jax.config.load import MOST_TOKENS, ConfigPath, Section
 
 
 class ChainConfig(Section):
@@ -73,9 +73,9 @@ class DataConfig(Section):
     its reserved tokens, or else to a new token."""
     think_end: str = "<|think_end|>"
     """Special token that closes the reasoning trace; chosen as think_start is."""
-    max_prompt_tokens: int = Field(default=4096, ge=1)
+    max_prompt_tokens: int = Field(default=4096, ge=1, le=MOST_TOKENS)
     """Rows with a longer prompt (beginning-of-sequence token included) are bad rows."""
-    max_answer_tokens: int = Field(default=4093, ge=2)
+    max_answer_tokens: int = Field(default=4093, ge=2, le=MOST_TOKENS)
     """Rows with a longer answer (end-of-sequence token included) are bad rows."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Bad rows are counted and skipped up to this share of a file; beyond it the run stops."""

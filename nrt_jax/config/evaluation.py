@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from nrt_jax.config.load import Section
+from nrt_jax.config.load import MOST_TOKENS, Section
 
 EXTRACTS = ("whole", "last_number", "boxed", "choice", "any_of")
 AFTER = "after:"
@@ -18,7 +18,7 @@ class EvaluationConfig(Section):
     """Steps between evaluations; the first is before training and the last after the last step."""
     examples: int = Field(default=512, ge=0)
     """Held-out examples to answer; 0 for no evaluation."""
-    max_answer_tokens: int = Field(default=64, ge=1)
+    max_answer_tokens: int = Field(default=64, ge=1, le=MOST_TOKENS)
     """Longest answer to generate, in tokens."""
     extract: str = "whole"
     """What of an answer is compared with the reference: whole, last_number, boxed (the last

@@ -13,12 +13,17 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from annotated_types import Le, Lt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
 from nrt_jax.config.presets import find_config, suggest_preset
 from nrt_jax.config.yaml_values import NULL, Dumper, Text, read_yaml
 from nrt_jax.errors import InputError
 from nrt_jax.file_kinds import check_text, read_head, why_missing
+
+MOST_TOKENS, MOST_SLOTS = 2**24, 2**16
+"""Upper bounds of a sequence's tokens and of sequences at once: sums and products of their sizes
+are indices in int32."""
 
 
 class Section(BaseModel):
@@ -31,6 +36,17 @@ class Section(BaseModel):
         validate_default=True,
         use_attribute_docstrings=True,
     )
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _fits_int32(cls, value: Any, info: Any) -> Any:
+        """Integers reach the devices as int32, unless a field has an upper bound of its own."""
+        if type(value) is not int or -(2**31) <= value < 2**31:
+            return value
+        bounds = cls.model_fields[info.field_name].metadata
+        if any(isinstance(bound, Le | Lt) for bound in bounds):
+            return value
+        raise ValueError(f"must be {-(2**31)} to {2**31 - 1}")
 
 
 S = TypeVar("S", bound=Section)

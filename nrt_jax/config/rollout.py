@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nrt_jax.config.load import Section
+from nrt_jax.config.load import MOST_SLOTS, MOST_TOKENS, Section
 from nrt_jax.config.mesh import MeshConfig
 
 AttentionKernel = Literal["auto", "xla", "pallas"]
@@ -14,11 +14,11 @@ Driver = Literal["loop", "jetstream"]
 class RolloutConfig(Section):
     """How traces are sampled during training, and where."""
 
-    traces_per_prompt: int = Field(default=8, ge=1)
+    traces_per_prompt: int = Field(default=8, ge=1, le=MOST_SLOTS)
     """K: traces sampled for each prompt."""
-    max_trace_tokens: int = Field(default=2048, ge=1)
+    max_trace_tokens: int = Field(default=2048, ge=1, le=MOST_TOKENS)
     """A trace that reaches this many tokens is cut, and t_end is appended."""
-    max_response_tokens: int = Field(default=4096, ge=4)
+    max_response_tokens: int = Field(default=4096, ge=4, le=MOST_TOKENS)
     """Limit of t_start, trace, t_end and answer together; a long answer shortens its traces."""
     temperature: float = Field(default=1.0, gt=0)
     """Logits are divided by this before sampling, and in the trainer's logprobs of z."""
@@ -36,11 +36,11 @@ class RolloutConfig(Section):
     driver: Driver = "loop"
     """What drives the engine: our own loop, or JetStream's orchestrator, on one host. Both draw the
     same traces; jetstream needs the package (pip install 'nrt-jax[jetstream]')."""
-    slots: int = Field(default=64, ge=1)
+    slots: int = Field(default=64, ge=1, le=MOST_SLOTS)
     """Sequences decoded at the same time."""
-    decode_steps: int = Field(default=16, ge=1)
+    decode_steps: int = Field(default=16, ge=1, le=1024)
     """Tokens decoded per sequence between two checks of the host."""
-    prefill_chunk: int | None = Field(default=512, ge=16)
+    prefill_chunk: int | None = Field(default=512, ge=16, le=MOST_TOKENS)
     """Most tokens of a prompt that are run between two decodings; null for no limit."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """Dtype of the stored keys and values; null for that of the engine's computation."""

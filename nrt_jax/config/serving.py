@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from nrt_jax.config.load import Section
+from nrt_jax.config.load import MOST_SLOTS, MOST_TOKENS, Section
 
 
 class ServingConfig(Section):
@@ -17,16 +17,16 @@ class ServingConfig(Section):
     (pip install 'nrt-jax[jetstream]') the default starts none."""
     name: str | None = Field(default=None, min_length=1)
     """What requests call the model; null for the name of its directory."""
-    slots: int = Field(default=16, ge=1)
+    slots: int = Field(default=16, ge=1, le=MOST_SLOTS)
     """Sequences that the HTTP server decodes at the same time."""
     decode_steps: int = Field(default=8, ge=1, le=1024)
     """Tokens that are decoded and streamed together; more raise the throughput."""
-    grpc_slots: int = Field(default=4, ge=1)
+    grpc_slots: int = Field(default=4, ge=1, le=MOST_SLOTS)
     """Sequences that the gRPC server decodes at the same time, in a cache of their own."""
-    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Longest prompt of a chat, beginning-of-sequence token included; null for the
     model's data.max_prompt_tokens."""
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=MOST_TOKENS)
     """Most tokens written after a prompt, for a chat t_start, trace, t_end and answer together;
     null for the model's rollout.max_response_tokens, or data.max_answer_tokens if it does not
     reason."""

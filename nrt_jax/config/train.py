@@ -37,6 +37,12 @@ class TrainConfig(Section):
                 f"micro_batch_prompts {self.micro_batch_prompts} must divide "
                 f"mini_batch_prompts {self.mini_batch_prompts}"
             )
+        if self.updates >= 2**31:
+            raise ValueError(
+                f"steps {self.steps} of batch_prompts {self.batch_prompts} / mini_batch_prompts "
+                f"{self.mini_batch_prompts} updates are {self.updates}; the optimizer counts to "
+                f"{2**31 - 1}"
+            )
         return self
 
     @property

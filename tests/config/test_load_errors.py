@@ -212,3 +212,22 @@ def test_a_cycle_names_its_chain():
 def test_a_config_cannot_be_changed():
     with pytest.raises(ValueError, match="frozen"):
         Config().train.steps = 3
+
+
+class Numbers(Section):
+    count: int = Field(default=1, ge=1)
+    maybe: int | None = None
+    seed: int = Field(default=0, ge=0, le=2**63)
+    share: float | None = None
+
+
+@pytest.mark.parametrize("key", ["count", "maybe"])
+@pytest.mark.parametrize("value", [2**31, 2**63, 10**40])
+def test_integers_fit_the_devices(key, value):
+    with pytest.raises(InputError, match=rf"^override {key}={value}.*: must be -2147483648 to"):
+        load_config(Numbers, [], [f"{key}={value}"])
+    assert getattr(load_config(Numbers, [], [f"{key}={2**31 - 1}"]), key) == 2**31 - 1
+
+
+def test_a_field_may_bound_its_integers_itself():
+    assert load_config(Numbers, [], [f"seed={2**63}", "share=1e30"]).seed == 2**63
