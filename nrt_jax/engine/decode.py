@@ -121,9 +121,11 @@ def _draw(
 ) -> tuple[Int[Array, "B"], Sampled]:
     """A token for every slot, and whether it ends the sequence."""
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
-    token_B, logprob_B = sample(state.logits_BV, state.seen_BV, keys_B, state.sampling)
-    stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] | (state.generated_B + 1 >= state.limit_B)
+    logits_BV = _without_early_stops(state, decoding)
+    token_B, logprob_B = sample(logits_BV, state.seen_BV, keys_B, state.sampling)
+    stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] & ~state.sampling.ignores_eos_B
     stopped_B |= jnp.any(state.sampling.stop_ids == token_B[:, None], axis=1)
+    stopped_B |= state.generated_B + 1 >= state.limit_B
     i = sampled.steps
     if decoding.top_logprobs:
         top_ids, top_logprobs = most_probable(state.logits_BV, decoding.top_logprobs)
@@ -138,6 +140,22 @@ def _draw(
         done_B=sampled.done_B | (state.active_B & stopped_B),
         steps=i + 1,
     )
+
+
+def _without_early_stops(state: DecodeState, decoding: Decoding) -> Float[Array, "B V"]:
+    """The logits, -inf for stop tokens of sequences that have fewer tokens than min_tokens."""
+    sampling = state.sampling
+    early_B1 = (state.generated_B < sampling.min_tokens_B)[:, None]
+
+    def remove(logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
+        B, V = logits_BV.shape
+        is_stop_BV = jnp.asarray(decoding.is_stop_V)[None] & ~sampling.ignores_eos_B[:, None]
+        # A stop id of -1 stands for none; indices out of range are dropped.
+        own_ids = jnp.where(sampling.stop_ids < 0, V, sampling.stop_ids)
+        is_stop_BV = is_stop_BV.at[jnp.arange(B)[:, None], own_ids].set(True, mode="drop")
+        return jnp.where(early_B1 & is_stop_BV, -jnp.inf, logits_BV)
+
+    return jax.lax.cond(jnp.any(early_B1), remove, lambda logits_BV: logits_BV, state.logits_BV)
 
 
 def _run(

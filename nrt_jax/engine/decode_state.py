@@ -100,6 +100,8 @@ def slot_sampling(settings: Sequence[Sampling]) -> SlotSampling:
         min_p_B=column("min_p", np.float32),
         penalty_B=column("repetition_penalty", np.float32),
         stop_ids=stop_rows,
+        ignores_eos_B=column("ignores_eos", np.bool_),
+        min_tokens_B=column("min_tokens", np.int32),
     )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from nrt_jax.engine.engine import Engine
-from nrt_jax.engine.requests import Event, Request, check, first_sizes
+from nrt_jax.engine.requests import Event, Request, RequestFailed, check, first_sizes
 from nrt_jax.engine.scheduler import Scheduler
 from nrt_jax.types import SuffixLogprobs, Trace
 
@@ -74,13 +74,21 @@ def _run(
         for sample in range(request.num_samples)
     }
     while scheduler.busy:
-        for event in scheduler.step():
+        for event in _step(scheduler):
             events[event.ticket, event.sample].append(event)
     traces = [
         tuple(_trace(events[ticket, sample]) for sample in range(request.num_samples))
         for ticket, request in zip(tickets, requests, strict=True)
     ]
     return traces, (scheduler, tickets)
+
+
+def _step(scheduler: Scheduler) -> list[Event]:
+    """A step in which the failure of one request is that of all."""
+    try:
+        return scheduler.step()
+    except RequestFailed as failed:
+        raise failed.__cause__ or failed from None
 
 
 def _trace(events: Sequence[Event]) -> Trace:

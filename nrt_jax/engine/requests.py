@@ -7,19 +7,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from nrt_jax.engine.decode_state import bucket
+from nrt_jax.engine.decode_state import bucket, slot_sampling
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
 from nrt_jax.engine.prefill import Prefix
-from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling
+from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
 from nrt_jax.errors import InputError
 from nrt_jax.types import SuffixLogprobs
 
 SMALLEST_OWN_TOKENS = 32
 """Capacity of a slot for tokens of its own at first."""
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 class Request(NamedTuple):
@@ -54,6 +56,14 @@ class Event(NamedTuple):
     finished: Literal["stop", "length"] | None
 
 
+class RequestFailed(Exception):
+    """One request could not be prepared, from its cause; the others go on."""
+
+    def __init__(self, ticket: int):
+        super().__init__(f"the request with ticket {ticket} could not be prepared")
+        self.ticket = ticket
+
+
 @dataclass(eq=False)
 class Job:
     """A request in progress."""
@@ -65,6 +75,9 @@ class Job:
     lengths: Int[np.ndarray, "K"]
     """Tokens of each sample that the host has read."""
     stop_ids: frozenset[int]
+    """Tokens that end its sequences."""
+    sampling: SlotSampling
+    """Of as many samples as are inserted together."""
     started: int = 0
     running: int = 0
     prefix: Prefix | None = None
@@ -81,6 +94,32 @@ def first_sizes(engine: Engine, requests: Sequence[Request]) -> Sizes:
         -(-per_shard // samples) * engine.shards,
         bucket(longest),
         min(SMALLEST_OWN_TOKENS, engine.largest_sizes.own_tokens),
+    )
+
+
+def request_key(seed: int) -> Key[Array, ""]:
+    """The key of a seed of -2**63 to 2**63 - 1; jax alone would drop all but 32 bits of it."""
+    high, low = divmod(seed % 2**64, 2**32)
+    key = jax.random.key(np.uint32(low))
+    return jax.random.fold_in(key, np.uint32(high)) if high else key
+
+
+def make_job(engine: Engine, ticket: int, request: Request, key: Key[Array, ""]) -> Job:
+    """A request as what the engine's programs take, so that what cannot be converted fails here.
+
+    Raises InputError for a request beyond the engine's limits.
+    """
+    check(engine, request)
+    sampling = request.sampling
+    of_engine = frozenset() if sampling.ignores_eos else engine.stop_ids
+    return Job(
+        ticket,
+        request._replace(prompt_tokens=np.asarray(request.prompt_tokens, np.int32)),
+        key,
+        limits=request.limits_K,
+        lengths=np.zeros(request.num_samples, np.int32),
+        stop_ids=of_engine | sampling.stop_ids,
+        sampling=slot_sampling([sampling] * engine.num_samples),
     )
 
 
@@ -102,3 +141,10 @@ def check(engine: Engine, request: Request, name: str = "prompt") -> None:
         raise InputError(
             f"{name}: {len(request.sampling.stop_ids)} stop tokens; a request takes {MAX_STOP_IDS}"
         )
+    values = {"stream": request.stream, **request.sampling._asdict()}
+    for field in ("stream", "top_k", "min_tokens"):
+        if not 0 <= values[field] < 2**31:
+            raise InputError(f"{name}: {field} {values[field]}; it must be 0 to {2**31 - 1}")
+    for field in ("temperature", "top_p", "min_p", "repetition_penalty"):
+        if not abs(values[field]) <= LARGEST_FLOAT:  # NaN is not either
+            raise InputError(f"{name}: {field} {values[field]}; it must be a finite number")

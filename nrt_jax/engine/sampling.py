@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 BLOCK = 128
-MAX_STOP_IDS = 8
+MAX_STOP_IDS = 16
 
 
 class Sampling(NamedTuple):
@@ -27,7 +27,11 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
     """Logits of tokens seen before are divided by this if positive, else multiplied (CTRL)."""
     stop_ids: frozenset[int] = frozenset()
-    """Up to 8 tokens that end the sequence, in addition to those of the engine."""
+    """Up to 16 tokens that end the sequence, in addition to those of the engine."""
+    ignores_eos: bool = False
+    """Only `stop_ids` and the limit end the sequence, not the engine's stop tokens."""
+    min_tokens: int = 0
+    """No token that would end the sequence is drawn before this many others."""
 
 
 class SlotSampling(NamedTuple):
@@ -39,6 +43,8 @@ class SlotSampling(NamedTuple):
     min_p_B: Float[Array, "B"]
     penalty_B: Float[Array, "B"]
     stop_ids: Int[Array, "B stops"]
+    ignores_eos_B: Bool[Array, "B"]
+    min_tokens_B: Int[Array, "B"]
 
 
 def sample(

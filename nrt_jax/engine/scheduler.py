@@ -21,12 +21,19 @@ from nrt_jax.engine.decode_state import (
     padded,
     sample_keys,
     sizes_of,
-    slot_sampling,
 )
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
 from nrt_jax.engine.prefill import Prefix
-from nrt_jax.engine.requests import SMALLEST_OWN_TOKENS, Event, Job, Request, check, first_sizes
+from nrt_jax.engine.requests import (
+    SMALLEST_OWN_TOKENS,
+    Event,
+    Job,
+    Request,
+    RequestFailed,
+    first_sizes,
+    make_job,
+)
 from nrt_jax.engine.slot_table import Placement, SequenceId, SlotTable
 from nrt_jax.types import SuffixLogprobs
 
@@ -104,15 +111,7 @@ class Scheduler:
         Raises InputError for a prompt that is longer than the engine takes, for a limit that is not
         positive or exceeds the cache, and for more stop tokens than a slot can hold.
         """
-        check(self._engine, request)
-        job = Job(
-            self._tickets,
-            request,
-            key,
-            limits=request.limits_K,
-            lengths=np.zeros(request.num_samples, np.int32),
-            stop_ids=self._engine.stop_ids | request.sampling.stop_ids,
-        )
+        job = make_job(self._engine, self._tickets, request, key)
         self._tickets += 1
         if request.num_samples:
             self._waiting.append(job)
@@ -141,7 +140,11 @@ class Scheduler:
                 self._waiting.remove(job)
 
     def step(self) -> list[Event]:
-        """Start waiting sequences, dispatch decode steps, and read the previous dispatch."""
+        """Start waiting sequences, dispatch decode steps, and read the previous dispatch.
+
+        Raises RequestFailed for a request whose prompt cannot be run. It is dropped, and the next
+        step goes on with the others.
+        """
         self._fit_slots()
         self._fill()
         unread, self._unread = self._unread, None
@@ -167,7 +170,7 @@ class Scheduler:
         while self._waiting:
             job = self._waiting[0]
             placement = self._place(job)
-            if placement is None or not self._prefill(job):
+            if placement is None or not self._try_prefill(job):
                 return
             self._start(job, placement)
             if job.started == job.request.num_samples:
@@ -191,6 +194,15 @@ class Scheduler:
         self._table.grow_prompt_slots(prompts)
         self._state = self._engine.resize(self._state, sizes._replace(prompts=prompts))
         return True
+
+    def _try_prefill(self, job: Job) -> bool:
+        try:
+            return self._prefill(job)
+        except Exception as error:
+            # Nothing of it is in the decode state yet.
+            self._waiting.remove(job)
+            del self._jobs[job.ticket]
+            raise RequestFailed(job.ticket) from error
 
     def _prefill(self, job: Job) -> bool:
         """Run the prompt, or only its next part while others decode; return whether it is done."""
@@ -245,7 +257,7 @@ class Scheduler:
             prompt=placement.prompt_slot,
             key_K=sample_keys(job.key, request.stream, np.pad(sample_K, unused)),
             limit_K=np.pad(job.limits[sample_K], unused),
-            sampling=slot_sampling([request.sampling] * width),
+            sampling=job.sampling,
         )
 
     # Sizes

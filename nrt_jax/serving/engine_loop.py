@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from nrt_jax.engine.requests import Event, Request
+from nrt_jax.engine.requests import Event, Request, RequestFailed, request_key
 from nrt_jax.errors import InputError
 
 log = logging.getLogger(__name__)
@@ -209,10 +209,29 @@ class EngineLoop:
         scheduler = self._scheduler
         if scheduler is None:
             return
-        events = scheduler.step() if scheduler.busy else []
+        events: list[Event] = []
+        try:
+            events = scheduler.step() if scheduler.busy else []
+        except RequestFailed as failed:
+            self._end_failed(failed)
         # Before the events: a client with its last token must find its slot free.
         self.slots_in_use, self.waiting = scheduler.slots_in_use, scheduler.waiting
         self._fan_out(events)
+
+    def _end_failed(self, failed: RequestFailed) -> None:
+        """A request that cannot be prepared ends alone."""
+        generation, cause = self._running.get(failed.ticket), failed.__cause__
+        if generation is not None and isinstance(cause, Exception):
+            self._end(generation)
+            _post({generation: [self._failure(cause, generation)]})
+
+    def _failure(self, error: Exception, generation: Generation) -> Exception:
+        """What the request is told of an error in its preparation; the log has one of ours."""
+        if isinstance(error, InputError):
+            return error
+        log.error("request %s cannot be prepared", generation.request_id, exc_info=error)
+        self._on_failure()
+        return EngineFailed(type(error).__name__)
 
     def _handle(self, message: "_Submit | _Cancel | _ScorePrompt") -> None:
         match message:
@@ -231,10 +250,10 @@ class EngineLoop:
         if self._scheduler is None:
             self._scheduler = self._make_scheduler()
         try:
-            ticket = self._scheduler.submit(request, jax.random.key(seed))
-        except InputError as error:
+            ticket = self._scheduler.submit(request, request_key(seed))
+        except Exception as error:
             self._end(generation)
-            _post({generation: [error]})
+            _post({generation: [self._failure(error, generation)]})
             return
         self._tickets[generation], self._running[ticket] = ticket, generation
         self._copies_left[ticket] = set(range(request.num_samples))

@@ -33,7 +33,7 @@ BOTH = [
     ({"stop": ""}, "stop", "must be up to 4 texts, none of them empty"),
     ({"stop": [1]}, "stop.0", "must be a valid string"),
     ({"stop_token_ids": [9999]}, "stop_token_ids", "9999; token ids are 0 to 612"),
-    ({"stop_token_ids": list(range(9))}, "stop_token_ids", "must have at most 8 items"),
+    ({"stop_token_ids": list(range(17))}, "stop_token_ids", "must have at most 16 items"),
     ({"stream": "yes"}, "stream", "must be a valid boolean"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream=true"),
     ({"best_of": 2}, "best_of", "is not supported here; leave it out or make it n"),

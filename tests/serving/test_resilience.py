@@ -278,6 +278,43 @@ def test_a_prompt_that_cannot_be_scored_ends_alone(serving):
         assert live.complete("a", echo=True, logprobs=1, max_tokens=0).status == 200
 
 
+@pytest.mark.parametrize("where", ["submit", "prefill"])
+def test_a_request_that_cannot_be_prepared_ends_alone(serving, where, caplog):
+    """What is under way goes on in the same engine, and gets the same tokens."""
+    with serving() as live:
+        engine = live.api.engine
+        scheduler = engine._scheduler
+        owner = scheduler if where == "submit" else scheduler._engine
+        prepare = getattr(owner, where)
+        expected = live.complete("a", max_tokens=NEW).json["choices"]
+        gate = Gate(live)
+
+        def fails(*args, **arguments):
+            length = arguments.get("true_length") or len(args[0].prompt_tokens)
+            if length == 5:
+                raise OverflowError("Python integer out of bounds")
+            return prepare(*args, **arguments)
+
+        setattr(owner, where, fails)
+        try:
+            with ThreadPoolExecutor(3) as pool:
+                good = [pool.submit(live.complete, "a", max_tokens=NEW) for _ in range(2)]
+                wait_until(lambda: gate.steps == 1)
+                bad = pool.submit(live.complete, [5] * 5, max_tokens=NEW)
+                wait_until(lambda: engine._inbox.qsize() + len(engine._tickets) == 3)
+                gate.open()
+                answer = bad.result()
+                assert [one.result().json["choices"] for one in good] == [expected] * 2
+        finally:
+            setattr(owner, where, prepare)
+        assert answer.status == 500
+        assert answer.headers["x-request-id"] in answer.error["message"]
+        assert "OverflowError" in caplog.text
+        assert live.metric("nrt_engine_errors_total") == 1
+        assert engine._scheduler is scheduler
+        wait_until(lambda: idle(live))
+
+
 def test_draining(serving):
     with serving() as live:
         gate = Gate(live)

@@ -114,8 +114,8 @@ def test_limits(served):
 
 
 def test_too_many_stop_tokens(served):
-    with pytest.raises(InputError, match=r"rollout.stop_tokens: 9 tokens .* 8 are the most"):
-        with_rollout(served, stop_tokens=list("abcdefghi"))
+    with pytest.raises(InputError, match=r"rollout.stop_tokens: 17 tokens .* 16 are the most"):
+        with_rollout(served, stop_tokens=list("abcdefghijklmnopq"))
 
 
 def test_an_engine_decodes_as_the_run_does(served):
