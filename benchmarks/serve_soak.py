@@ -32,6 +32,7 @@ import numpy as np
 
 from nrt_jax.config.load import load_config
 from nrt_jax.config.serving import ServingConfig
+from nrt_jax.data.detokenizer import decode_after
 from nrt_jax.engine.generate import generate
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
@@ -198,7 +199,7 @@ class Pool:
         (traces,) = generate(self._engine, params, [request], key, steps=steps)
         return [
             (
-                self.served.tokenizer.decode(trace.tokens),
+                decode_after(self.served.tokenizer, tokens, trace.tokens),
                 "length" if trace.end_token is None else "stop",
                 trace.tokens.tolist(),
             )

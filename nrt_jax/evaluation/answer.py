@@ -10,6 +10,7 @@ from nrt_jax.checkpoints.open import OpenModel, open_model
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.bad_rows import BadRow
+from nrt_jax.data.detokenizer import decode_after
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import end_name, make_answerer
@@ -44,13 +45,14 @@ def answer_prompts(
         answers = _answer_tokens(rows, prompts, references)
         answered, scores = answerer.answer_and_score(opened.params, tokens, answers, key)
         scored = _score_lines(scores, opened.config.objective)
-    for prompt, (trace, answer), score in zip(prompts, answered, scored, strict=True):
+    tokenizer, written = opened.tokenizer, zip(prompts, tokens, answered, scored, strict=True)
+    for prompt, before, (trace, answer), score in written:
         lines = [f"prompt  {prompt}"]
         if trace is not None:
-            text = opened.tokenizer.decode(trace.tokens.tolist())
-            end = end_name(opened.tokenizer, trace)
+            text, end = decode_after(tokenizer, before, trace.tokens), end_name(tokenizer, trace)
             lines.append(f"trace   {text}   [{len(trace.tokens)} tokens, ended by {end}]")
-        lines.append(f"answer  {opened.tokenizer.decode(answer.tokens.tolist())}")
+            before = np.concatenate([before, trace.tokens, [tokenizer.think_end_id]])
+        lines.append(f"answer  {decode_after(tokenizer, before, answer.tokens)}")
         yield "\n".join(lines if score is None else [*lines, score])
 
 
