@@ -64,19 +64,22 @@ class RowTokenizer:
 
     def of_question(self, question: str, *, opened: bool = False) -> np.ndarray:
         """x for a question, int32, or what its trace follows; BadRow when no row may have it."""
-        return self._of_prompt(self._fields(question, "any"), question, opened)
+        rendered = self._render_fields(self._fields(question, "any"))
+        return self._of_prompt(rendered, question, opened)
 
     def of_messages(
         self, messages: Sequence[dict[str, str]], *, opened: bool = False
     ) -> np.ndarray:
-        """As `of_question` for the turns before an answer.
+        """As `of_question` for the turns of a conversation before an answer.
 
-        Without a chat template there must be one turn, of the user.
+        Its turns need not be those that a row may have: an earlier answer may be empty. Raises
+        BadRow for what the template refuses or the vocabulary cannot spell. Without a chat template
+        there must be one turn, of the user.
         """
         if self._template.is_chat:
-            turns = [*messages, {"role": "assistant", "content": "any"}]
-            contents = "".join(str(turn.get("content", "")) for turn in messages)
-            return self._of_prompt({self._config.messages_field: turns}, contents, opened)
+            rendered = Rendered(self._template.chat(list(messages)), "any")
+            contents = "".join(turn["content"] for turn in messages)
+            return self._of_prompt(rendered, contents, opened)
         if len(messages) != 1 or messages[0]["role"] != "user":
             raise BadRow(
                 "not one question",
@@ -85,8 +88,7 @@ class RowTokenizer:
             )
         return self.of_question(messages[0]["content"], opened=opened)
 
-    def _of_prompt(self, fields: dict, shown: str, opened: bool) -> np.ndarray:
-        rendered = self._render_fields(fields)
+    def _of_prompt(self, rendered: Rendered, shown: str, opened: bool) -> np.ndarray:
         (ids,) = self._encode([rendered])
         self._check_controls(rendered, ids)
         prompt, after_start = self._prompt(rendered, ids)

@@ -32,13 +32,11 @@ from nrt_jax.serving.http_exchange import (
 from nrt_jax.serving.metrics import Metrics
 from nrt_jax.serving.protocol import (
     ApiError,
-    ChatRequest,
-    CompletionRequest,
     JsonResponse,
     dump,
     error_response,
-    parse,
 )
+from nrt_jax.serving.request_fields import ChatRequest, CompletionRequest, parse
 from nrt_jax.serving.served_model import ServedModel
 
 log = logging.getLogger(__name__)

@@ -15,10 +15,12 @@ import numpy as np
 from nrt_jax.engine.requests import Request
 from nrt_jax.errors import InputError
 from nrt_jax.serving.call import Call, merge
+from nrt_jax.serving.conversation import read_turns
 from nrt_jax.serving.detokenize import Piece, TextWriter, join
 from nrt_jax.serving.engine_loop import Generation
 from nrt_jax.serving.logprobs import TokenLogprob, chat_logprobs
-from nrt_jax.serving.protocol import ChatMessage, ChatRequest, bad_request, usage
+from nrt_jax.serving.protocol import bad_request, usage
+from nrt_jax.serving.request_fields import ChatRequest
 from nrt_jax.serving.served_model import ServedModel
 
 FIELDS = {"trace": "reasoning_content", "answer": "content"}
@@ -54,12 +56,14 @@ class Chat:
         if body.top_logprobs and not body.logprobs:
             raise bad_request("top_logprobs", "needs logprobs=true")
         body.check_stop_ids(served.vocab_size)
+        body.check_template_kwargs(served.reasons)
         prompt = _prompt(served, body.messages)
         most = served.limits.new - (2 if served.reasons else 0)
         trace = _at_most(body, "max_reasoning_tokens", served.limits.trace)
-        if body.max_completion_tokens is not None:
-            return cls(served, body, prompt, trace, _at_most(body, "max_completion_tokens", most))
-        return cls(served, body, prompt, trace, _at_most(body, "max_tokens", most))
+        given = body.max_completion_tokens is not None
+        limit = _at_most(body, "max_completion_tokens" if given else "max_tokens", most)
+        body.check_min_tokens(limit)
+        return cls(served, body, prompt, trace, limit)
 
     @property
     def prompt_tokens(self) -> int:
@@ -103,10 +107,12 @@ class Chat:
         n, limit = self.body.n, min(self.trace_limit or self.limit, self.limit)
         sampling = self.body.sampling
         if self.served.reasons:
-            # The client's stop tokens are for the answer.
-            sampling = sampling._replace(stop_ids=self.served.trace_stop_ids)
+            # What the client says of an end is for the answer.
+            sampling = sampling._replace(
+                stop_ids=self.served.trace_stop_ids, ignores_eos=False, min_tokens=0
+            )
         request = Request(self.prompt, 0, n, limit, sampling)
-        first = call.submit(request, self.body.seed)
+        first = call.submit(request, self.body.drawn_seed)
         choices = [self._of_choice(call, first, copy) for copy in range(n)]
         async with aclosing(merge(choices)) as merged:
             async for item in merged:
@@ -117,12 +123,12 @@ class Chat:
     ) -> AsyncGenerator[Part, None]:
         tokenizer = self.served.tokenizer
         if not self.served.reasons:
-            writer = TextWriter(tokenizer, self.body.stops)
+            writer = TextWriter(tokenizer, self.body.shown, prompt=self.prompt)
             async for piece in call.pieces(first, copy, writer):
                 yield Part("answer", piece)
             return
         pieces = []
-        async for piece in call.pieces(first, copy, TextWriter(tokenizer)):
+        async for piece in call.pieces(first, copy, TextWriter(tokenizer, prompt=self.prompt)):
             pieces.append(piece)
             yield Part("trace", piece)
         trace = join(pieces)
@@ -132,10 +138,11 @@ class Chat:
             yield Part("answer", Piece("", (), trace.tokens[:0], 0, "length"))
             return
         closed = np.concatenate([self.prompt, trace.tokens, [tokenizer.think_end_id]])
+        writer = TextWriter(tokenizer, self.body.shown, prompt=closed)
         # Another stream: the answer must not be sampled with the noise of the trace.
         request = Request(closed.astype(np.int32), 1 + copy, 1, limit, self.body.sampling)
-        second = call.submit(request, self.body.seed)
-        async for piece in call.pieces(second, 0, TextWriter(tokenizer, self.body.stops)):
+        second = call.submit(request, self.body.drawn_seed)
+        async for piece in call.pieces(second, 0, writer):
             yield Part("answer", piece)
 
     def _choice(self, index: int, parts: Sequence[Part]) -> dict[str, Any]:
@@ -180,8 +187,8 @@ class Chat:
         return usage(len(self.prompt), sampled) | details
 
 
-def _prompt(served: ServedModel, messages: Sequence[ChatMessage]) -> np.ndarray:
-    turns = [_turn(index, message) for index, message in enumerate(messages)]
+def _prompt(served: ServedModel, messages: Sequence[Any]) -> np.ndarray:
+    turns = read_turns(messages)
     try:
         prompt = served.chat_prompt(turns, opened=served.reasons)
     except InputError as error:
@@ -193,18 +200,6 @@ def _prompt(served: ServedModel, messages: Sequence[ChatMessage]) -> np.ndarray:
             "messages", f"prompt 0 has {length} tokens; {served.limits.prompt} are the most"
         )
     return prompt
-
-
-def _turn(index: int, message: ChatMessage) -> dict[str, str]:
-    role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    texts = []
-    for part in message.content:
-        if part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise bad_request(f"messages.{index}.content", "has a part that is no text; send texts")
-        texts.append(part["text"])
-    return {"role": role, "content": "".join(texts)}
 
 
 def _at_most(body: ChatRequest, name: str, most: int) -> int:

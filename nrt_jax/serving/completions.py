@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nrt_jax.data.detokenizer import REPLACEMENT
 from nrt_jax.engine.requests import Request
 from nrt_jax.errors import InputError
 from nrt_jax.serving.call import Call, merge
 from nrt_jax.serving.detokenize import Piece, TextWriter, join, prompt_offsets
 from nrt_jax.serving.logprobs import TokenLogprob, completion_logprobs, prompt_logprobs
-from nrt_jax.serving.protocol import CompletionRequest, bad_request, usage
+from nrt_jax.serving.protocol import bad_request, usage
+from nrt_jax.serving.request_fields import CompletionRequest
 from nrt_jax.serving.served_model import ServedModel
 
 DEFAULT_MAX_TOKENS = 16
@@ -83,10 +85,14 @@ class Completion:
         streams = []
         for index, (prompt, echo) in enumerate(zip(self.prompts, echoes, strict=True)):
             request = Request(prompt.tokens, index, n, prompt.limit, self.body.sampling)
-            generation = call.submit(request, self.body.seed) if prompt.limit else None
+            generation = call.submit(request, self.body.drawn_seed) if prompt.limit else None
             for copy in range(n):
                 writer = TextWriter(
-                    self.served.tokenizer, self.body.stops, len(echo.text) if echo else 0
+                    self.served.tokenizer,
+                    self.body.shown,
+                    len(echo.text) if echo else 0,
+                    prompt=prompt.tokens,
+                    mends=self._mends(prompt),
                 )
                 written = call.pieces(generation, copy, writer) if generation else None
                 streams.append(_after(echo, written))
@@ -98,14 +104,19 @@ class Completion:
         """The prompt as the first piece of its answers, with logprobs if they are asked for."""
         if not self.body.echo:
             return None
-        ids = prompt.tokens.tolist()
-        text, offsets = prompt_offsets(self.served.tokenizer, ids)
+        tokenizer, ids = self.served.tokenizer, prompt.tokens.tolist()
+        text, offsets = prompt_offsets(tokenizer, ids, prompt.text)
         logprobs: tuple[TokenLogprob, ...] = ()
         if self.body.logprobs is not None:
             scored = await call.score(prompt.tokens) if len(ids) > 1 else None
-            logprobs = prompt_logprobs(ids, offsets, scored)
-        text = text if prompt.text is None else prompt.text
+            logprobs = prompt_logprobs(ids, offsets, scored, tokenizer.bos_id)
+        if prompt.limit and self._mends(prompt):
+            text = text.rstrip(REPLACEMENT)
         return Piece(text, logprobs, prompt.tokens[:0], 0, None if prompt.limit else "length")
+
+    def _mends(self, prompt: Prompt) -> bool:
+        """Whether a character that the prompt does not complete is part of the answer's text."""
+        return self.body.echo and prompt.text is None
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any]:
         top, logprobs = self.body.logprobs, None
@@ -153,7 +164,7 @@ def _read_prompts(served: ServedModel, body: CompletionRequest, most: int) -> li
         raise bad_request("prompt", "must be a text, token ids, or a list of one of these")
     if len(value) > most:
         raise bad_request("prompt", f"{len(value)} prompts; with this n {most} are the most")
-    tokens = [_prompt_tokens(served, index, item) for index, item in enumerate(value)]
+    tokens = [_prompt_tokens(served, body, index, item) for index, item in enumerate(value)]
     return [
         Prompt(
             tokens=ids,
@@ -169,9 +180,11 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(item) is int for item in value)
 
 
-def _prompt_tokens(served: ServedModel, index: int, value: Any) -> np.ndarray:
+def _prompt_tokens(
+    served: ServedModel, body: CompletionRequest, index: int, value: Any
+) -> np.ndarray:
     if isinstance(value, str):
-        return _text_tokens(served, index, value)
+        return _text_tokens(served, index, value, adds_bos=body.add_special_tokens)
     if not _is_ids(value):
         raise bad_request(
             "prompt", f"prompt {index} must be a text or a list of one or more token ids"
@@ -183,9 +196,9 @@ def _prompt_tokens(served: ServedModel, index: int, value: Any) -> np.ndarray:
     return np.array(value, np.int32)
 
 
-def _text_tokens(served: ServedModel, index: int, text: str) -> np.ndarray:
+def _text_tokens(served: ServedModel, index: int, text: str, *, adds_bos: bool) -> np.ndarray:
     try:
-        tokens = served.text_prompt(text)
+        tokens = served.text_prompt(text, adds_bos=adds_bos)
     except InputError as error:
         raise bad_request("prompt", f"prompt {index} {error}") from None
     if not len(tokens):
@@ -201,11 +214,12 @@ def _limit(served: ServedModel, body: CompletionRequest, index: int, length: int
         most = limits.context - (body.max_tokens != 0)
         raise bad_request("prompt", f"prompt {index} has {length} tokens; {most} is the most")
     most = min(limits.new, left)
-    if body.max_tokens is None:
-        return min(DEFAULT_MAX_TOKENS, most)
-    if body.max_tokens > most:
+    limit = min(DEFAULT_MAX_TOKENS, most) if body.max_tokens is None else body.max_tokens
+    if limit > most:
         raise bad_request(
             "max_tokens",
             f"{body.max_tokens}; after the {length} tokens of prompt {index} {most} are the most",
         )
-    return body.max_tokens
+    if limit:
+        body.check_min_tokens(limit)
+    return limit

@@ -21,9 +21,9 @@ import grpc
 import jax
 import numpy as np
 
+from nrt_jax.data.detokenizer import Detokenizer
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.errors import InputError
-from nrt_jax.serving.detokenize import Detokenizer
 from nrt_jax.serving.engine_loop import EngineFailed, new_id
 from nrt_jax.serving.jetstream import (
     STOP_S,
@@ -121,7 +121,9 @@ class _Service(orchestrator.LLMOrchestrator):
         request_id = new_id("grpc")
         try:
             self._drivers.place_request_on_prefill_queue(active)
-            async for response in self._responses(channel, request.HasField("text_content")):
+            written = Detokenizer(self._served.tokenizer, tokens)
+            as_text = request.HasField("text_content")
+            async for response in self._responses(channel, written if as_text else None):
                 yield response
         except queue.Full:
             await context.abort(
@@ -138,20 +140,20 @@ class _Service(orchestrator.LLMOrchestrator):
         finally:
             self._drivers.release(active)
 
-    async def _responses(self, channel: Any, as_text: bool) -> AsyncIterator[Any]:
-        """A message for every token that completes a character, or for every token."""
-        detokenizer, held = Detokenizer(self._served.tokenizer), []
+    async def _responses(self, channel: Any, detokenizer: Detokenizer | None) -> AsyncIterator[Any]:
+        """A message for every token that settles text, or without text for every token."""
+        held: list[int] = []
         async for drawn in channel:
             for token, _ in drawn:
                 if token in self._served.tokenizer.special_ids:
                     continue
                 held.append(token)
-                text = detokenizer.feed(token) if as_text else ""
-                if text or not as_text:
+                text = "" if detokenizer is None else detokenizer.feed(token)
+                if text or detokenizer is None:
                     yield _response(text, held)
                     held = []
         if held:
-            yield _response(detokenizer.flush(), held)
+            yield _response("" if detokenizer is None else detokenizer.flush(), held)
 
     def _prompt(self, request: Any) -> np.ndarray:
         """Ids of the prompt; InputError when the prompt or max_tokens cannot be served."""

@@ -1,13 +1,11 @@
 """Logprobs as the two kinds of completion list them, and the texts of single tokens."""
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from nrt_jax.data.detokenizer import BYTE_NAME, REPLACEMENT
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.serving.engine_loop import PromptLogprobs
-
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class TokenLogprob(NamedTuple):
@@ -20,6 +18,8 @@ class TokenLogprob(NamedTuple):
     """The most probable tokens at this position, with their logprobs."""
     offset: int
     """Where the token's text begins, in characters."""
+    begins: bool = False
+    """Whether it is the first of a text, where some tokenizers trim its space."""
 
 
 class TokenTexts:
@@ -36,6 +36,14 @@ class TokenTexts:
     def __getitem__(self, token: int) -> str:
         """The token's text; special tokens by name, parts of a character as `bytes:\\xe2`."""
         return self._find(token)[0]
+
+    def first(self, token: int) -> str:
+        """The token's text where it is the first of a text."""
+        text = self[token]
+        if token in self._tokenizer.special_ids or token >= self._tokenizer.vocab_size:
+            return text
+        alone = self._tokenizer.decode([token])
+        return text if REPLACEMENT in alone else alone
 
     def in_bytes(self, token: int) -> list[int] | None:
         """The bytes of the token's text; None for a part of a character that is not known."""
@@ -75,7 +83,7 @@ def bytes_of(name: str) -> bytes | None:
     `<0xE2>` is a byte of a sentencepiece vocabulary. A byte-level vocabulary has one character per
     byte: the byte's own if it is printable, otherwise the next one from U+0100 on.
     """
-    if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+    if BYTE_NAME.fullmatch(name):
         return bytes([int(name[3:5], 16)])
     if any(character not in _BYTES for character in name):
         return None
@@ -95,17 +103,20 @@ def completion_logprobs(
     texts: TokenTexts, logprobs: Sequence[TokenLogprob], top: int
 ) -> dict[str, list[Any]]:
     """Four lists with one entry per token; `top_logprobs` includes the token itself."""
+    tokens: list[str] = []
     tops: list[dict[str, float] | None] = []
     for each in logprobs:
+        text_of = texts.first if each.begins else texts.__getitem__
+        tokens.append(text_of(each.token))
         if each.logprob is None:
             tops.append(None)
             continue
-        entry = {texts[each.token]: _finite(each.logprob)}
+        entry = {tokens[-1]: _finite(each.logprob)}
         for token, logprob in each.top[:top]:
-            entry.setdefault(texts[token], logprob)
+            entry.setdefault(text_of(token), logprob)
         tops.append(entry)
     return {
-        "tokens": [texts[each.token] for each in logprobs],
+        "tokens": tokens,
         "token_logprobs": [
             None if each.logprob is None else _finite(each.logprob) for each in logprobs
         ],
@@ -139,22 +150,24 @@ def _chat_entry(texts: TokenTexts, token: int, logprob: float) -> dict[str, Any]
 
 
 def prompt_logprobs(
-    ids: list[int], offsets: list[int], scored: PromptLogprobs | None
+    ids: list[int], offsets: list[int], scored: PromptLogprobs | None, bos_id: int | None
 ) -> tuple[TokenLogprob, ...]:
     """The entries of a prompt's tokens; `scored` is None for a prompt of one token."""
-    first = TokenLogprob(ids[0], None, (), offsets[0])
+    unscored = TokenLogprob(ids[0], None, (), offsets[0])
     if scored is None:
-        return (first,)
-    rows = zip(
-        ids[1:],
-        scored.logprobs.tolist(),
-        scored.top_ids.tolist(),
-        scored.top_logprobs.tolist(),
-        offsets[1:],
-        strict=True,
-    )
-    rest = (
-        TokenLogprob(token, logprob, tuple(zip(top, top_logprobs, strict=True)), offset)
-        for token, logprob, top, top_logprobs, offset in rows
-    )
-    return (first, *rest)
+        entries = [unscored]
+    else:
+        rows = zip(
+            ids[1:],
+            scored.logprobs.tolist(),
+            scored.top_ids.tolist(),
+            scored.top_logprobs.tolist(),
+            offsets[1:],
+            strict=True,
+        )
+        entries = [unscored] + [
+            TokenLogprob(token, logprob, tuple(zip(top, top_logprobs, strict=True)), offset)
+            for token, logprob, top, top_logprobs, offset in rows
+        ]
+    first = int(ids[0] == bos_id)
+    return tuple(each._replace(begins=i == first) for i, each in enumerate(entries))

@@ -64,7 +64,7 @@ class ServedModel:
         """Token ids of requests are below this."""
         return self.opened.vocab_size
 
-    def text_prompt(self, text: str) -> np.ndarray:
+    def text_prompt(self, text: str, *, adds_bos: bool = True) -> np.ndarray:
         """Ids of a plain text, int32, with the beginning-of-sequence token if prompts have one.
 
         Raises InputError for a text that the tokenizer cannot spell, or that spells a control
@@ -74,20 +74,20 @@ class ServedModel:
         if self.tokenizer.unk_id in ids:
             raise InputError("has characters that the tokenizer cannot spell; leave them out")
         bos = self.tokenizer.bos_id
-        starts = bos is not None and self.opened.config.data.add_bos
+        starts = adds_bos and bos is not None and self.opened.config.data.add_bos
         return np.array([bos, *ids] if starts else ids, np.int32)
 
     def chat_prompt(
         self, messages: Sequence[dict[str, str]], *, opened: bool = False
     ) -> np.ndarray:
-        """x of a conversation as training builds it, int32; InputError for a bad row.
+        """x of a conversation as training builds it, int32; with `opened` x t_start.
 
-        With `opened` it is what a trace follows: x t_start.
+        Raises InputError for what the template refuses, and for a text that cannot be a prompt.
         """
         try:
             return self.rows.of_messages(messages, opened=opened)
         except BadRow as bad:
-            raise InputError(bad.detail) from bad
+            raise InputError(bad.detail.replace("refuses the row", "refuses them")) from bad
 
     def engine(self, slots: int, top_logprobs: int = 0) -> Engine:
         """An engine for prompts and texts of these limits."""

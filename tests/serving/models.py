@@ -31,11 +31,11 @@ SLOTS, DECODE_STEPS = 4, 4
 """Of all engines, so that few programs are compiled."""
 
 
-def make_opened(folder: Path, method: str = "nrt") -> OpenModel:
+def make_opened(folder: Path, method: str = "nrt", kind: str = "llama3") -> OpenModel:
     """Nothing was trained: its weights are drawn, so that what it writes is hard to guess."""
-    directory = write_made_tokenizer("llama3", folder / "tokenizer")
+    directory = write_made_tokenizer(kind, folder / "tokenizer")
     template = folder / "template.jinja"
-    template.write_text(TEMPLATES["llama3"])
+    template.write_text(TEMPLATES["llama3" if kind == "llama3" else "mistral"])
     tokenizer = Tokenizer.load(directory)
     architecture = small(vocab_size=tokenizer.vocab_size)
     config = RunConfig.model_validate(
@@ -53,7 +53,7 @@ def make_opened(folder: Path, method: str = "nrt") -> OpenModel:
             "rollout": {
                 "max_trace_tokens": TRACE,
                 "max_response_tokens": NEW,
-                "stop_tokens": list(TRACE_STOPS),
+                "stop_tokens": list(TRACE_STOPS) if kind == "llama3" else [],
             },
         }
     )
@@ -69,9 +69,11 @@ def make_opened(folder: Path, method: str = "nrt") -> OpenModel:
     )
 
 
-def make_served(folder: Path, method: str = "nrt", **settings: Any) -> ServedModel:
+def make_served(
+    folder: Path, method: str = "nrt", kind: str = "llama3", **settings: Any
+) -> ServedModel:
     """The model by the name "tiny"."""
-    return serve_model(make_opened(folder, method), ServingConfig(**settings))
+    return serve_model(make_opened(folder, method, kind), ServingConfig(**settings))
 
 
 class Reference:

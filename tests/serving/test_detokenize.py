@@ -8,11 +8,12 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nrt_jax.data.detokenizer import REPLACEMENT
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.requests import Event
-from nrt_jax.serving.detokenize import Detokenizer, Piece, TextWriter, prompt_offsets
-from nrt_jax.serving.logprobs import REPLACEMENT, TokenTexts, bytes_of
-from tests.data.made_tokenizers import KINDS, MULTILINGUAL, write_made_tokenizer
+from nrt_jax.serving.detokenize import Piece, Shown, TextWriter, prompt_offsets
+from nrt_jax.serving.logprobs import TokenTexts, bytes_of, prompt_logprobs
+from tests.data.made_tokenizers import KINDS, MULTILINGUAL, save, write_made_tokenizer
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -53,35 +54,13 @@ def pieces_of(text: list[int], cuts: list[int], writer: TextWriter, end="length"
     return pieces
 
 
-@pytest.mark.parametrize("text", MULTILINGUAL)
-def test_pieces_of_a_text_are_whole_characters(tokenizer, text):
-    tokens = tokenizer.encode(text)
-    detokenizer = Detokenizer(tokenizer)
-    pieces = [detokenizer.feed(token) for token in tokens]
-    assert not any(REPLACEMENT in piece for piece in pieces)
-    assert "".join(pieces) + detokenizer.flush() == tokenizer.decode(tokens)
-
-
-@given(data=st.data())
-def test_any_bytes(byte_level, data):
-    """What a model draws need be no text: it decodes as a whole would."""
-    ordinary = st.integers(0, byte_level.vocab_size - 1).filter(
-        lambda token: token not in byte_level.special_ids
-    )
-    tokens = data.draw(st.lists(ordinary, max_size=30))
-    detokenizer = Detokenizer(byte_level)
-    pieces = [detokenizer.feed(token) for token in tokens]
-    assert not any(piece.endswith(REPLACEMENT) for piece in pieces)
-    assert "".join(pieces) + detokenizer.flush() == byte_level.decode(tokens)
-
-
 TEXT = st.text(alphabet="abü€ ", min_size=1, max_size=24)
 
 
 @given(text=TEXT, stops=st.lists(st.text(alphabet="abü€ ", min_size=1, max_size=4), max_size=4))
 def test_a_text_ends_before_the_first_stop_text(byte_level, text, stops):
     tokens = byte_level.encode(text)
-    (whole,) = pieces_of(tokens, [], TextWriter(byte_level, stops))
+    (whole,) = pieces_of(tokens, [], TextWriter(byte_level, Shown(tuple(stops))))
     # Tokens come one at a time: the text at hand is searched after each.
     ends = [byte_level.decode(tokens[: n + 1]) for n in range(len(tokens))]
     shown = [t.rstrip(REPLACEMENT) for t in ends]
@@ -99,8 +78,8 @@ def test_a_text_ends_before_the_first_stop_text(byte_level, text, stops):
 )
 def test_pieces_do_not_depend_on_how_tokens_come(byte_level, text, stops, cuts, end):
     tokens = byte_level.encode(text) + ([byte_level.eos_id] if end == "stop" else [])
-    (whole,) = pieces_of(tokens, [], TextWriter(byte_level, stops), end)
-    parts = pieces_of(tokens, cuts, TextWriter(byte_level, stops), end)
+    (whole,) = pieces_of(tokens, [], TextWriter(byte_level, Shown(tuple(stops))), end)
+    parts = pieces_of(tokens, cuts, TextWriter(byte_level, Shown(tuple(stops))), end)
     assert "".join(part.text for part in parts) == whole.text
     joined = [(each.token, each.offset) for part in parts for each in part.logprobs]
     assert joined == [(each.token, each.offset) for each in whole.logprobs]
@@ -116,7 +95,7 @@ def test_pieces_do_not_depend_on_how_tokens_come(byte_level, text, stops, cuts, 
 def test_a_stop_text_that_begins_like_itself(byte_level, stop, text, shown):
     """As much is held back as may begin the stop text: both letters of "aa", for "aab"."""
     tokens = [byte_level.find(letter) for letter in text]
-    writer = TextWriter(byte_level, [stop])
+    writer = TextWriter(byte_level, Shown((stop,)))
     pieces = pieces_of(tokens, list(range(len(tokens))), writer)
     assert "".join(piece.text for piece in pieces) == shown
     assert pieces[-1].finish == ("stop" if stop in text else "length")
@@ -151,6 +130,77 @@ def test_what_cannot_be_drawn_is_no_alternative(byte_level):
     assert only.top == ((tokens[0], -0.5),)
 
 
+def test_a_text_after_a_prompt_keeps_its_first_space(tokenizer):
+    """Whole and in pieces, with offsets that point at what the tokens are."""
+    prompt, tokens = tokenizer.encode("Die"), tokenizer.encode("a Straße a")
+    whole = tokenizer.fast.decode(prompt + tokens)
+    echo, _ = prompt_offsets(tokenizer, prompt, "Die")
+    writer = TextWriter(tokenizer, offset=len(echo), prompt=prompt)
+    pieces = pieces_of(tokens, list(range(len(tokens))), writer)
+    assert echo + "".join(piece.text for piece in pieces) == whole
+    texts = TokenTexts(tokenizer)
+    for each in (logprob for piece in pieces for logprob in piece.logprobs):
+        if not texts[each.token].startswith("bytes:"):
+            assert whole[each.offset :].startswith(texts[each.token])
+
+
+def test_a_character_that_the_prompt_begins(byte_level):
+    """It is the text's if the tokens complete it, and an echo of ids does not show half of it."""
+    euro = byte_level.encode("€")
+    assert len(euro) > 1
+    prompt, tokens = [*byte_level.encode("a"), *euro[:1]], [*euro[1:], *byte_level.encode("b")]
+    (plain,) = pieces_of(tokens, [], TextWriter(byte_level, prompt=prompt))
+    assert plain.text == "€b"
+    (mended,) = pieces_of(tokens, [], TextWriter(byte_level, prompt=prompt, mends=True))
+    assert mended.text == "€b"
+    other = byte_level.encode("b")
+    (plain,) = pieces_of(other, [], TextWriter(byte_level, prompt=prompt))
+    assert plain.text == "b"
+    (mended,) = pieces_of(other, [], TextWriter(byte_level, prompt=prompt, mends=True))
+    assert mended.text == REPLACEMENT + "b"
+
+
+def test_a_stop_text_that_begins_with_the_first_space(tokenizer):
+    prompt, tokens = tokenizer.encode("Die"), tokenizer.encode("a Straße")
+    text = tokenizer.fast.decode(prompt + tokens)[len("Die") :]
+    writer = TextWriter(tokenizer, Shown((text[:2],)), prompt=prompt)
+    assert pieces_of(tokens, list(range(len(tokens))), writer)[-1].finish == "stop"
+
+
+@pytest.mark.parametrize(
+    ("shown", "text"),
+    [
+        (Shown(("b",)), "a"),
+        (Shown(("b",), keeps_stop=True), "ab"),
+        (Shown(("bc",), min_tokens=1), "a"),
+        (Shown(("b",), min_tokens=2), "abca"),
+        (Shown(("b",), min_tokens=5), "abcab"),
+        (Shown(("x",), skips_special=False), "abcab"),
+        (Shown(("x",), keeps_stop=True), "abcab"),
+        (Shown(("x",), keeps_stop=True, skips_special=False), "abcab<|eot_id|>"),
+    ],
+)
+def test_what_is_shown_at_the_end(byte_level, shown, text):
+    tokens = [byte_level.find(letter) for letter in "abcab"] + [byte_level.eos_id]
+    (whole,) = pieces_of(tokens, [], TextWriter(byte_level, shown), "stop")
+    pieces = pieces_of(tokens, list(range(len(tokens))), TextWriter(byte_level, shown), "stop")
+    assert whole.text == "".join(piece.text for piece in pieces) == text
+    assert whole.finish == pieces[-1].finish == "stop"
+    offsets = [each.offset for piece in pieces for each in piece.logprobs]
+    assert offsets == [each.offset for each in whole.logprobs]
+
+
+def test_special_tokens_in_a_text(byte_level):
+    """After ignore_eos they are in the middle."""
+    tokens = [*byte_level.encode("a"), byte_level.eos_id, *byte_level.encode("b")]
+    (hidden,) = pieces_of(tokens, [], TextWriter(byte_level))
+    assert hidden.text == "ab"
+    assert [each.offset for each in hidden.logprobs] == [0, 1, 1]
+    (shown,) = pieces_of(tokens, [], TextWriter(byte_level, Shown(skips_special=False)))
+    assert shown.text == "a<|eot_id|>b"
+    assert [each.offset for each in shown.logprobs] == [0, 1, 1 + len("<|eot_id|>")]
+
+
 def test_prompt_offsets(byte_level):
     text = "Die Straße 🙂"
     ids = byte_level.encode(text)
@@ -165,6 +215,31 @@ def test_prompt_offsets(byte_level):
     assert offsets[1:] == begun
     inside, _ = prompt_offsets(byte_level, [*ids, byte_level.think_start_id])
     assert inside == text + "<|think_start|>"
+
+
+def test_offsets_of_a_prompt_that_the_tokenizer_normalises(tmp_path):
+    """They are places in the text that was sent, which is what an echo shows."""
+    words = {word: i for i, word in enumerate(["[UNK]", "[S]", "a", "##b", "c", ".", *"defg"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordPiece(words, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece()
+    backend.add_special_tokens(["[UNK]", "[S]"])
+    roles = {"bos_token": "[S]", "eos_token": "[S]", "unk_token": "[UNK]"}
+    tokenizer = Tokenizer.load(save(backend, tmp_path / "t", **roles))
+    text = "AB  C ."
+    ids = [tokenizer.bos_id, *tokenizer.encode(text)]
+    assert prompt_offsets(tokenizer, ids, text) == (text, [0, 0, 1, 4, 6])
+    assert prompt_offsets(tokenizer, ids) == ("ab c.", [0, 0, 1, 2, 4])
+
+
+def test_the_first_token_of_an_echo_has_the_text_that_begins_it(tokenizer):
+    ids = [tokenizer.bos_id, *tokenizer.encode("Die Straße")]
+    text, offsets = prompt_offsets(tokenizer, ids, "Die Straße")
+    entries = prompt_logprobs(ids, offsets, None, tokenizer.bos_id)
+    assert [entry.begins for entry in entries] == [False]
+    texts = TokenTexts(tokenizer)
+    assert text.startswith(texts.first(ids[1]))
 
 
 # --- single tokens --------------------------------------------------------------------------------

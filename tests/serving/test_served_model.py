@@ -11,7 +11,8 @@ from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.serving.chat import Chat
-from nrt_jax.serving.protocol import ApiError, ChatMessage, ChatRequest
+from nrt_jax.serving.protocol import ApiError
+from nrt_jax.serving.request_fields import ChatRequest
 from nrt_jax.serving.served_model import find_limits, open_served, serve_model
 from tests.data.templates import TEMPLATES
 from tests.serving.models import NEW, PROMPT, TRACE
@@ -64,7 +65,7 @@ def test_a_chat_follows_what_the_template_opens(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(model)
     chat = CONVERSATION[-1:]
     ids = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    body = ChatRequest(model="model", messages=[ChatMessage(**turn) for turn in chat])
+    body = ChatRequest(model="model", messages=chat)
     limits = [*named, f"data.max_prompt_tokens={len(ids) - 1}"]
     served = open_served(model, ServingConfig(), limits)
     assert Chat.prepare(served, body, sequences=1, top=0).prompt.tolist() == ids
