@@ -18,8 +18,9 @@ class ObjectiveConfig(Section):
 
     scheme: SchemeName = "ws_neg_log_p"
     """How the probabilities c_1..c_T of the reference answer become the reward R (Table 1)."""
-    ws_normalisation: WsNormalisation = "mean"
-    """Scale of the weights of the weighted schemes: divided by T, unchanged, or summing to 1."""
+    ws_normalisation: WsNormalisation = "sum"
+    """Scale of the weights of the weighted schemes: unchanged (Table 2), divided by T, or summing
+    to 1."""
     weight_cap: float | None = Field(default=1e4, gt=0)
     """Largest raw weight of the weighted schemes, before normalisation; null for no cap."""
     estimator: Estimator = "grpo"

@@ -106,7 +106,7 @@ def aggregate(
     log_c_base_BT: Float[ArrayLike, "B T"],
     mask_BT: Shaped[ArrayLike, "B T"],
     *,
-    ws_normalisation: str = "mean",
+    ws_normalisation: str = "sum",
     weight_cap: float | None = None,
 ) -> tuple[Float[Array, " B"], Float[Array, "B T"]]:
     """Reward R = f(c_1..c_T) and token signal S_i = (df/dc_i) c_i of each row (Table 1).
@@ -139,13 +139,13 @@ def ws_weights(
     log_c_base_BT: Float[ArrayLike, "B T"],
     mask_BT: Shaped[ArrayLike, "B T"],
     *,
-    ws_normalisation: str = "mean",
+    ws_normalisation: str = "sum",
     weight_cap: float | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Weights w_i of the weighted sum (Table 2), and where the cap reduced the raw weight.
 
-    Raw weights are at most `weight_cap`, and are then divided by the T of the row (`mean`), left as
-    they are (`sum`) or made to sum to 1 (`normalised`; all 0 where every raw weight is 0). Weights
+    Raw weights are at most `weight_cap`, and are then left as they are (`sum`), divided by the T of
+    the row (`mean`) or made to sum to 1 (`normalised`; all 0 where every raw weight is 0). Weights
     are 0 at masked positions and pass no gradient. Without a cap raw weights stop at 1e34, so that
     a c_base of 0 gives a finite weight. Raises ValueError for unknown names.
     """

@@ -21,7 +21,7 @@ def test_defaults_are_the_papers():
     assert (config.clip_low, config.clip_high) == (0.2, 0.28)
     assert (config.format_coefficient, config.format_where) == (0.3, "all")
     assert (config.kl_coefficient, config.entropy_coefficient) == (0, 0)
-    assert (config.ws_normalisation, config.weight_cap) == ("mean", 1e4)
+    assert (config.ws_normalisation, config.weight_cap) == ("sum", 1e4)
     assert (config.token_signal, config.trace_covers, config.reward_policy) == (
         "derived",
         "z",

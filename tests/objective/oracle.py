@@ -21,7 +21,7 @@ def weights(scheme, log_c_base, normalisation, cap):
     return [w / total if total else 0.0 for w in raw]
 
 
-def aggregate(scheme, log_c, log_c_base, normalisation="mean", cap=None):
+def aggregate(scheme, log_c, log_c_base, normalisation="sum", cap=None):
     """(R, [S_1, ..., S_T]) of one row."""
     T = len(log_c)
     if T == 0:

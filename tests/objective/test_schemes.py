@@ -49,12 +49,16 @@ def test_hand_constants(scheme, normalisation, reward, signal, jitted):
     np.testing.assert_allclose(got[1], [signal], rtol=1e-6)
 
 
-def test_mean_is_the_default_normalisation_and_no_cap_the_default_cap():
+def test_sum_is_the_default_normalisation_and_no_cap_the_default_cap():
     base = np.full((1, 2), np.log(1e-6), np.float32)
     for scheme in WS_SCHEMES:
         default = aggregate(scheme, C, base, BOTH)
-        explicit = aggregate(scheme, C, base, BOTH, ws_normalisation="mean", weight_cap=None)
+        explicit = aggregate(scheme, C, base, BOTH, ws_normalisation="sum", weight_cap=None)
         np.testing.assert_array_equal(default[1], explicit[1])
+        assert (
+            ws_weights(scheme, base, BOTH)[0][0, 0]
+            == ws_weights(scheme, base, BOTH, ws_normalisation="sum")[0][0, 0]
+        )
     assert ws_weights("ws_inv_p", base, BOTH)[0].max() > 1e5
 
 

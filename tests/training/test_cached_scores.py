@@ -113,5 +113,5 @@ def test_rewards_are_those_of_the_oracle(sampled):
     for p, score in enumerate(scores):
         base = score.empty_A.astype(float).tolist()
         for k, log_c in enumerate(score.samples_KA.astype(float).tolist()):
-            expected, _ = oracle.aggregate("ws_neg_log_p", log_c, base, "mean", 1e4)
+            expected, _ = oracle.aggregate("ws_neg_log_p", log_c, base, "sum", 1e4)
             assert rewards.reward_PK[p, k] == pytest.approx(expected, rel=1e-5)

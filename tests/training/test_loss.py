@@ -75,7 +75,7 @@ VARIANTS = [
     {"scheme": "am", "estimator": "clip01", "policy_loss": "cispo"},
     {"scheme": "gm", "estimator": "dr_grpo", "trace_covers": "z_and_end"},
     {"scheme": "ws_inv_p", "weight_cap": 20.0, "format_where": "not_emitted"},
-    {"scheme": "ws_neg_log_p", "token_ratio": "trace", "ws_normalisation": "sum"},
+    {"scheme": "ws_neg_log_p", "token_ratio": "trace", "ws_normalisation": "mean"},
     {
         "scheme": "ws_neg_log_p",
         "estimator": "grpo_unclipped",
@@ -151,13 +151,13 @@ def _surrogate_by_hand(params, groups, config):
     for group in groups:
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
         base = POLICY.logprobs(prompt, [], answer, 1.0)[3]
-        baseline, _ = oracle.aggregate(config.scheme, base, base, "mean", config.weight_cap)
+        baseline, _ = oracle.aggregate(config.scheme, base, base, "sum", config.weight_cap)
         rewarded = [
             oracle.aggregate(
                 config.scheme,
                 POLICY.logprobs(prompt, t.tokens, answer, 1.0)[3],
                 base,
-                "mean",
+                "sum",
                 config.weight_cap,
             )
             for t in group.traces
@@ -318,10 +318,10 @@ def test_metrics_count_what_they_say():
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
         base = POLICY.logprobs(prompt, [], answer, 1.0)[3]
         cap = settings.objective.weight_cap
-        baselines.append(oracle.aggregate("ws_neg_log_p", base, base, "mean", cap)[0])
+        baselines.append(oracle.aggregate("ws_neg_log_p", base, base, "sum", cap)[0])
         for trace in group.traces:
             y = POLICY.logprobs(prompt, trace.tokens, answer, 1.0)[3]
-            rewards.append(oracle.aggregate("ws_neg_log_p", y, base, "mean", cap)[0])
+            rewards.append(oracle.aggregate("ws_neg_log_p", y, base, "sum", cap)[0])
             above += len(trace.tokens) > 0 and rewards[-1] > baselines[-1]
     total, count = metrics.means["reward/mean"]
     assert total / count == pytest.approx(np.mean(rewards), rel=1e-4)
