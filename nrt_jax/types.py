@@ -1,5 +1,6 @@
 """The nouns that flow through a run: Example → TokenizedExample → Trace → Group."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -61,10 +62,24 @@ class Group:
     traces: tuple[Trace, ...]
     version: int = 0
     """Step whose update made the weights that drew the traces; 0: those before the first."""
-    rewards: np.ndarray | None = None
-    """R of each trace under the weights that drew it, float32; None: not scored."""
-    baseline: float = 0.0
-    """R of the empty trace under the same weights, where there are rewards."""
+    log_c_KA: np.ndarray | None = None
+    """log c of y* after each trace under the weights that drew it, float32; None: not scored."""
+    log_c_base_A: np.ndarray | None = None
+    """log c of y* after the empty trace under the same weights; None: not scored."""
+
+
+def reward_sources(traces: Sequence[Trace]) -> list[int]:
+    """From whose log c the reward of each trace comes: 0 the empty trace's, k + 1 those of trace k.
+
+    Equal traces have equal rewards. Computed for each of them, log c would differ by rounding,
+    which a group of otherwise equal rewards would scale up to advantages of 1. So a trace takes
+    those of the first one that has the same tokens, and an empty one those of the baseline:
+
+        traces   (5 7)   ()   (5 7)   (5)
+        sources  1       0    1       4
+    """
+    first = {b"": 0}
+    return [first.setdefault(trace.tokens.tobytes(), k) for k, trace in enumerate(traces, 1)]
 
 
 class SuffixLogprobs(NamedTuple):
@@ -72,3 +87,8 @@ class SuffixLogprobs(NamedTuple):
 
     samples_KA: Float[np.ndarray, "K A"]
     empty_A: Float[np.ndarray, "A"]
+
+    def of_equal_traces(self, traces: Sequence[Trace]) -> "SuffixLogprobs":
+        """The same, equal to the bit after equal traces: see `reward_sources`."""
+        every_KA = np.concatenate([self.empty_A[None], self.samples_KA])
+        return self._replace(samples_KA=every_KA[reward_sources(traces)])

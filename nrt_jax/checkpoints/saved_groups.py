@@ -9,6 +9,7 @@ import numpy as np
 from nrt_jax.types import Group, TokenizedExample, Trace
 
 NO_TOKEN = -1
+SCORED = ("log_c_KA", "log_c_base_A")
 
 
 def pack_groups(groups: Sequence[Group]) -> str:
@@ -24,10 +25,10 @@ def pack_groups(groups: Sequence[Group]) -> str:
         ),
         "end_logprobs": np.asarray([trace.end_logprob for trace in traces], np.float64),
         "versions": np.asarray([group.version for group in groups]),
-        "baselines": np.asarray([group.baseline for group in groups], np.float64),
     }
-    if groups[0].rewards is not None:
-        arrays["rewards"] = np.stack([np.asarray(group.rewards) for group in groups])
+    for name in SCORED:
+        if getattr(groups[0], name) is not None:
+            arrays[name] = np.concatenate([np.ravel(getattr(group, name)) for group in groups])
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
     return base64.b64encode(file.getvalue()).decode("ascii")
@@ -48,16 +49,31 @@ def unpack_groups(text: str, examples: Sequence[TokenizedExample]) -> list[Group
         Trace(tokens, logprobs, None if end == NO_TOKEN else end, end_logprob)
         for tokens, logprobs, end, end_logprob in rows
     )
-    return [
-        Group(
-            example=example,
-            traces=tuple(next(traces) for _ in range(saved["traces"][p])),
-            version=int(saved["versions"][p]),
-            rewards=saved["rewards"][p] if "rewards" in saved else None,
-            baseline=float(saved["baselines"][p]),
+    answers = np.asarray([len(example.answer_tokens) for example in examples])
+    log_c = _split(saved, "log_c_KA", saved["traces"] * answers)
+    log_c_base = _split(saved, "log_c_base_A", answers)
+    groups = []
+    for p, example in enumerate(examples):
+        K, log_c_KA = int(saved["traces"][p]), log_c[p]
+        groups.append(
+            Group(
+                example=example,
+                traces=tuple(next(traces) for _ in range(K)),
+                version=int(saved["versions"][p]),
+                log_c_KA=None if log_c_KA is None else log_c_KA.reshape(K, -1),
+                log_c_base_A=log_c_base[p],
+            )
         )
-        for p, example in enumerate(examples)
-    ]
+    return groups
+
+
+def _split(
+    saved: dict[str, np.ndarray], name: str, sizes: np.ndarray
+) -> Sequence[np.ndarray | None]:
+    """The values of each group, of which there are `sizes`; None for each where none are saved."""
+    if name not in saved:
+        return [None] * len(sizes)
+    return np.split(saved[name], np.cumsum(sizes)[:-1])
 
 
 def read_arrays(text: str) -> dict[str, np.ndarray]:

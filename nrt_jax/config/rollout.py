@@ -58,5 +58,6 @@ class RolloutConfig(Section):
     """1 samples the next step's traces during this step's update, with the weights from before it;
     0 waits for the update."""
     drop_zero_std_groups: bool = False
-    """Score every group when it is sampled, and leave groups whose rewards are all equal out of the
-    update: their weight is 0 in every term of the loss."""
+    """Score every group when it is sampled, and leave groups without a trace term (rewards all
+    equal; with estimator clip01, all gains 0) out of the update, with their token and format
+    terms."""

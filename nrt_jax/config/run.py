@@ -121,6 +121,13 @@ class RunConfig(Section):
                 "rollout.drop_zero_std_groups with rollout.driver jetstream: its interface "
                 "scores no answers on the traces' keys and values; set rollout.driver=loop"
             )
+        stale_reward = self.rollout.staleness and self.objective.reward_policy == "sampling"
+        if stale_reward and self.rollout.driver == "jetstream":
+            raise ValueError(
+                "rollout.driver jetstream with rollout.staleness 1 and objective.reward_policy "
+                "sampling: its interface scores no answers on the traces' keys and values; set "
+                "rollout.driver=loop"
+            )
         if self.rollout.temperature != 1 and self.objective.trace_covers == "z_and_end":
             raise ValueError(
                 f"rollout.temperature {self.rollout.temperature} with objective.trace_covers "

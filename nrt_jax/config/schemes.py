@@ -15,10 +15,12 @@ class Scheme(NamedTuple):
     """What the reward of a trace is, in a few words."""
     weighted: bool = False
     """Whether the empty trace's probabilities weight the answer tokens (Table 2)."""
+    positive: bool = True
+    """Whether R > 0, so that traces can be compared by log R, which does not underflow."""
 
 
 SCHEMES = {
-    "logp": Scheme("JLB", "sum of log-probabilities"),
+    "logp": Scheme("JLB", "sum of log-probabilities", positive=False),
     "p": Scheme("VeriFree", "product of probabilities"),
     "am": Scheme("RLPR", "arithmetic mean of probabilities"),
     "gm": Scheme("NRT-GM", "geometric mean of probabilities"),

@@ -56,10 +56,14 @@ def generate_and_score(
     *,
     steps: int = 16,
 ) -> tuple[list[tuple[Trace, ...]], list[SuffixLogprobs]]:
-    """Traces, and the logprobs of each request's suffix after them, from the cached keys."""
+    """Traces, and the logprobs of each request's suffix after them, from the cached keys.
+
+    Those after equal traces are equal to the bit.
+    """
     assert all(request.suffix_tokens is not None and request.num_samples for request in requests)
     traces, (scheduler, tickets) = _run(engine, params, requests, key, steps)
-    return traces, [scheduler.suffix_logprobs(ticket) for ticket in tickets]
+    logprobs = [scheduler.suffix_logprobs(ticket) for ticket in tickets]
+    return traces, [s.of_equal_traces(t) for s, t in zip(logprobs, traces, strict=True)]
 
 
 def _run(

@@ -36,6 +36,8 @@ class Request(NamedTuple):
     sampling: Sampling = Sampling()
     suffix_tokens: np.ndarray | None = None
     """t_end y*, scored after each finished sequence and after the empty trace; None: no scores."""
+    score_samples: bool = True
+    """False scores the suffix after the empty trace alone."""
 
     @property
     def limits_K(self) -> Int[np.ndarray, "K"]:

@@ -358,6 +358,8 @@ class Scheduler:
             job = self._jobs[ticket]
             if job.suffix_logprobs is None or job.request.suffix_tokens is None:
                 continue
+            if not job.request.score_samples:
+                continue
             of_job = [(slot, event) for slot, event in done if event.ticket == ticket]
             lengths = [
                 int(job.lengths[event.sample]) - (event.finished == "stop") for _, event in of_job

@@ -28,40 +28,49 @@ WS_NORMALISATIONS: tuple[str, ...] = get_args(WsNormalisation)
 LARGEST_WEIGHT = 1e34
 
 # --- formulas ------------------------------------------------------------------------------------
-# R and S of rows whose masked log c are 0. `aggregate` sets S to 0 at masked positions, and R and S
-# to 0 in rows without any token.
+# log R and S of rows whose masked log c are 0. `aggregate` sets S to 0 at masked positions, and R
+# and S to 0 in rows without any token. R itself underflows: 0.64^200 is 0 in float32.
 
-RewardAndSignal = tuple[Float[Array, " B"], Float[Array, "B T"]]
+LogRewardAndSignal = tuple[Float[Array, " B"], Float[Array, "B T"]]
 
 
-def _log_product(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
-    """R = sum_j log c_j, S_i = 1."""
+def _log_product(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> LogRewardAndSignal:
+    """R = sum_j log c_j, which stands in place of its logarithm, S_i = 1."""
     return masked_sum(log_c_BT, mask_BT, axis=1), jnp.ones_like(log_c_BT)
 
 
-def _product(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
+def _product(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> LogRewardAndSignal:
     """R = prod_j c_j, S_i = R."""
-    reward_B = jnp.exp(masked_sum(log_c_BT, mask_BT, axis=1))
-    return reward_B, reward_B[:, None] * jnp.ones_like(log_c_BT)
+    log_reward_B = masked_sum(log_c_BT, mask_BT, axis=1)
+    return log_reward_B, jnp.exp(log_reward_B)[:, None] * jnp.ones_like(log_c_BT)
 
 
-def _geometric_mean(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
+def _geometric_mean(
+    log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> LogRewardAndSignal:
     """R = (prod_j c_j)^(1/T), S_i = R / T."""
-    reward_B = jnp.exp(masked_mean(log_c_BT, mask_BT, axis=1))
-    return reward_B, reward_B[:, None] * _equal_weights(log_c_BT, mask_BT)
+    log_reward_B = masked_mean(log_c_BT, mask_BT, axis=1)
+    return log_reward_B, jnp.exp(log_reward_B)[:, None] * _equal_weights(log_c_BT, mask_BT)
 
 
-def _arithmetic_mean(log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]) -> RewardAndSignal:
+def _arithmetic_mean(
+    log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> LogRewardAndSignal:
     """R = sum_j c_j / T, S_i = c_i / T."""
     return _weighted_sum(_equal_weights(log_c_BT, mask_BT), log_c_BT, mask_BT)
 
 
 def _weighted_sum(
     weight_BT: Float[Array, "B T"], log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
-) -> RewardAndSignal:
+) -> LogRewardAndSignal:
     """R = sum_j w_j c_j, S_i = w_i c_i."""
-    signal_BT = weight_BT * jnp.exp(log_c_BT)
-    return masked_sum(signal_BT, mask_BT, axis=1), signal_BT
+    counted_BT = mask_BT & (weight_BT > 0)
+    largest_B1 = jnp.max(jnp.where(counted_BT, log_c_BT, -jnp.inf), axis=1, keepdims=True)
+    # Of a row where no token counts, or where all of them have c = 0.
+    shift_B1 = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest_B1), 0, largest_B1))
+    sum_B = masked_sum(weight_BT * jnp.exp(log_c_BT - shift_B1), counted_BT, axis=1)
+    log_sum_B = jnp.where(sum_B == 0, -jnp.inf, jnp.log(jnp.where(sum_B == 0, 1, sum_B)))
+    return log_sum_B + shift_B1[:, 0], weight_BT * jnp.exp(log_c_BT)
 
 
 def _inverse_probability(surprise_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -74,13 +83,13 @@ def _surprise(surprise_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
     return surprise_BT
 
 
-REWARDS: dict[str, Callable[..., RewardAndSignal]] = {
+REWARDS: dict[str, Callable[..., LogRewardAndSignal]] = {
     "logp": _log_product,
     "p": _product,
     "am": _arithmetic_mean,
     "gm": _geometric_mean,
 }
-"""R and S of the schemes without weights, from log c and the mask."""
+"""log R and S of the schemes without weights, from log c and the mask."""
 
 RAW_WEIGHTS: dict[str, Callable[..., Float[Array, "B T"]]] = {
     "ws_inv_p": _inverse_probability,
@@ -108,16 +117,17 @@ def aggregate(
     *,
     ws_normalisation: str = "sum",
     weight_cap: float | None = None,
-) -> tuple[Float[Array, " B"], Float[Array, "B T"]]:
-    """Reward R = f(c_1..c_T) and token signal S_i = (df/dc_i) c_i of each row (Table 1).
+) -> LogRewardAndSignal:
+    """log R, with R = f(c_1..c_T), and token signal S_i = (df/dc_i) c_i of each row (Table 1).
 
-    The mask keeps the tokens of the answer; T of the formulas is their number. A row without any
-    has reward and signals 0. Computed in float32 (float64 for float64 input). R may be
-    differentiated: dR/d log c_i is S_i, with the weights of the weighted schemes as constants. Only
-    the weighted schemes use log_c_base. Raises ValueError for an unknown scheme or normalisation.
+    Where the scheme's R may be negative (`Scheme.positive`), R itself stands in place of log R:
+    `rewards_of` takes either. The mask keeps the tokens of the answer; T of the formulas is their
+    number. A row without any has reward and signals 0. Computed in float32 (float64 for float64
+    input). R may be differentiated: dR/d log c_i is S_i, with the weights of the weighted schemes
+    as constants. Only the weighted schemes use log_c_base. Raises ValueError for an unknown scheme
+    or normalisation.
     """
-    if scheme not in SCHEMES:
-        raise ValueError(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
+    _check_scheme(scheme)
     mask_BT = as_mask(mask_BT)
     log_c_BT = masked_fill(log_c_BT, mask_BT)
     if SCHEMES[scheme].weighted:
@@ -128,10 +138,23 @@ def aggregate(
             ws_normalisation=ws_normalisation,
             weight_cap=weight_cap,
         )
-        reward_B, signal_BT = _weighted_sum(weight_BT, log_c_BT, mask_BT)
+        log_reward_B, signal_BT = _weighted_sum(weight_BT, log_c_BT, mask_BT)
     else:
-        reward_B, signal_BT = REWARDS[scheme](log_c_BT, mask_BT)
-    return masked_fill(reward_B, mask_BT.any(axis=1)), masked_fill(signal_BT, mask_BT)
+        log_reward_B, signal_BT = REWARDS[scheme](log_c_BT, mask_BT)
+    of_nothing = -jnp.inf if SCHEMES[scheme].positive else 0.0
+    log_reward_B = masked_fill(log_reward_B, mask_BT.any(axis=1), of_nothing)
+    return log_reward_B, masked_fill(signal_BT, mask_BT)
+
+
+def rewards_of(scheme: str, log_reward: Float[ArrayLike, "*dims"]) -> Float[Array, "*dims"]:
+    """R from what `aggregate` gives in place of its logarithm."""
+    _check_scheme(scheme)
+    return jnp.exp(log_reward) if SCHEMES[scheme].positive else jnp.asarray(log_reward)
+
+
+def _check_scheme(scheme: str) -> None:
+    if scheme not in SCHEMES:
+        raise ValueError(f"scheme={scheme!r} is unknown; choose one of {', '.join(SCHEMES)}")
 
 
 def ws_weights(

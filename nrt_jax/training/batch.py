@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nrt_jax.training.packing import Lengths, Pack, Plan, Shape
-from nrt_jax.types import Group, TokenizedExample
+from nrt_jax.types import Group, TokenizedExample, reward_sources
 
 
 class PromptRows(NamedTuple):
@@ -63,6 +63,8 @@ class GroupArrays(NamedTuple):
     baseline_start_P: Int[Array, " P"]
     """The same of the empty trace's completion, in the row of baselines."""
     trace_length_PK: Int[Array, "P K"]
+    reward_source_PK: Int[Array, "P K"]
+    """From whose log c the reward comes: see `reward_sources`."""
     end_emitted_PK: Bool[Array, "P K"]
     """Whether the model wrote t_end itself."""
     answer_PA: Int[Array, "P A"]
@@ -73,6 +75,14 @@ class GroupArrays(NamedTuple):
     """True for groups that are part of the loss; the others are padding."""
 
 
+class ScoredAnswers(NamedTuple):
+    """log c of y* under the weights that drew the traces, scored by the engine; 0 at padding."""
+
+    log_c_base_PA: Float[Array, "P A"]
+    log_c_PKA: Float[Array, "P K A"] | None
+    """None where only the empty traces were scored."""
+
+
 class NrtBatch(NamedTuple):
     """A micro-batch; the first dim of every array is split over the devices, pack by pack."""
 
@@ -81,6 +91,8 @@ class NrtBatch(NamedTuple):
     baselines: CompletionRows
     """Completions with an empty trace, one row per pack."""
     groups: GroupArrays
+    scored: ScoredAnswers | None = None
+    """None where the engine scored nothing."""
 
 
 class SftBatch(NamedTuple):
@@ -118,7 +130,7 @@ def nrt_batch(
     `kept=False` excludes all of them from the loss.
     """
     shape = plan.shape
-    batch = _empty(shape, len(groups[0].traces))
+    batch = _empty(shape, groups[0])
     for i, pack in enumerate(plan.packs):
         for g, member in enumerate(pack.groups):
             group = groups[member]
@@ -139,19 +151,24 @@ def nrt_batch(
             p = i * shape.groups + g
             _write_places(batch.groups, p, group, pack, shape)
             _write_group(batch.groups, p, group, think_end)
+            if batch.scored is not None:
+                _write_scored(batch.scored, p, group)
     batch.groups.kept_P[:] &= kept
     return batch
 
 
-def _empty(shape: Shape, K: int) -> NrtBatch:
-    """Arrays that hold padding alone."""
+def _empty(shape: Shape, like: Group) -> NrtBatch:
+    """Arrays that hold padding alone, for groups with as many traces and the scores of `like`."""
 
     def rows(count: int, tokens: int) -> CompletionRows:
         ids = partial(np.zeros, (count, tokens), np.int32)
         return CompletionRows(ids(), ids(), ids(), ids(), ids(), np.zeros((count, tokens), bool))
 
     packs, A, T = shape.packs, shape.answer_tokens, shape.completion_tokens
-    P = packs * shape.groups
+    P, K, scored = packs * shape.groups, len(like.traces), None
+    if like.log_c_base_A is not None:
+        log_c_PKA = None if like.log_c_KA is None else np.zeros((P, K, A), np.float32)
+        scored = ScoredAnswers(np.zeros((P, A), np.float32), log_c_PKA)
     return NrtBatch(
         PromptRows(*[np.zeros((packs, shape.prompt_tokens), np.int32) for _ in range(3)]),
         rows(packs * shape.rows, shape.row_tokens),
@@ -161,12 +178,14 @@ def _empty(shape: Shape, K: int) -> NrtBatch:
             completion_start_PK=np.zeros((P, K), np.int32),
             baseline_start_P=np.zeros(P, np.int32),
             trace_length_PK=np.zeros((P, K), np.int32),
+            reward_source_PK=np.zeros((P, K), np.int32),
             end_emitted_PK=np.zeros((P, K), bool),
             answer_PA=np.zeros((P, A), np.int32),
             answer_length_P=np.zeros(P, np.int32),
             sampler_logprob_PKT=np.zeros((P, K, T), np.float32),
             kept_P=np.zeros(P, bool),
         ),
+        scored,
     )
 
 
@@ -197,6 +216,7 @@ def _write_group(arrays: GroupArrays, p: int, group: Group, think_end: int) -> N
     arrays.kept_P[p] = True
     arrays.answer_PA[p, : len(answer)] = answer
     arrays.answer_length_P[p] = len(answer)
+    arrays.reward_source_PK[p] = reward_sources(group.traces)
     for k, trace in enumerate(group.traces):
         length = len(trace.tokens)
         arrays.trace_length_PK[p, k] = length
@@ -204,6 +224,14 @@ def _write_group(arrays: GroupArrays, p: int, group: Group, think_end: int) -> N
         if trace.end_token == think_end:
             arrays.end_emitted_PK[p, k] = True
             arrays.sampler_logprob_PKT[p, k, length] = trace.end_logprob
+
+
+def _write_scored(arrays: ScoredAnswers, p: int, group: Group) -> None:
+    """Write the engine's log c of a group's answer."""
+    length = len(group.example.answer_tokens)
+    arrays.log_c_base_PA[p, :length] = group.log_c_base_A
+    if arrays.log_c_PKA is not None:
+        arrays.log_c_PKA[p, :, :length] = group.log_c_KA
 
 
 # --- rows to [P, K, T] ---------------------------------------------------------------------------

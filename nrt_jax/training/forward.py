@@ -27,6 +27,8 @@ class NrtSettings(NamedTuple):
     temperature: float
     """The sampler's: z is scored under the distribution that it was drawn from."""
     chunk_tokens: int
+    stale: bool = False
+    """Whether weights older than those of the step drew the traces, and scored their answers."""
 
 
 class Completions(NamedTuple):

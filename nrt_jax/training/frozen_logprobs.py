@@ -1,8 +1,8 @@
 """Logprobs that stay fixed during the updates of a step, computed before the first of them.
 
-They are those of the sampling policy (the weights before the first update) and of the reference
-policy. With one mini-batch per step and the default objective there are none to compute: the
-update's own forward pass is the sampling policy's.
+They are those of the weights before the first update, which are the sampling policy's unless the
+rollout is stale, and of the reference policy. With one mini-batch per step and the default
+objective there are none to compute: the update's own forward pass is the sampling policy's.
 """
 
 from collections.abc import Callable
@@ -42,12 +42,14 @@ def frozen_logprobs_fn(
 
     c_base, when several updates share a rollout or the reward is the sampling policy's; c of every
     trace for `reward_policy: sampling`; log pi of z for `old_logprobs: recompute`; and log pi of z
-    under the `reference` weights for a KL term.
+    under the `reference` weights for a KL term. Where the weights are newer than those that drew
+    the traces (`settings.stale`), c_base and c are those that the engine scored.
     """
-    objective = settings.objective
-    wants_c = objective.reward_policy == "sampling"
+    objective, stale = settings.objective, settings.stale
+    of_sampling = objective.reward_policy == "sampling"
+    wants_c = of_sampling and not stale
     wants_old = objective.old_logprobs == "recompute"
-    wants_base = several_updates or wants_c
+    wants_base = wants_c or (several_updates and not stale)
 
     @jax.jit
     def under_sampling_policy(params: Any, batch: NrtBatch) -> FrozenLogprobs:
@@ -75,6 +77,12 @@ def frozen_logprobs_fn(
         frozen = FrozenLogprobs()
         if wants_base or wants_old:
             frozen = under_sampling_policy(params, batch)
+        if stale:
+            assert batch.scored is not None, "stale groups are scored when they are sampled"
+            frozen = frozen._replace(
+                log_c_base_PA=batch.scored.log_c_base_PA,
+                log_c_PKA=batch.scored.log_c_PKA if of_sampling else None,
+            )
         if reference is not None:
             frozen = frozen._replace(reference_PKT=under_reference(reference, batch))
         return frozen

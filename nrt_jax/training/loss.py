@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective import losses
 from nrt_jax.objective.masked import masked_fill, masked_sum
-from nrt_jax.objective.rewards import Rewards, compute_rewards
+from nrt_jax.objective.rewards import Rewards, compute_rewards, of_equal_traces
 from nrt_jax.training.batch import (
     GroupArrays,
     NrtBatch,
@@ -59,6 +59,7 @@ def nrt_loss(
 
     # Rewards, advantages and token signals: constants to the gradient.
     rewarded_PKA = log_c_PKA if frozen.log_c_PKA is None else frozen.log_c_PKA
+    rewarded_PKA = of_equal_traces(rewarded_PKA, log_c_base_PA, groups.reward_source_PK)
     rewards = compute_rewards(rewarded_PKA, log_c_base_PA, mask_PA, objective)
 
     # Loss terms, summed over prompts, traces and tokens.
@@ -66,7 +67,7 @@ def nrt_loss(
     format_PK = _format_losses(completions, start_logprob_P, groups, objective)
     terms = {
         "trace": _trace_term(policy, completions, objective),
-        "token": _token_term(log_c_PKA, mask_PA, rewards, completions, objective),
+        "token": _token_term(log_c_PKA, mask_PA, rewards, completions, settings),
         "format": objective.format_coefficient * jnp.sum(format_PK),
     } | _regularisers(completions, frozen, objective)
     scale = 1.0 / (objective.length_constant * sequences)
@@ -133,16 +134,17 @@ def _token_term(
     mask_PA: Bool[Array, "P A"],
     rewards: Rewards,
     completions: Completions,
-    objective: ObjectiveConfig,
+    settings: NrtSettings,
 ) -> Float[Array, ""]:
     """-sum S_i log c_i, times the r_k of Eq. 23 with `token_ratio: trace`."""
     loss_PKA = losses.token_loss(log_c_PKA, rewards.token_signal_PKA)
-    if objective.token_ratio == "trace":
+    if settings.objective.token_ratio == "trace":
+        # Recomputed logprobs are those of the sampling policy unless the rollout is stale.
         ratio_PK = losses.trace_ratio(
             completions.logprob_PKT,
-            completions.old_PKT,
+            completions.sampler_PKT if settings.stale else completions.old_PKT,
             completions.trace_PKT,
-            objective.token_ratio_cap,
+            settings.objective.token_ratio_cap,
         )
         loss_PKA *= ratio_PK[:, :, None]
     return masked_sum(loss_PKA, mask_PA[:, None])

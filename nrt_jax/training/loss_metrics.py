@@ -10,11 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.losses import PolicyTerms, truncated_importance
 from nrt_jax.objective.masked import masked_count, masked_fill, masked_sum
 from nrt_jax.objective.rewards import Rewards
-from nrt_jax.objective.schemes import WS_SCHEMES, ws_weights
+from nrt_jax.objective.schemes import WS_SCHEMES, rewards_of, ws_weights
 from nrt_jax.training.batch import GroupArrays, answer_mask
 from nrt_jax.training.forward import Completions
 from nrt_jax.training.update import Metrics
@@ -49,7 +50,8 @@ def loss_metrics(
         "mismatch/mean": mean_over_tokens(gap_PKT),
     }
     maxima = {"mismatch/max": jnp.max(gap_PKT)}
-    means |= reward_means(rewards.reward_PK, rewards.baseline_P, groups.kept_P, objective)
+    means |= reward_means(rewards.log_reward_PK, rewards.log_baseline_P, groups.kept_P, objective)
+    means["reward/zero_signal_share"] = _zero_signals(rewards, groups)
     if objective.importance_cap is not None:
         ratio_PKT = truncated_importance(completions.old_PKT, completions.sampler_PKT, math.inf)
         ratio_PKT = masked_fill(ratio_PKT, covered_PKT)
@@ -64,23 +66,41 @@ def loss_metrics(
 
 
 def reward_means(
-    reward_PK: Float[ArrayLike, "P K"],
-    baseline_P: Float[ArrayLike, " P"],
+    log_reward_PK: Float[ArrayLike, "P K"],
+    log_baseline_P: Float[ArrayLike, " P"],
     kept_P: Bool[ArrayLike, " P"],
     objective: ObjectiveConfig,
 ) -> dict[str, SumAndCount]:
-    """Rewards, and the share of groups with zero std, over the groups that are kept."""
-    reward_PK, baseline_P = jnp.asarray(reward_PK), jnp.asarray(baseline_P)
+    """Rewards, and the share of groups with zero std, over the groups that are kept.
+
+    The rewards are given as `aggregate` gives them; `reward/log_mean` is the mean of log R, where
+    the scheme has one.
+    """
+    log_reward_PK, log_baseline_P = jnp.asarray(log_reward_PK), jnp.asarray(log_baseline_P)
     prompts, kept_P1 = masked_count(kept_P), jnp.asarray(kept_P)[:, None]
-    traces = prompts * reward_PK.shape[1]
-    zero_std_P = zero_std(reward_PK, baseline_P, objective.estimator)
-    above_PK = reward_PK > baseline_P[:, None]
-    return {
+    traces = prompts * log_reward_PK.shape[1]
+    logs = SCHEMES[objective.scheme].positive
+    zero_std_P = zero_std(log_reward_PK, log_baseline_P, objective.estimator, logs=logs)
+    above_PK = log_reward_PK > log_baseline_P[:, None]
+    reward_PK, baseline_P = (
+        rewards_of(objective.scheme, x) for x in (log_reward_PK, log_baseline_P)
+    )
+    means = {
         "reward/mean": (masked_sum(reward_PK, kept_P1), traces),
         "reward/baseline": (masked_sum(baseline_P, kept_P), prompts),
         "reward/above_baseline_share": (masked_sum(above_PK, kept_P1), traces),
         "reward/zero_std_share": (masked_sum(zero_std_P, kept_P), prompts),
     }
+    if logs:
+        means["reward/log_mean"] = (masked_sum(log_reward_PK, kept_P1), traces)
+    return means
+
+
+def _zero_signals(rewards: Rewards, groups: GroupArrays) -> SumAndCount:
+    """Answer tokens whose S is 0, so that the loss does not train them, and all of them."""
+    signal_PKA = rewards.token_signal_PKA
+    mask_PKA = jnp.broadcast_to(answer_mask(groups)[:, None], signal_PKA.shape)
+    return masked_count(mask_PKA & (signal_PKA == 0)), masked_count(mask_PKA)
 
 
 def _capped_weights(

@@ -1,10 +1,12 @@
 """Native Reasoning Training: examples, traces, one jitted step, new weights (Algorithm 1)."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nrt_jax.checkpoints.train_state import TrainState
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.engine.generate import Generate
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.batch import NrtBatch
@@ -18,6 +20,8 @@ from nrt_jax.training.setup import Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
 
+log = logging.getLogger(__name__)
+
 
 def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
     """Take examples, sample K traces of each, build the batch, update; log, evaluate and save.
@@ -29,7 +33,7 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
     config, progress, timer = run.config, run.progress, run.logger.timer
     assert run.engines.traces is not None, "nrt samples traces"
     sampler = Sampler(config, run.policy.tokenizer, run.engines.traces, generate)
-    functions = make_step_functions(run)
+    functions, warned = make_step_functions(run), False
     for step in steps(run, stop):
         # Prefetched in the step before or restored with the checkpoint, otherwise sampled now.
         groups = (progress.prefetched or _sample(run, sampler, step)).groups
@@ -45,6 +49,7 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
         with timer("update"):
             metrics = _step_metrics(updates, batches, run.data.packer)
         metrics |= rollout_metrics(sampler, groups, step)
+        warned = warned or _warn_of_zero_signals(step, metrics, config.objective.scheme)
         finish_step(run, metrics | dict(weights_metrics))
 
 
@@ -87,6 +92,7 @@ def make_step_functions(run: Run) -> StepFunctions:
         think_end=policy.tokenizer.think_end_id,
         temperature=config.rollout.temperature,
         chunk_tokens=config.model.logprob_chunk_tokens,
+        stale=config.rollout.staleness > 0,
     )
     train = config.train
     sequences = train.mini_batch_prompts * config.rollout.traces_per_prompt
@@ -102,6 +108,23 @@ def make_step_functions(run: Run) -> StepFunctions:
             reference=policy.reference_params,
         ),
     )
+
+
+def _warn_of_zero_signals(step: int, metrics: Mapping[str, float], scheme: str) -> bool:
+    """Warn, and return True, where token signals of 0 keep answers from being trained."""
+    share = metrics["reward/zero_signal_share"]
+    # A weighted scheme leaves out tokens that the empty trace is sure of, as it should.
+    if share == 0 or (SCHEMES[scheme].weighted and share < 1):
+        return False
+    log.warning(
+        "step %d: the token signal of %.3g %% of the answer tokens is 0 in float32, so the loss "
+        "does not train them (objective.scheme=%s; reward/zero_signal_share); set "
+        "objective.token_signal=fixed, or choose another scheme",
+        step,
+        100 * share,
+        scheme,
+    )
+    return True
 
 
 def _step_metrics(

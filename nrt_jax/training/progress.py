@@ -11,7 +11,7 @@ from nrt_jax.errors import InputError
 from nrt_jax.training.packing import Packer
 from nrt_jax.types import Group
 
-FORMAT = 2
+FORMAT = 3
 """Version of the JSON beside a checkpoint's arrays, raised when older ones cannot be continued."""
 
 

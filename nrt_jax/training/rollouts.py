@@ -3,15 +3,18 @@
 Letters: P prompts, K traces per prompt.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
+from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import Generate, generate, generate_and_score
@@ -20,12 +23,12 @@ from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.advantages import zero_std
-from nrt_jax.objective.rewards import score_rewards
+from nrt_jax.objective.rewards import GroupRewards, score_log_rewards
 from nrt_jax.training.batch import NrtBatch, group_lengths, nrt_batch
 from nrt_jax.training.loss_metrics import reward_means
 from nrt_jax.training.packing import Packer, Plan
 from nrt_jax.training.setup import SAMPLING_STREAM
-from nrt_jax.types import Group, TokenizedExample
+from nrt_jax.types import Group, SuffixLogprobs, TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -43,39 +46,60 @@ class Sampler:
     def sample(
         self, weights: EngineWeights, examples: Sequence[TokenizedExample], step: int
     ) -> list[Group]:
-        """K traces of each example, all of them drawn with the same weights."""
+        """K traces of each example, all of them drawn with the same weights.
+
+        These also score y* where the update needs it: after every trace when groups are dropped or
+        the reward is theirs, and after the empty trace when the update's weights are newer.
+        """
         rollout, key = self.config.rollout, sampling_key(self.config.seed, step)
-        requests = [self._request(example) for example in examples]
-        if not rollout.drop_zero_std_groups:
-            groups = self.generate(
-                self.engine, weights.params, requests, key, steps=rollout.decode_steps
-            )
-            return [Group(e, t, weights.version) for e, t in zip(examples, groups, strict=True)]
-        groups, logprobs = generate_and_score(
-            self.engine, weights.params, requests, key, steps=rollout.decode_steps
-        )
-        rewards = score_rewards(logprobs, self.config.objective)
+        requests = [
+            self._request(example, stream)
+            for example, stream in zip(examples, random_streams(examples), strict=True)
+        ]
+        run = (self.engine, weights.params)
+        if not self._scores:
+            traces = self.generate(*run, requests, key, steps=rollout.decode_steps)
+            return [Group(e, t, weights.version) for e, t in zip(examples, traces, strict=True)]
+        if rollout.driver == "loop":
+            traces, logprobs = generate_and_score(*run, requests, key, steps=rollout.decode_steps)
+        else:
+            # This driver scores nothing: the baselines come beside a token that nobody reads.
+            traces = self.generate(*run, requests, key, steps=rollout.decode_steps)
+            one_token = [r._replace(num_samples=1, max_tokens=1) for r in requests]
+            _, logprobs = generate_and_score(*run, one_token, key, steps=1)
         return [
             Group(
                 example=example,
-                traces=traces,
+                traces=of_example,
                 version=weights.version,
-                rewards=reward_K,
-                baseline=float(baseline),
+                log_c_KA=score.samples_KA if self._scores_traces else None,
+                log_c_base_A=score.empty_A,
             )
-            for example, traces, reward_K, baseline in zip(examples, groups, *rewards, strict=True)
+            for example, of_example, score in zip(examples, traces, logprobs, strict=True)
         ]
 
-    def _request(self, example: TokenizedExample) -> Request:
+    @property
+    def _scores(self) -> bool:
+        """Whether y* is scored after the empty traces at least."""
+        return self._scores_traces or self.config.rollout.staleness > 0
+
+    @property
+    def _scores_traces(self) -> bool:
+        """Whether y* is scored after every trace."""
+        rollout, objective = self.config.rollout, self.config.objective
+        stale_reward = rollout.staleness > 0 and objective.reward_policy == "sampling"
+        return rollout.drop_zero_std_groups or stale_reward
+
+    def _request(self, example: TokenizedExample, stream: int) -> Request:
         """Limit the trace so that t_start, z, t_end and y* fit max_response_tokens."""
         rollout, tokenizer = self.config.rollout, self.tokenizer
         longest_trace = rollout.max_response_tokens - len(example.answer_tokens) - 2
         suffix = None
-        if rollout.drop_zero_std_groups:
+        if self._scores:
             suffix = np.append(np.int32(tokenizer.think_end_id), example.answer_tokens)
         return Request(
             prompt_tokens=example.trace_prompt(tokenizer.think_start_id),
-            stream=example.example.index,
+            stream=stream,
             num_samples=rollout.traces_per_prompt,
             max_tokens=min(rollout.max_trace_tokens, longest_trace),
             sampling=Sampling(
@@ -86,7 +110,22 @@ class Sampler:
                 repetition_penalty=rollout.repetition_penalty,
             ),
             suffix_tokens=suffix,
+            score_samples=self._scores_traces,
         )
+
+
+def random_streams(examples: Sequence[TokenizedExample]) -> list[int]:
+    """Name of the noise of each example of a batch: its row, and another for the row's next time.
+
+    Names of next times are negative, so they are no row's.
+    """
+    times, streams = Counter(), []
+    for example in examples:
+        row = example.example.index
+        again = np.random.SeedSequence((row, times[row])).generate_state(1)[0] >> 1
+        streams.append(row if not times[row] else -1 - int(again))
+        times[row] += 1
+    return streams
 
 
 def sampling_key(seed: int, step: int) -> jax.Array:
@@ -109,7 +148,9 @@ def make_batches(
     """The groups as arrays; a group with zero std, where these are dropped, takes no row."""
     kept_P = np.ones(len(groups), bool)
     if config.rollout.drop_zero_std_groups:
-        kept_P = ~np.asarray(zero_std(*_rewards(groups), config.objective.estimator))
+        objective = config.objective
+        logs = SCHEMES[objective.scheme].positive
+        kept_P = ~np.asarray(zero_std(*_rewards(groups, objective), objective.estimator, logs=logs))
     size = config.train.mini_batch_prompts
     think = {"think_start": tokenizer.think_start_id, "think_end": tokenizer.think_end_id}
     return [
@@ -134,13 +175,14 @@ def mini_batch(
     return MiniBatch([nrt_batch(chosen, plan, **how) for plan in plans], plans, kept)
 
 
-def _rewards(
-    groups: Sequence[Group],
-) -> tuple[Float[np.ndarray, "P K"], Float[np.ndarray, " P"]]:
-    return (
-        np.stack([np.asarray(group.rewards, np.float32) for group in groups]),
-        np.asarray([group.baseline for group in groups], np.float32),
-    )
+def _rewards(groups: Sequence[Group], objective: ObjectiveConfig) -> GroupRewards:
+    """log R of groups under the weights that drew their traces."""
+    scores = []
+    for group in groups:
+        assert group.log_c_KA is not None
+        assert group.log_c_base_A is not None
+        scores.append(SuffixLogprobs(group.log_c_KA, group.log_c_base_A))
+    return score_log_rewards(scores, objective)
 
 
 def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dict[str, float]:
@@ -156,7 +198,8 @@ def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dic
     metrics["rollout/staleness"] = float(staleness)
     metrics["speed/programs"] = float(sum(sampler.engine.compiled.values()))
     if config.rollout.drop_zero_std_groups:
-        means = reward_means(*_rewards(groups), np.ones(len(groups), bool), config.objective)
+        rewards = _rewards(groups, config.objective)
+        means = reward_means(*rewards, np.ones(len(groups), bool), config.objective)
         metrics |= {name: float(total / count) for name, (total, count) in means.items()}
         metrics["rollout/dropped_share"] = metrics["reward/zero_std_share"]
     return metrics

@@ -13,7 +13,7 @@ from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective import losses
 from nrt_jax.objective.advantages import advantages
 from nrt_jax.objective.masked import masked_sum
-from nrt_jax.objective.schemes import aggregate
+from nrt_jax.objective.schemes import aggregate, rewards_of
 from tests.objective import tabular
 
 # Ratios are 1 on-policy; off-policy no token may be clipped, or the estimate would be biased.
@@ -26,7 +26,8 @@ def rewards(params, traces, scheme):
     log_c = tabular.answer_logprobs(params, traces.features_BF)
     base = tabular.answer_logprobs(tabular.random_params(BASE_SEED), np.array([[0.0, 0.0, 1.0]]))
     mask = np.ones(log_c.shape, bool)
-    return log_c, *aggregate(scheme, log_c, jnp.broadcast_to(base, log_c.shape), mask)
+    log_reward, signal = aggregate(scheme, log_c, jnp.broadcast_to(base, log_c.shape), mask)
+    return log_c, rewards_of(scheme, log_reward), signal
 
 
 def probabilities(params, traces):

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 
 from nrt_jax.config.schemes import SCHEMES
-from nrt_jax.objective.schemes import LARGEST_WEIGHT, WS_SCHEMES, aggregate, ws_weights
+from nrt_jax.objective import schemes
+from nrt_jax.objective.schemes import LARGEST_WEIGHT, WS_SCHEMES, rewards_of, ws_weights
 from tests.objective import oracle
 
 # c = 1/2, 1/4 and c_base = 1/4, 1/2 by hand: log 2 and log 4 are the weights of ws_neg_log_p.
@@ -31,6 +32,12 @@ BY_HAND = [
     ("ws_neg_log_p", "mean", 0.625 * L2, [L2 / 2, 0.125 * L2]),
     ("ws_neg_log_p", "normalised", 1.25 / 3, [1 / 3, 0.25 / 3]),
 ]
+
+
+def aggregate(scheme, *args, **how):
+    """R and S."""
+    log_reward, signal = schemes.aggregate(scheme, *args, **how)
+    return rewards_of(scheme, log_reward), signal
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

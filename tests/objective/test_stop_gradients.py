@@ -33,10 +33,14 @@ def objective_loss(params, old_params, scheme, estimator, policy_loss):
     log_c = tabular.answer_logprobs(params, traces.features_BF)
     mask = np.ones(log_c.shape, bool)
     base = tabular.answer_logprobs(params, EMPTY)
-    reward, signal = aggregate(scheme, log_c, np.ones((P * K, 1)) * base, mask)
+    log_reward, signal = aggregate(scheme, log_c, np.ones((P * K, 1)) * base, mask)
     baseline, _ = aggregate(scheme, base, base, mask[:1])
-    baseline = baseline * np.ones(P)
-    advantage = advantages(reward.reshape(P, K), baseline, estimator=estimator).reshape(-1)
+    advantage = advantages(
+        log_reward.reshape(P, K),
+        baseline * np.ones(P),
+        estimator=estimator,
+        logs=SCHEMES[scheme].positive,
+    ).reshape(-1)
     function = {"ppo_clip": losses.ppo_clip, "cispo": losses.cispo}[policy_loss]
     terms = function(logprob, old_logprob, advantage, clip_low=LOW, clip_high=HIGH)
     ratio = losses.trace_ratio(logprob, old_logprob, traces.mask_BT, 2.0)

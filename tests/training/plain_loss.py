@@ -62,19 +62,27 @@ def plain_loss(
     config: ObjectiveConfig,
     temperature: float = 1.0,
     sequences: int | None = None,
+    sampling: Policy | None = None,
 ) -> dict[str, float]:
     """The terms of the loss of these groups, in a mini-batch of `sequences` traces (default: all).
 
-    The sampling policy is the current one, so that recomputed old logprobs are the current ones.
+    The first mini-batch of a step: recomputed old logprobs are the current ones. `sampling` is the
+    policy that drew the traces, where that is another one.
     """
+    sampling = sampling or policy
+    judge = sampling if config.reward_policy == "sampling" else policy
     terms = {"trace": 0.0, "token": 0.0, "format": 0.0}
     for group in groups:
         prompt, answer = group.example.prompt_tokens, group.example.answer_tokens
-        base = policy.logprobs(prompt, [], answer, temperature)[3]
+        base = sampling.logprobs(prompt, [], answer, temperature)[3]
         how = (config.ws_normalisation, config.weight_cap)
         baseline, _ = oracle.aggregate(config.scheme, base, base, *how)
         scored = [policy.logprobs(prompt, t.tokens, answer, temperature) for t in group.traces]
-        rewarded = [oracle.aggregate(config.scheme, s[3], base, *how) for s in scored]
+        judged = [
+            judge.logprobs(prompt, t.tokens, answer, temperature)[3] if len(t.tokens) else base
+            for t in group.traces
+        ]
+        rewarded = [oracle.aggregate(config.scheme, log_c, base, *how) for log_c in judged]
         advantage = oracle.advantages([r for r, _ in rewarded], baseline, config.estimator)
         for trace, (start, z, end, y), (_, signal), A in zip(
             group.traces, scored, rewarded, advantage, strict=True

@@ -14,6 +14,7 @@ from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.requests import Request
 from nrt_jax.models.sharding import make_mesh
 from nrt_jax.objective.rewards import compute_rewards, score_rewards
+from nrt_jax.objective.schemes import rewards_of
 from nrt_jax.training.batch import answer_mask, answer_values, group_lengths
 from nrt_jax.training.forward import baseline_logprobs, completion_logprobs, run_prompts
 from nrt_jax.training.packing import Layout, Packer
@@ -88,6 +89,31 @@ def test_scores_equal_the_training_forward(sampled):
         np.testing.assert_allclose(score.empty_A, log_c_base_PA[p, :T], atol=1e-4)
 
 
+def test_equal_traces_have_equal_scores_to_the_bit(sampled):
+    groups, scores = sampled
+    empty = repeated = 0
+    for group, score in zip(groups, scores, strict=True):
+        first = {}
+        for trace, log_c_A in zip(group.traces, score.samples_KA, strict=True):
+            tokens = tuple(trace.tokens.tolist())
+            expected_A = score.empty_A if not tokens else first.setdefault(tokens, log_c_A)
+            np.testing.assert_array_equal(log_c_A, expected_A)
+            empty += not tokens
+            repeated += bool(tokens) and expected_A is not log_c_A
+    assert empty, "an empty trace is among them"
+    assert repeated, "two traces of a group are equal"
+
+
+def test_the_empty_trace_alone_can_be_scored(sampled):
+    """With the same logprobs, and the same traces."""
+    groups, scores = sampled
+    asked = [request._replace(score_samples=False) for request in requests()]
+    traces, baselines = generate_and_score(engine(6), PARAMS, asked, jax.random.key(0), steps=3)
+    for group, drawn, score, baseline in zip(groups, traces, scores, baselines, strict=True):
+        assert [t.tokens.tolist() for t in drawn] == [t.tokens.tolist() for t in group.traces]
+        np.testing.assert_array_equal(baseline.empty_A, score.empty_A)
+
+
 def test_scoring_changes_no_trace(sampled):
     groups, _ = sampled
     plain = generate(engine(4), PARAMS, requests(), jax.random.key(0))
@@ -103,8 +129,9 @@ def test_rewards_are_those_of_the_loss(scheme, sampled):
     objective = ObjectiveConfig.model_validate({"scheme": scheme, "weight_cap": 20.0})
     rewards = score_rewards(scores, objective)
     expected = compute_rewards(*forward(groups), objective)
-    np.testing.assert_allclose(rewards.reward_PK, expected.reward_PK, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(rewards.baseline_P, expected.baseline_P, rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(rewards, expected[:2], strict=True):
+        theirs = rewards_of(scheme, theirs)
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_rewards_are_those_of_the_oracle(sampled):

@@ -61,8 +61,8 @@ def group(example: TokenizedExample, k: int) -> Group:
     rng = np.random.default_rng(k)
     ended = Trace(worlds.tokens(rng, 3), rng.normal(size=3).astype(np.float32), 2, -1 / (k + 3))
     cut = Trace(worlds.tokens(rng, 5), rng.normal(size=5).astype(np.float32), None, 0.0)
-    rewards = rng.normal(size=2).astype(np.float32)
-    return Group(example=example, traces=(ended, cut), version=2, rewards=rewards, baseline=k / 7)
+    log_c = rng.normal(size=(3, len(example.answer_tokens))).astype(np.float32)
+    return Group(example, (ended, cut), version=2, log_c_KA=log_c[1:], log_c_base_A=log_c[0])
 
 
 def test_nothing_is_restored_from_nothing(tmp_path):
@@ -96,8 +96,9 @@ def test_prefetched_groups_come_back_with_their_examples(tmp_path):
             assert one.tokens.tobytes() == other.tokens.tobytes()
             assert one.logprobs.tobytes() == other.logprobs.tobytes()
             assert (one.end_token, one.end_logprob) == (other.end_token, other.end_logprob)
-        assert mine.rewards.tobytes() == theirs.rewards.tobytes()
-        assert (mine.version, mine.baseline) == (theirs.version, theirs.baseline)
+        np.testing.assert_array_equal(mine.log_c_KA, theirs.log_c_KA)
+        np.testing.assert_array_equal(mine.log_c_base_A, theirs.log_c_base_A)
+        assert mine.version == theirs.version
     assert rows(next(restored)) == rows(next(data))
 
 
@@ -110,6 +111,6 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, saved)
         restore(tmp_path)
     assert str(error.value) == (
         f"{tmp_path}/checkpoints/5: another version of nrt-jax saved it (format "
-        f"{saved.get('format')}, this version reads 2); continue the run with that version, or "
+        f"{saved.get('format')}, this version reads 3); continue the run with that version, or "
         "choose another run_dir"
     )

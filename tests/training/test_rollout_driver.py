@@ -45,7 +45,17 @@ def test_either_driver_trains_the_same(tiny_config, tmp_path, words, settings):
             np.testing.assert_allclose(theirs[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
-def test_what_jetstreams_interface_cannot_do_is_refused(tiny_config):
-    overrides = ["rollout.driver=jetstream", "rollout.drop_zero_std_groups=true"]
-    with pytest.raises(InputError, match=r"rollout\.drop_zero_std_groups with rollout\.dri"):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["rollout.drop_zero_std_groups=true"], r"rollout\.drop_zero_std_groups with rollout\.dri"),
+        (
+            [*STALE, "objective.reward_policy=sampling"],
+            r"jetstream with rollout\.staleness 1",
+        ),
+    ],
+)
+def test_what_jetstreams_interface_cannot_do_is_refused(tiny_config, settings, message):
+    overrides = ["rollout.driver=jetstream", *settings]
+    with pytest.raises(InputError, match=message):
         load_config(RunConfig, [tiny_config], overrides)

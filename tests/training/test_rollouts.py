@@ -12,7 +12,7 @@ import pytest
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.engine.sampling import Sampling
-from nrt_jax.training.rollouts import Sampler
+from nrt_jax.training.rollouts import Sampler, random_streams
 from nrt_jax.training.setup import Run, setup, training_batches
 from nrt_jax.types import Example, TokenizedExample
 
@@ -112,6 +112,30 @@ def test_each_step_and_each_seed_draw_traces_of_their_own(opened):
     first = tokens(1)
     assert tokens(1) == first
     assert len({str(drawn) for drawn in (first, tokens(2), tokens(3), tokens(1, seed=1))}) == 4
+
+
+def test_a_row_twice_in_a_batch_draws_traces_of_its_own(opened):
+    """The first time it draws what it draws alone; the next times something else, reproducibly."""
+    run = opened("rollout.traces_per_prompt=8")
+    weights, (one, other) = run.engines.weights(run.progress), (example(0, 1), example(1, 1))
+
+    def tokens(*examples: TokenizedExample) -> list[list[list[int]]]:
+        groups = sampler(run).sample(weights, examples, 1)
+        return [[trace.tokens.tolist() for trace in group.traces] for group in groups]
+
+    first, second, third = tokens(one, one, one)
+    assert len({str(drawn) for drawn in (first, second, third)}) == 3
+    assert [first] == tokens(one)
+    assert tokens(other, one, one)[1:] == [first, second]
+    assert tokens(one, other, one)[::2] == [first, second]
+
+
+def test_no_two_places_of_a_batch_share_their_noise():
+    rows = [0, 3, 0, 5, 0, 3, 2**31 - 1, 2**31 - 1]
+    streams = random_streams([example(row, 1) for row in rows])
+    assert len(set(streams)) == len(rows)
+    assert [streams[i] for i in (0, 1, 3, 6)] == [0, 3, 5, 2**31 - 1]
+    assert all(-(2**31) <= stream < 0 for stream in (streams[i] for i in (2, 4, 5, 7)))
 
 
 def test_another_seed_reads_the_data_in_another_order(config):

@@ -1,5 +1,6 @@
 """Prefetched rollouts: whose weights draw them, in which order, and across a kill."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,10 +11,13 @@ from flax import nnx
 from nrt_jax.checkpoints.saved_groups import pack_groups, read_arrays, unpack_groups
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
+from nrt_jax.models.decoder import Decoder
 from nrt_jax.training import nrt
-from nrt_jax.training.batch import group_lengths, nrt_batch
+from nrt_jax.training.batch import NrtBatch, answer_mask, group_lengths, nrt_batch
 from nrt_jax.training.forward import (
     NrtSettings,
+    Prompts,
+    baseline_logprobs,
     completion_logprobs,
     run_prompts,
 )
@@ -87,21 +91,33 @@ class Watched:
 
     def gap(self, step: int, version: int) -> float:
         """Largest difference of a step's sampled logprobs from those under a version's weights."""
-        settings = self.settings
+        settings, decoder, prompts, batch = self._prompts(step, version)
+        logprobs = completion_logprobs(decoder, settings, prompts, batch)
+        completions = mask_completions(
+            *logprobs, FrozenLogprobs(), batch.groups, settings.objective
+        )
+        gap_PKT = np.abs(completions.logprob_PKT - completions.sampler_PKT)
+        return float(np.where(completions.covered_PKT, gap_PKT, 0).max())
+
+    def baseline_gap(self, step: int, version: int) -> float:
+        """The same of c_base."""
+        settings, decoder, prompts, batch = self._prompts(step, version)
+        assert batch.scored is not None
+        log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
+        gap_PA = np.abs(log_c_base_PA - batch.scored.log_c_base_PA)
+        return float(np.where(answer_mask(batch.groups), gap_PA, 0).max())
+
+    def _prompts(self, step: int, version: int) -> tuple[NrtSettings, Decoder, Prompts, NrtBatch]:
+        """A step's groups as one batch, with its prompts run under a version's weights."""
+        settings, groups = self.settings, self.groups[step]
         assert settings is not None
-        groups = self.groups[step]
         (plan,) = Packer(Layout(len(groups), packing=False)).plan(
             [group_lengths(group) for group in groups]
         )
         think = {"think_start": settings.think_start, "think_end": settings.think_end}
         batch = worlds.as_jax(nrt_batch(groups, plan, **think))
         decoder = nnx.merge(settings.definition, worlds.as_jax(self.weights[version]))
-        logprobs = completion_logprobs(decoder, settings, run_prompts(decoder, batch), batch)
-        completions = mask_completions(
-            *logprobs, FrozenLogprobs(), batch.groups, settings.objective
-        )
-        gap_PKT = np.abs(completions.logprob_PKT - completions.sampler_PKT)
-        return float(np.where(completions.covered_PKT, gap_PKT, 0).max())
+        return settings, decoder, run_prompts(decoder, batch), batch
 
 
 def watched(tiny_config, directory, *overrides: str) -> Watched:
@@ -132,6 +148,15 @@ def test_every_trace_of_a_step_is_of_one_version_one_update_old(stale):
         assert stale.gap(step, version) < 1e-4
     # The weights do move, so that another version would have been noticed.
     assert stale.gap(3, 2) > 1e-3
+
+
+def test_c_base_is_that_of_the_weights_that_drew_the_traces(stale):
+    for step, groups in stale.groups.items():
+        (version,) = {group.version for group in groups}
+        assert stale.baseline_gap(step, version) < 1e-4
+    assert stale.baseline_gap(3, 2) > 1e-3
+    # The rewards of the traces are the current weights', so nobody asks for their scores.
+    assert all(group.log_c_KA is None for groups in stale.groups.values() for group in groups)
 
 
 def test_without_staleness_every_trace_is_of_the_newest_weights(tiny_config, tmp_path):
@@ -171,22 +196,24 @@ def test_killed_and_stopped_it_ends_as_one_that_never_was(new_run, reference):
     assert ages == [0.0] + 7 * [1.0]
 
 
-@pytest.mark.parametrize("scored", [False, True])
+@pytest.mark.parametrize("scored", [(), ("log_c_base_A",), ("log_c_base_A", "log_c_KA")])
 def test_groups_come_back_to_the_bit(scored):
-    groups = worlds.random_groups(4, 3)
-    if scored:
-        rng = np.random.default_rng(0)
-        groups = [
-            type(g)(g.example, g.traces, 7, rng.normal(size=3).astype(np.float32), rng.normal())
-            for g in groups
-        ]
+    groups, rng = worlds.random_groups(4, 3), np.random.default_rng(0)
+    for p, group in enumerate(groups):
+        A = len(group.example.answer_tokens)
+        shapes = {"log_c_base_A": A, "log_c_KA": (3, A)}
+        logprobs = {name: rng.normal(size=shapes[name]).astype(np.float32) for name in scored}
+        groups[p] = replace(group, version=7, **logprobs)
     back = unpack_groups(pack_groups(groups), [group.example for group in groups])
     for mine, theirs in zip(back, groups, strict=True):
         assert mine.example is theirs.example
-        assert (mine.version, mine.baseline) == (theirs.version, theirs.baseline)
-        assert (mine.rewards is None) == (theirs.rewards is None)
-        if theirs.rewards is not None and mine.rewards is not None:
-            assert mine.rewards.tobytes() == theirs.rewards.tobytes()
+        assert mine.version == theirs.version
+        for name in ("log_c_base_A", "log_c_KA"):
+            saved, restored = getattr(theirs, name), getattr(mine, name)
+            assert (restored is None) == (saved is None)
+            if saved is not None:
+                assert restored.shape == saved.shape
+                assert restored.tobytes() == saved.tobytes()
         for one, other in zip(mine.traces, theirs.traces, strict=True):
             assert one.tokens.dtype == other.tokens.dtype
             assert one.tokens.tobytes() == other.tokens.tobytes()

@@ -15,7 +15,6 @@ from tests.training.runs import TinyRun
 
 # Two mini-batches per step and two micro-batches per mini-batch, on the eight devices of the tests.
 # The learning rate changes no float32 weight, so that the policy is the same in both mini-batches.
-# Rewards are not clipped at the baseline, which an empty trace exceeds or not by rounding.
 STEP = (
     "train.steps=1",
     "train.batch_prompts=32",
@@ -25,7 +24,6 @@ STEP = (
     "optimizer.learning_rate=1e-30",
     "optimizer.weight_decay=0",
     "objective.kl_coefficient=0",
-    "objective.estimator=grpo_unclipped",
     "evaluation.examples=0",
 )
 MINI_BATCH = 16
