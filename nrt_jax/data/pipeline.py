@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import grain
 import numpy as np
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows
+from nrt_jax.data.epochs import EpochOrder
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.sources import read_rows
 from nrt_jax.data.tokenizer import Tokenizer
@@ -88,8 +88,8 @@ class BatchIterator:
     """Endless batches of exactly `batch_size` examples.
 
     Every epoch has each example once, in its own order when shuffled. A batch may span the end of
-    an epoch, so that no batch is short and no example is dropped. A batch larger than the data
-    would repeat examples, which is an InputError.
+    an epoch, so that no batch is short and no example is dropped; it holds no example twice
+    (`EpochOrder`). A batch larger than the data would repeat examples, which is an InputError.
     """
 
     def __init__(
@@ -107,26 +107,21 @@ class BatchIterator:
             "shuffle": shuffle,
             "seed": seed,
         }
-        rows = grain.MapDataset.source(examples)
-        if shuffle:
-            # Grain shuffles epoch e by seed + e, so that nearby seeds would share epochs.
-            spread_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-            rows = rows.shuffle(seed=spread_seed)
-        # Endless, so nothing is dropped; without drop_remainder the length overflows at size 1.
-        batches = rows.repeat().batch(batch_size, drop_remainder=True, batch_fn=list)
-        # Rows are ready or cheap to make: threads would only add latency and nondeterminism.
-        options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        self._batches = iter(batches.to_iter_dataset(options))
+        self._examples = examples
+        self._order = EpochOrder(len(examples), batch_size, seed if shuffle else None)
+        self._next = 0
 
     def __iter__(self) -> Iterator[list[TokenizedExample]]:
         return self
 
     def __next__(self) -> list[TokenizedExample]:
-        return next(self._batches)
+        batch = [self._examples[row] for row in self._order.batch(self._next)]
+        self._next += 1
+        return batch
 
     def get_state(self) -> dict:
         """The position as JSON; after set_state with it, the next batch is the same."""
-        return {**self._identity, "position": self._batches.get_state()}
+        return {**self._identity, "next_batch": self._next}
 
     def set_state(self, state: dict) -> None:
         """Go to a saved position; InputError when it was saved with other data or batches."""
@@ -136,7 +131,7 @@ class BatchIterator:
                     f"the saved data position has {name}={state.get(name)}, this run has "
                     f"{name}={value}; continue with the data and batch settings of the saved run"
                 )
-        self._batches.set_state(state["position"])
+        self._next = state["next_batch"]
 
 
 # --- files ---------------------------------------------------------------------------------------
