@@ -73,6 +73,17 @@ def test_advantages_are_those_of_exact_arithmetic(estimator, scheme, T, level):
         assert np.all(rewards.token_signal_PKA < 1e-35), "S is of the size of R"
 
 
+def test_a_certain_token_without_weight_does_not_hide_the_others():
+    """Of c = 1 and a weight of 0 beside c = e^-110, whose weights are 110."""
+    log_c = np.array([[0, -110, -110], [0, -110, -109]], np.float32)
+    base = np.array([0, -110, -110], np.float32)
+    rewards = rewards_of_group("ws_neg_log_p", log_c, base, "grpo_unclipped")
+    expected = [math.log(220) - 110, math.log(110 * (1 + math.e)) - 110]
+    np.testing.assert_allclose(rewards.log_reward_PK[0], expected, rtol=1e-6)
+    np.testing.assert_allclose(rewards.log_baseline_P, expected[:1], rtol=1e-6)
+    np.testing.assert_allclose(rewards.advantage_PK[0], [-1, 1], rtol=1e-4)
+
+
 SIZES = [(1.0, 0.4), (8.0, 0.1), (1e-3, 2.0), (1e30, 0.5), (1e-30, 0.5)]
 
 

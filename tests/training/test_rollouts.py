@@ -12,6 +12,7 @@ import pytest
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.engine.sampling import Sampling
+from nrt_jax.training import nrt
 from nrt_jax.training.rollouts import Sampler, random_streams
 from nrt_jax.training.setup import Run, setup, training_batches
 from nrt_jax.types import Example, TokenizedExample
@@ -128,6 +129,43 @@ def test_a_row_twice_in_a_batch_draws_traces_of_its_own(opened):
     assert [first] == tokens(one)
     assert tokens(other, one, one)[1:] == [first, second]
     assert tokens(one, other, one)[::2] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "several_updates", "stale"),
+    [
+        ((), False, False),
+        (("train.batch_prompts=16",), True, False),
+        (
+            (
+                "rollout.staleness=1",
+                "objective.old_logprobs=recompute",
+                "objective.importance_cap=2",
+            ),
+            False,
+            True,
+        ),
+    ],
+)
+def test_what_stays_fixed_during_a_step(opened, monkeypatch, overrides, several_updates, stale):
+    """c_base where several updates share a rollout, and what older weights scored."""
+    asked, make = {}, nrt.frozen_logprobs_fn
+
+    def watched(settings, **how):
+        asked.update(how, settings=settings)
+        return make(settings, **how)
+
+    monkeypatch.setattr(nrt, "frozen_logprobs_fn", watched)
+    run = opened("rollout.temperature=0.5", "model.logprob_chunk_tokens=64", *overrides)
+    nrt.make_step_functions(run)
+    settings, tokenizer = asked.pop("settings"), run.policy.tokenizer
+    assert asked == {"several_updates": several_updates, "reference": None}
+    assert settings.objective is run.config.objective
+    assert (settings.think_start, settings.think_end) == (
+        tokenizer.think_start_id,
+        tokenizer.think_end_id,
+    )
+    assert (settings.temperature, settings.chunk_tokens, settings.stale) == (0.5, 64, stale)
 
 
 def test_no_two_places_of_a_batch_share_their_noise():
