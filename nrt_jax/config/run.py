@@ -110,7 +110,9 @@ class RunConfig(Section):
                 "traces are of older weights; set objective.old_logprobs=recompute and "
                 "objective.importance_cap=2"
             )
-        if self.rollout.drop_zero_std_groups and self.rollout.traces_per_prompt == 1:
+        compares = self.objective.estimator != "clip01"
+        one_trace = self.rollout.traces_per_prompt == 1
+        if self.rollout.drop_zero_std_groups and one_trace and compares:
             raise ValueError(
                 "rollout.drop_zero_std_groups with rollout.traces_per_prompt 1: the "
                 "rewards of one trace have no standard deviation, so nothing is left to train on; "

@@ -5,6 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.config.load import load_config
+from nrt_jax.config.run import RunConfig
+from nrt_jax.errors import InputError
 from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.training.batch import group_lengths
@@ -117,6 +120,14 @@ def test_zero_std_comes_from_the_cached_scores():
     assert zero_std(*rewards, "grpo").tolist() == [True, False]
     np.testing.assert_allclose(rewards.baseline_P, np.exp(-1.0), rtol=1e-6)
     np.testing.assert_allclose(rewards.reward_PK[1], np.exp([[-0.1, -0.2], [-0.4, -0.3]]).mean(1))
+
+
+def test_one_trace_may_be_dropped_where_it_is_compared_with_the_baseline_alone(tiny_config):
+    overrides = ["rollout={traces_per_prompt: 1, drop_zero_std_groups: true}"]
+    config = load_config(RunConfig, [tiny_config], [*overrides, "objective.estimator=clip01"])
+    assert config.rollout.drop_zero_std_groups
+    with pytest.raises(InputError, match="the rewards of one trace have no standard deviation"):
+        load_config(RunConfig, [tiny_config], overrides)
 
 
 @pytest.mark.slow
