@@ -34,14 +34,34 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     if hasattr(args, "config"):
         args.config += rest
     if not hasattr(args, "overrides"):
+        if hasattr(args, "model"):
+            args.model = _model(parser, args.model)
         return args
     words = [args.model, *args.overrides, *rest]
     args.overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     models = [word for word in words if word not in args.overrides]
     if len(models) != 1:
         parser.error(f"one MODEL is required, and {len(models)} are named: {' '.join(words)}")
-    args.model = Path(models[0])
+    args.model = _model(parser, models[0])
     return args
+
+
+def _model(parser: Parser, word: str) -> Path:
+    # Not the parser's own conversion: an override may stand where it looks for the MODEL.
+    try:
+        return path(word)
+    except argparse.ArgumentTypeError as error:
+        parser.error(f"argument MODEL: {error}")
+
+
+def path(text: str) -> Path:
+    """A path of this machine."""
+    from nrt_jax.config.paths import local_path
+
+    try:
+        return local_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def temperature(text: str) -> float:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nrt_jax
-from nrt_jax.arguments import Parser, dtype, parse, row_count, seed, temperature
+from nrt_jax.arguments import Parser, dtype, parse, path, row_count, seed, temperature
 from nrt_jax.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
@@ -153,8 +153,8 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         "import",
         help="convert a Hugging Face directory once, for runs that start from it on many devices",
     )
-    import_.add_argument("source", type=Path, metavar="HF_DIR")
-    import_.add_argument("out", type=Path, metavar="OUT")
+    import_.add_argument("source", type=path, metavar="HF_DIR")
+    import_.add_argument("out", type=path, metavar="OUT")
     import_.add_argument(
         "--mesh",
         default="fsdp=-1",
@@ -166,7 +166,7 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
 
     export = verbs.add_parser("export", help="write any model as a Hugging Face directory")
     _add_model(export)
-    export.add_argument("out", type=Path, metavar="OUT")
+    export.add_argument("out", type=path, metavar="OUT")
     _add_dtype(export, "that of the directory, or of the checkpoint that the run started from")
     export.add_argument(
         "--copy-row",
@@ -190,8 +190,8 @@ def _add_views(verbs: "argparse._SubParsersAction[Parser]") -> None:
     show_data.set_defaults(verb=_data_show)
 
     report = verbs.add_parser("report", help="compare runs: report.html, curves.png, summary.json")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    report.add_argument("--out", type=Path, required=True)
+    report.add_argument("runs", type=path, nargs="+", metavar="RUN")
+    report.add_argument("--out", type=path, required=True)
     report.set_defaults(verb=_report)
 
     config = verbs.add_parser("config", help="show a resolved config, or the schema of all configs")
@@ -322,7 +322,7 @@ def _export(args: argparse.Namespace) -> None:
     from nrt_jax.checkpoints.export import export
 
     with _exit_on_sigterm():
-        export(Path(args.model), args.out, dtype=args.dtype, copy_rows=args.copy_row)
+        export(args.model, args.out, dtype=args.dtype, copy_rows=args.copy_row)
     print(f"wrote {args.out}")
 
 

@@ -111,6 +111,8 @@ def test_runs_as_a_module_and_as_a_script():
         (("export", "run", "out", "--dtype", "int8"), "int8 is no dtype of weights; give bf16"),
         (("data", "show", "c.yaml", "--rows", "0"), "0 is no number of rows; give 1 or more"),
         (("data", "show", "c.yaml", "--rows", "9" * 30), "is no number of rows; give 1 or more"),
+        (("export", "gs://b/run", "out"), "argument MODEL: gs://b/run: must be a path of this"),
+        (("report", "runs", "--out", "s3://b/x"), "argument --out: s3://b/x: must be a path of"),
         (("report", "runs"), "the following arguments are required: --out"),
         (("report", "runs", "--out", "x", "more"), "unrecognized arguments: more"),
         (("config", "schema", "x=1"), "unrecognized arguments: x=1"),
@@ -315,6 +317,11 @@ def test_a_full_disk_behind_the_output(config):
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert line.startswith("nrt-jax: error: a file or the output: No space left on device; make")
+
+
+def test_a_home_is_expanded(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert fails(capsys, "export", "~/run", "out").startswith(f"{tmp_path}/run: no such directory")
 
 
 # --- SIGTERM --------------------------------------------------------------------------------------

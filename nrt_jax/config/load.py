@@ -16,6 +16,7 @@ import yaml
 from annotated_types import Le, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
 
+from nrt_jax.config.paths import local_path
 from nrt_jax.config.presets import find_config, suggest_preset
 from nrt_jax.config.yaml_values import NULL, Dumper, Text, read_yaml
 from nrt_jax.errors import InputError
@@ -52,13 +53,19 @@ class Section(BaseModel):
 S = TypeVar("S", bound=Section)
 
 
+def _local(value: Any) -> Any:
+    return local_path(value) if isinstance(value, str | Path) else value
+
+
 def _resolve(value: Any) -> Any:
     if not isinstance(value, str | Path):
         return value
     directory = value.directory if isinstance(value, Text) else Path()
-    return Path(os.path.abspath(directory / Path(value).expanduser()))
+    return Path(os.path.abspath(directory / local_path(value)))
 
 
+LocalPath = Annotated[Path, BeforeValidator(_local)]
+"""A path relative to the working directory, wherever it is named."""
 ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
 """A path relative to the YAML file that names it; in an override, to the working directory."""
 
@@ -142,7 +149,14 @@ def _parents(extends: Any, path: Path) -> list[Path]:
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise InputError(f"{path}: extends={_show(extends)}: must be a path or a list of paths")
-    return [find_config(Path(os.path.normpath(path.parent / name)), name) for name in names]
+    return [find_config(_beside(path, name), name) for name in names]
+
+
+def _beside(path: Path, name: str) -> Path:
+    try:
+        return Path(os.path.normpath(path.parent / local_path(name)))
+    except ValueError as error:
+        raise InputError(f"{path}: extends={_show(name)}: {error}") from None
 
 
 def _read_text(path: Path, chain: tuple[Path, ...]) -> str:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from nrt_jax.config.checkpoint import CheckpointConfig
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.evaluation import EvaluationConfig
-from nrt_jax.config.load import Section, load_config
+from nrt_jax.config.load import LocalPath, Section, load_config
 from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import ModelConfig
@@ -27,7 +27,7 @@ class RunConfig(Section):
 
     method: Literal["nrt", "sft"] = "nrt"
     """nrt samples traces and learns from them; sft is cross-entropy of the answer after x."""
-    run_dir: Path = Path("runs/default")
+    run_dir: LocalPath = Path("runs/default")
     """Directory of everything that the run writes; an existing run in it is continued."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Fixes the initial weights, the order of the data and every sampled token."""

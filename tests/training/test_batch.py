@@ -62,9 +62,7 @@ def test_white_space_after_t_start_goes_before_the_trace():
     after_start = np.asarray([10, 11], np.int32)
     group = one_group()
     example = dataclasses.replace(group.example, after_start_tokens=after_start)
-    group = dataclasses.replace(group, example=example)
-    assert group_lengths(group).prompt == len(X) + 2
-    batch = batch_of([group])
+    batch = batch_of([dataclasses.replace(group, example=example)])
     row = [11, *Z, THINK_END, *Y]
     assert batch.prompts.tokens_packs_S[0, :6].tolist() == [*X, THINK_START, 10, 0]
     assert batch.groups.prompt_last_P.tolist() == [2]  # predicts t_start
