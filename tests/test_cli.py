@@ -202,7 +202,7 @@ def test_a_long_override_is_no_name_of_a_file(config, capsys):
 
 
 def test_shows_a_config_that_reads_back(config, tmp_path, capsys):
-    words = [str(config), "train.steps=7", "checkpoint.best_metric=loss/total"]
+    words = [str(config), "train.steps=7", "checkpoint.best_metric=eval/exact_match"]
     assert cli.main(["config", "show", *words]) == 0
     shown = tmp_path / "elsewhere" / "shown.yaml"
     shown.parent.mkdir()

@@ -15,6 +15,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(default=2, ge=1)
     """How many of the newest checkpoints are kept."""
     best_metric: str | None = None
-    """Metric, such as eval/exact_match, whose best checkpoint is kept too; null for none."""
+    """Metric of the evaluation, such as eval/exact_match, whose best checkpoint is kept too; null
+    for none. A step's own metrics are of the weights before its update, which no checkpoint has."""
     best_mode: Literal["max", "min"] = "max"
     """Whether the highest or the lowest value is the best."""

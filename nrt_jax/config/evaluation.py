@@ -9,6 +9,15 @@ from nrt_jax.config.load import MOST_TOKENS, Section
 
 EXTRACTS = ("whole", "last_number", "boxed", "choice", "any_of")
 AFTER = "after:"
+EVALUATION_METRICS = (
+    "eval/exact_match",
+    "eval/trace_tokens",
+    "eval/think_end_share",
+    "eval/reward",
+    "eval/baseline",
+    "eval/reference_logprob",
+)
+"""What an evaluation can measure; the last three with score_references alone."""
 
 
 class EvaluationConfig(Section):

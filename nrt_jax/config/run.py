@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from nrt_jax.config.checkpoint import CheckpointConfig
 from nrt_jax.config.data import DataConfig
-from nrt_jax.config.evaluation import EvaluationConfig
+from nrt_jax.config.evaluation import EVALUATION_METRICS, EvaluationConfig
 from nrt_jax.config.load import LocalPath, Section, load_config
 from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.config.mesh import MeshConfig
@@ -74,8 +74,14 @@ class RunConfig(Section):
             self.checkpoint.every_steps,
             self.evaluation,
         )
-        if name is None or not name.startswith("eval/"):
+        if name is None:
             return self
+        if not name.startswith("eval/"):
+            raise ValueError(
+                f"checkpoint.best_metric {name}: the metrics of a step are those of the weights "
+                "before its update, and the checkpoint has those after it; use a metric of the "
+                f"evaluation: {', '.join(EVALUATION_METRICS)}"
+            )
         if not evaluation.examples:
             raise ValueError(
                 f"checkpoint.best_metric {name} with evaluation.examples 0: nothing measures it; "

@@ -32,7 +32,7 @@ class Progress:
     """Steps that are finished."""
     prefetched: Prefetched | None = None
     metrics: dict[str, float] = field(default_factory=dict)
-    """Metrics of the last finished step and of its evaluation."""
+    """Of the evaluation after the last finished step; empty when there was none."""
 
 
 def save_progress(

@@ -40,13 +40,13 @@ def finish_step(run: Run, metrics: Mapping[str, float]) -> None:
     """
     config, progress, logger = run.config, run.progress, run.logger
     progress.step += 1
+    # Those of the step are of the weights before its update: no checkpoint is the best by them.
+    progress.metrics = {}
     times = logger.timer.take()
-    progress.metrics = {**metrics, **times}
-    tokens = progress.metrics.pop("speed/tokens")
-    progress.metrics["speed/tokens_per_second"] = tokens / sum(times.values())
-    logger.write(progress.step, progress.metrics)
+    row = {**metrics, **times}
+    row["speed/tokens_per_second"] = row.pop("speed/tokens") / sum(times.values())
+    logger.write(progress.step, row)
     _check_finite(progress.step, metrics, config.train.max_skipped_updates)
-    _check_best_metric(config.checkpoint.best_metric, progress.metrics, of_evaluation=False)
     last = progress.step == config.train.steps
     if last or progress.step % config.evaluation.every_steps == 0:
         _evaluate(run)
@@ -81,10 +81,10 @@ def _evaluate(run: Run) -> None:
             key,
             samples=config.evaluation.samples,
         )
-    progress.metrics |= metrics
+    progress.metrics = metrics
     logger.write(progress.step, metrics | logger.timer.take())
     logger.write_samples(progress.step, samples)
-    _check_best_metric(config.checkpoint.best_metric, metrics, of_evaluation=True)
+    _check_best_metric(config.checkpoint.best_metric, metrics)
 
 
 def _save(run: Run) -> None:
@@ -102,12 +102,10 @@ def _check_finite(step: int, metrics: Mapping[str, float], most_skipped: int) ->
         )
 
 
-def _check_best_metric(
-    name: str | None, metrics: Mapping[str, float], *, of_evaluation: bool
-) -> None:
-    if name is None or name.startswith("eval/") != of_evaluation or name in metrics:
+def _check_best_metric(name: str | None, metrics: Mapping[str, float]) -> None:
+    if name is None or name in metrics:
         return
     raise InputError(
-        f"checkpoint.best_metric={name!r} is no metric of this run; use one of "
+        f"checkpoint.best_metric={name!r} is no metric of this run's evaluation; use one of "
         f"{', '.join(sorted(metrics))}"
     )

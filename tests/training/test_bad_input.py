@@ -131,6 +131,12 @@ def test_config_file(text, said, refused, tmp_path):
             "more",
         ),
         (
+            "checkpoint.best_metric=loss/total",
+            "checkpoint.best_metric loss/total: the metrics of a step are those of the weights "
+            "before its update, and the checkpoint has those after it; use a metric of the "
+            "evaluation: eval/exact_match, ",
+        ),
+        (
             "checkpoint.best_metric=eval/exact_match",
             "checkpoint.every_steps 2 must be a multiple of evaluation.every_steps 3",
         ),
@@ -337,14 +343,15 @@ def test_a_model_of_another_shape(folder):
 
 
 def test_a_best_metric_that_is_never_measured(new_run):
-    run = new_run(*SFT)
-    outcome = run.train("checkpoint.best_metric=loss/totl")
+    run = new_run(*SFT, "evaluation.every_steps=2")
+    outcome = run.train("checkpoint.best_metric=eval/exact")
     assert outcome.status == 2
-    assert outcome.error.startswith(
-        "checkpoint.best_metric='loss/totl' is no metric of this run; use one of batch/"
+    assert outcome.error == (
+        "checkpoint.best_metric='eval/exact' is no metric of this run's evaluation; use one of "
+        "eval/exact_match"
     )
     # The mistake is mended in the same directory.
-    run.trained("checkpoint.best_metric=loss/total", "checkpoint.best_mode=min")
+    run.trained("checkpoint.best_metric=eval/exact_match")
 
 
 def test_gradients_that_are_not_finite(new_run):
