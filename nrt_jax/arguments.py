@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+INPUTS = ("data", "eval_data", "tokenizer", "template", "model")
+"""What `train --allow-changed` names: `checkpoints.inputs.INPUT_NAMES`, which imports jax."""
+
 
 class Parser(argparse.ArgumentParser):
     """Reports a mistake in one line, like every other error."""
@@ -62,6 +65,16 @@ def path(text: str) -> Path:
         return local_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+def inputs(text: str) -> list[str]:
+    """Names of inputs, separated by commas."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in INPUTS]:
+        raise argparse.ArgumentTypeError(
+            f"{unknown[0]!r} is no input; give one or more of {', '.join(INPUTS)}"
+        )
+    return names
 
 
 def temperature(text: str) -> float:

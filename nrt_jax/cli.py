@@ -17,7 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nrt_jax
-from nrt_jax.arguments import Parser, dtype, parse, path, row_count, seed, temperature
+from nrt_jax.arguments import (
+    INPUTS,
+    Parser,
+    dtype,
+    inputs,
+    parse,
+    path,
+    row_count,
+    seed,
+    temperature,
+)
 from nrt_jax.errors import InputError, RunFailed
 
 if TYPE_CHECKING:
@@ -113,6 +123,14 @@ def _parser() -> Parser:
 def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
     train = verbs.add_parser("train", help="train a config's run, or continue it")
     _add_config(train)
+    train.add_argument(
+        "--allow-changed",
+        type=inputs,
+        action="extend",
+        default=[],
+        metavar="INPUT,...",
+        help=f"continue a run although these are not what it was trained on: {', '.join(INPUTS)}",
+    )
     train.set_defaults(verb=_train)
 
     generate = verbs.add_parser("generate", help="print the trace and the answer to a prompt")
@@ -244,7 +262,7 @@ def _train(args: argparse.Namespace) -> None:
         generate = _rollout_driver(config)
         from nrt_jax.training.loop import train
 
-        train(config, stop, generate)
+        train(config, stop, generate, allow_changed=args.allow_changed)
 
 
 def _rollout_driver(config: "RunConfig") -> "Generate":

@@ -14,13 +14,14 @@ import jax
 
 import nrt_jax
 from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
+from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.config.load import dump_config
 from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.errors import InputError
 
-VERSIONS_FILE, LOCK_FILE = "versions.json", "lock"
+VERSIONS_FILE, LOCK_FILE, INPUTS_FILE = "versions.json", "lock", "inputs.json"
 CHECKPOINTS = "checkpoints"
-_OF_A_NEW_RUN = {LOCK_FILE, CONFIG_FILE + PART_SUFFIX}
+_OF_A_NEW_RUN = {LOCK_FILE, CHECKPOINTS, CONFIG_FILE + PART_SUFFIX}
 """Files of a run that was killed before its config was written."""
 FREE_TO_CHANGE = (
     "run_dir",
@@ -39,6 +40,14 @@ FREE_TO_CHANGE = (
 )
 """Settings that may differ when a run continues, for example on other devices: they change no
 weight beyond rounding."""
+_COMPARED_BY_CONTENT = (
+    "data.path",
+    "data.eval_path",
+    "data.tokenizer",
+    "data.template_file",
+    "model.path",
+)
+"""Paths that may differ as long as what they lead to is the same (`RunInputs.continued`)."""
 
 
 @contextmanager
@@ -51,6 +60,7 @@ def locked(directory: Path) -> Iterator[None]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         foreign = sorted({entry.name for entry in directory.iterdir()} - _OF_A_NEW_RUN)
+        foreign += [CHECKPOINTS] if has_checkpoint(directory) else []
         if foreign and not (directory / CONFIG_FILE).exists():
             raise InputError(
                 f"run_dir {directory}: holds {foreign[0]} but no {CONFIG_FILE}, so it is no run of "
@@ -72,31 +82,48 @@ def locked(directory: Path) -> Iterator[None]:
         yield
 
 
-def prepare(config: RunConfig) -> None:
-    """Write the config and the versions of packages and devices; the directory is locked.
+def check_config(config: RunConfig) -> None:
+    """InputError when there are checkpoints of another config; the directory is locked.
 
-    Raises InputError when there are checkpoints of another config, unless only settings differ that
-    change no weight.
+    Settings that change no weight may differ, and paths.
     """
     saved = config.run_dir / CONFIG_FILE
     checkpoints = config.run_dir / CHECKPOINTS
     if saved.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
         _check_same(saved, config)
-    write_atomically(saved, dump_config(config).encode())
-    versions = json.dumps(_versions(), indent=1) + "\n"
-    write_atomically(config.run_dir / VERSIONS_FILE, versions.encode())
+
+
+def describe(config: RunConfig, inputs: RunInputs) -> None:
+    """Write the config, the inputs, and the versions of packages and devices."""
+    write_atomically(config.run_dir / CONFIG_FILE, dump_config(config).encode())
+    for name, content in {INPUTS_FILE: inputs.to_json(), VERSIONS_FILE: _versions()}.items():
+        write_atomically(config.run_dir / name, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def newest_step(directory: Path) -> int | None:
+    """Step of the newest checkpoint of a run directory; None when it has none."""
+    names = [saved.name for saved in (directory / CHECKPOINTS).glob("*")]
+    return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def has_checkpoint(directory: Path) -> bool:
     """Whether the directory has a checkpoint."""
-    return any(saved.name.isdigit() for saved in (directory / CHECKPOINTS).glob("*"))
+    return newest_step(directory) is not None
+
+
+def how_to_continue(directory: Path) -> str:
+    """What the command that trains in a directory does when it is given again."""
+    step = newest_step(directory)
+    if step is None:
+        return "nothing is saved yet, and the same command starts the run anew"
+    return f"the same command continues the run from step {step}"
 
 
 def _check_same(saved: Path, config: RunConfig) -> None:
-    before = _flat(load_run(config.run_dir).model_dump(mode="json"))
-    now = _flat(config.model_dump(mode="json"))
+    before = flat(load_run(config.run_dir).model_dump(mode="json"))
+    now = flat(config.model_dump(mode="json"))
     may_extend = config.optimizer.schedule == "constant" and not config.optimizer.warmup_ratio
-    free = FREE_TO_CHANGE + (("train.steps",) if may_extend else ())
+    free = FREE_TO_CHANGE + _COMPARED_BY_CONTENT + (("train.steps",) if may_extend else ())
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(free):
             raise InputError(
@@ -105,14 +132,15 @@ def _check_same(saved: Path, config: RunConfig) -> None:
             )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by dotted key."""
+    values: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            values[prefix + key] = value
+    return values
 
 
 def _versions() -> dict[str, Any]:

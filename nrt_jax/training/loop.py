@@ -1,5 +1,7 @@
 """`nrt-jax train`: open the run, and let the loop of its method train it."""
 
+from collections.abc import Collection
+
 from nrt_jax.config.run import RunConfig
 from nrt_jax.engine.generate import Generate, generate
 from nrt_jax.stop import StopRequest
@@ -9,14 +11,19 @@ from nrt_jax.training.sft import train_sft
 
 
 def train(
-    config: RunConfig, stop: StopRequest | None = None, generate: Generate = generate
+    config: RunConfig,
+    stop: StopRequest | None = None,
+    generate: Generate = generate,
+    *,
+    allow_changed: Collection[str] = (),
 ) -> None:
     """Train, or continue, the run of a config; `generate` drives the engine of the rollouts.
 
-    After every step `stop` is asked whether to end.
+    After every step `stop` is asked whether to end. `allow_changed` names the inputs that may be
+    others than those that the run was trained on.
     """
     stop = stop or StopRequest()
-    with setup(config) as run, run.memory.explained():
+    with setup(config, allow_changed) as run, run.memory.explained():
         if config.method == "sft":
             train_sft(run, stop)
         else:

@@ -1,7 +1,7 @@
 """Open everything that a run needs, as small parts of which a loop takes what it uses."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ from nrt_jax.checkpoints.abstract_model import (
     init_params,
     load_tokenizer,
 )
+from nrt_jax.checkpoints.fingerprint import fingerprints
+from nrt_jax.checkpoints.inputs import RunInputs, read_inputs
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.config.run import RunConfig
@@ -103,10 +105,11 @@ class Run:
 
 
 @contextmanager
-def setup(config: RunConfig) -> Iterator[Run]:
+def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Run]:
     """Open a run, continued from its newest checkpoint if there is one.
 
-    Mistakes in names, data and weights are found before the run directory is made.
+    Mistakes in names, data and weights are found before the run directory is made. A run continues
+    over other inputs than those that it was trained on only where `allow_changed` names them.
     """
     tokenizer = load_tokenizer(config)
     model = abstract_model(config, tokenizer)
@@ -125,6 +128,7 @@ def setup(config: RunConfig) -> Iterator[Run]:
     memory = DeviceMemory(target)
     trace_stop_ids(config, tokenizer)
     params = _first_params(config, model, tokenizer, memory)
+    inputs = _read_inputs(config, tokenizer, dataset, params)
     policy = Policy(
         tokenizer=tokenizer,
         model=model,
@@ -134,13 +138,16 @@ def setup(config: RunConfig) -> Iterator[Run]:
     )
     with ExitStack() as opened:
         opened.enter_context(run_dir.locked(config.run_dir))
-        run_dir.prepare(config)
+        run_dir.check_config(config)
         checkpoints = opened.enter_context(closing(_open_checkpoints(config)))
-        progress = restore_progress(checkpoints, target, data.batches, data.packer)
+        progress = restore_progress(
+            checkpoints, target, data.batches, data.packer, inputs, allow_changed
+        )
         if progress is None:
-            progress = _first_progress(config, policy, params, memory)
+            progress = _first_progress(config, policy, params, memory, inputs)
         else:
             _log_continued(config, progress.step)
+        run_dir.describe(config, progress.inputs)
         _log_bad_rows(dataset)
         memory.log_parts()
         engines = _make_engines(config, on_engines, tokenizer, dataset)
@@ -198,8 +205,22 @@ def _first_params(
         return init_params(config, model, tokenizer)
 
 
+def _read_inputs(
+    config: RunConfig, tokenizer: Tokenizer, dataset: Dataset, params: Any | None
+) -> RunInputs:
+    """Digests of what the run reads, also of the weights if every start reads them."""
+    inputs = read_inputs(config, tokenizer, dataset.eval)
+    if params is None or config.model.path is None or not _has_kl_term(config):
+        return inputs
+    return inputs.with_weights(fingerprints(params))
+
+
 def _first_progress(
-    config: RunConfig, policy: Policy, params: Any | None, memory: DeviceMemory
+    config: RunConfig,
+    policy: Policy,
+    params: Any | None,
+    memory: DeviceMemory,
+    inputs: RunInputs,
 ) -> Progress:
     """The state before the first update; `params` are its weights, unless still to be read."""
     with memory.explained():
@@ -208,7 +229,7 @@ def _first_progress(
         if policy.reference_params is not None:
             # The first update consumes its weights, and the reference must outlive it.
             params = jax.tree.map(jnp.copy, params)
-        return Progress(init_state(policy.optimizer, params, policy.shardings))
+        return Progress(init_state(policy.optimizer, params, policy.shardings), inputs)
 
 
 def _make_engines(

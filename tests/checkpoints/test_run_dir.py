@@ -8,7 +8,8 @@ import jax
 import pytest
 
 import nrt_jax
-from nrt_jax.checkpoints.run_dir import load_run, locked, prepare
+from nrt_jax.checkpoints.inputs import RunInputs
+from nrt_jax.checkpoints.run_dir import check_config, describe, how_to_continue, load_run, locked
 from nrt_jax.config.load import dump_config, load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError
@@ -30,7 +31,8 @@ def has_trained(config: RunConfig) -> None:
 
 def prepare_locked(config: RunConfig) -> None:
     with locked(config.run_dir):
-        prepare(config)
+        check_config(config)
+        describe(config, RunInputs({}))
 
 
 def test_says_what_the_run_is(config):
@@ -106,8 +108,33 @@ def test_leftovers_of_a_start_that_was_killed(config):
     directory.mkdir()
     for name in ("lock", "config.yaml.part"):
         (directory / name).write_text("half")
+    (directory / "checkpoints").mkdir()
     prepare_locked(config())
-    assert sorted(p.name for p in directory.iterdir()) == ["config.yaml", "lock", "versions.json"]
+    files = ["checkpoints", "config.yaml", "inputs.json", "lock", "versions.json"]
+    assert sorted(p.name for p in directory.iterdir()) == files
+
+
+def test_checkpoints_without_their_config_are_left_alone(config):
+    saved = config().run_dir / "checkpoints" / "2"
+    saved.mkdir(parents=True)
+    with pytest.raises(InputError, match=r"/run: holds checkpoints but no config\.yaml"):
+        prepare_locked(config())
+    assert saved.exists()
+
+
+def test_says_how_a_run_continues(config):
+    directory = config().run_dir
+    assert how_to_continue(directory) == (
+        "nothing is saved yet, and the same command starts the run anew"
+    )
+    (directory / "checkpoints" / "4").mkdir(parents=True)
+    (directory / "checkpoints" / "6.orbax-checkpoint-tmp").mkdir()
+    assert how_to_continue(directory) == "the same command continues the run from step 4"
+
+
+def test_paths_are_compared_by_what_they_lead_to(config, tmp_path):
+    has_trained(config())
+    prepare_locked(config(f"data.tokenizer={tmp_path}", f"model.path={tmp_path}"))
 
 
 def test_other_files_are_left_alone(config):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from nrt_jax.checkpoints import hf_weights, run_dir
 from nrt_jax.checkpoints.abstract_model import abstract_model, init_params, load_tokenizer
+from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import init_state, state_shardings
 from nrt_jax.config.load import load_config
@@ -74,7 +75,7 @@ def write_run(
     optimizer = make_optimizer(config.optimizer, config.train.updates)
     state = init_state(optimizer, params, state_shardings(optimizer, params, abstract.mesh))
     directory.mkdir()
-    run_dir.prepare(config)
+    run_dir.describe(config, RunInputs({}))
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, writable=True)
     checkpoints.save(STEP, state, {}, {})
     checkpoints.close()

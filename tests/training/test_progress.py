@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nrt_jax.checkpoints.inputs import Input, RunInputs
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.config.checkpoint import CheckpointConfig
@@ -24,6 +25,8 @@ STATE = TrainState(
     skipped=jnp.int32(0),
     skipped_in_row=jnp.int32(0),
 )
+
+INPUTS = RunInputs({"data": Input("train.jsonl", {"": "digest"})})
 
 
 def batches() -> BatchIterator:
@@ -46,7 +49,7 @@ def save(directory: Path, progress: Progress, data: BatchIterator) -> None:
 
 def restore(directory: Path) -> tuple[Progress, BatchIterator]:
     opened, data = checkpoints(directory), batches()
-    progress = restore_progress(opened, STATE, data, packer())
+    progress = restore_progress(opened, STATE, data, packer(), INPUTS)
     opened.close()
     assert progress is not None
     return progress, data
@@ -67,14 +70,14 @@ def group(example: TokenizedExample, k: int) -> Group:
 
 def test_nothing_is_restored_from_nothing(tmp_path):
     opened = checkpoints(tmp_path)
-    assert restore_progress(opened, STATE, batches(), packer()) is None
+    assert restore_progress(opened, STATE, batches(), packer(), INPUTS) is None
     opened.close()
 
 
 def test_the_next_batch_is_that_of_a_run_that_never_stopped(tmp_path):
     data = batches()
     next(data)
-    save(tmp_path, Progress(STATE, step=3), data)
+    save(tmp_path, Progress(STATE, INPUTS, step=3), data)
     progress, restored = restore(tmp_path)
     assert (progress.step, progress.prefetched) == (3, None)
     np.testing.assert_array_equal(progress.state.params["weight"], STATE.params["weight"])
@@ -86,7 +89,7 @@ def test_prefetched_groups_come_back_with_their_examples(tmp_path):
     next(data)
     position, taken = data.get_state(), next(data)
     groups = [group(example, k) for k, example in enumerate(taken)]
-    save(tmp_path, Progress(STATE, step=3, prefetched=Prefetched(position, groups)), data)
+    save(tmp_path, Progress(STATE, INPUTS, step=3, prefetched=Prefetched(position, groups)), data)
     progress, restored = restore(tmp_path)
     assert progress.prefetched is not None
     assert progress.prefetched.data_position == position
@@ -114,3 +117,73 @@ def test_a_checkpoint_of_another_version_is_refused_in_one_line(tmp_path, saved)
         f"{saved.get('format')}, this version reads 3); continue the run with that version, or "
         "choose another run_dir"
     )
+
+
+# --- other inputs --------------------------------------------------------------------------------
+
+OTHER_DATA = RunInputs({"data": Input("train.jsonl", {"": "another digest"})})
+
+
+def saved_at_step_3(directory: Path) -> BatchIterator:
+    """A checkpoint with prefetched groups; the data at the position before them."""
+    data = batches()
+    next(data)
+    position, taken = data.get_state(), next(data)
+    groups = [group(example, k) for k, example in enumerate(taken)]
+    waiting = Prefetched(position, groups)
+    save(directory, Progress(STATE, INPUTS, step=3, prefetched=waiting), data)
+    data.set_state(position)
+    return data
+
+
+def test_other_data_are_refused(tmp_path):
+    saved_at_step_3(tmp_path)
+    opened = checkpoints(tmp_path)
+    with pytest.raises(InputError) as error:
+        restore_progress(opened, STATE, batches(), packer(), OTHER_DATA, ["model"])
+    opened.close()
+    assert str(error.value) == (
+        f"{tmp_path}: the run was trained on other inputs: data=train.jsonl has changed; restore "
+        "them, or continue on purpose with --allow-changed data, or choose another run_dir"
+    )
+
+
+def test_allowed_data_go_on_at_the_same_position_without_the_old_groups(tmp_path):
+    position = saved_at_step_3(tmp_path)
+    opened, data = checkpoints(tmp_path), batches()
+    progress = restore_progress(opened, STATE, data, packer(), OTHER_DATA, ["data"])
+    opened.close()
+    assert progress is not None
+    # Their traces are of other examples, which are sampled again.
+    assert progress.prefetched is None
+    assert rows(next(data)) == rows(next(position))
+    (change,) = progress.inputs.allowed_changes
+    assert (change["step"], change["input"]) == (3, "data")
+    assert change["before"]["parts"] != change["after"]["parts"]
+    # The next start takes the new data for the run's own.
+    save_progress_of = Progress(STATE, progress.inputs, step=4)
+    save(tmp_path, save_progress_of, data)
+    opened = checkpoints(tmp_path)
+    again = restore_progress(opened, STATE, batches(), packer(), OTHER_DATA)
+    opened.close()
+    assert again is not None
+    assert again.inputs.allowed_changes == progress.inputs.allowed_changes
+
+
+def test_allowed_data_with_other_rows_start_at_the_first(tmp_path, caplog):
+    saved_at_step_3(tmp_path)
+    opened, data = checkpoints(tmp_path), BatchIterator(EXAMPLES[:20], 4, True, seed=0)
+    restore_progress(opened, STATE, data, packer(), OTHER_DATA, ["data"])
+    opened.close()
+    assert "data: 20 training rows, before 24: starting at the first" in caplog.text
+    assert data.get_state() == BatchIterator(EXAMPLES[:20], 4, True, seed=0).get_state()
+
+
+def test_an_allowed_model_changes_no_example(tmp_path):
+    saved_at_step_3(tmp_path)
+    model = RunInputs(INPUTS.inputs | {"model": Input("model", {"config.json": "digest"})})
+    opened = checkpoints(tmp_path)
+    progress = restore_progress(opened, STATE, batches(), packer(), model, ["model"])
+    opened.close()
+    assert progress is not None
+    assert progress.prefetched is not None
