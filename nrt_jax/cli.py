@@ -29,6 +29,7 @@ from nrt_jax.arguments import (
     temperature,
 )
 from nrt_jax.errors import InputError, RunFailed
+from nrt_jax.stop import INTERRUPTED, Interrupts, StopRequest
 
 if TYPE_CHECKING:
     from nrt_jax.config.run import RunConfig
@@ -48,27 +49,53 @@ as train.steps=10 or objective.scheme=gm.
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb; 0 when it worked, 2 for a mistake in the input, 1 for a run that failed."""
+    """Run one verb; 0 when it worked, 2 for a mistake in the input, 1 for a run that failed.
+
+    After Ctrl-C 130, also for a run that has saved.
+    """
+    with Interrupts() as interrupts:
+        try:
+            return _run(argv, interrupts)
+        except KeyboardInterrupt:
+            return _interrupted(interrupts)
+        except Exception as error:
+            if interrupts.seen:
+                return _interrupted(interrupts)
+            status = _told(error)
+            if status is None:
+                raise
+            return status
+
+
+def _run(argv: list[str] | None, interrupts: Interrupts) -> int:
     args = parse(_parser(), sys.argv[1:] if argv is None else argv)
+    args.interrupts = interrupts
     _configure_logging()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The text of a model may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        args.verb(args)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except InputError as error:
+    status = args.verb(args)
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return status or 0
+
+
+def _told(error: Exception) -> int | None:
+    """Print the line of an expected error; its exit status, None for a mistake of ours."""
+    if isinstance(error, InputError):
         return _fail(error, 2)
-    except RunFailed as error:
+    if isinstance(error, RunFailed):
         return _fail(error, 1)
-    except BrokenPipeError:
+    if isinstance(error, BrokenPipeError):
         return _fail("standard output was closed before the end", 1)
-    except OSError as error:
+    if isinstance(error, OSError):
         return _fail(_os_error(error), 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted; the same command continues a run", 130)
-    return 0
+    return None
+
+
+def _interrupted(interrupts: Interrupts) -> int:
+    more = interrupts.at_leaving()
+    return _fail(f"interrupted; {more}" if more else "interrupted", INTERRUPTED)
 
 
 def _configure_logging() -> None:
@@ -254,15 +281,17 @@ def _load(args: argparse.Namespace):
     return load_config(RunConfig, files, overrides)
 
 
-def _train(args: argparse.Namespace) -> None:
-    from nrt_jax.stop import StopRequest
-
+def _train(args: argparse.Namespace) -> int:
     with StopRequest() as stop:
+        args.interrupts.at_first = stop.plan
         config = _load(args)
         generate = _rollout_driver(config)
+        from nrt_jax.checkpoints.run_dir import how_to_continue
         from nrt_jax.training.loop import train
 
+        args.interrupts.at_leaving = lambda: how_to_continue(config.run_dir)
         train(config, stop, generate, allow_changed=args.allow_changed)
+    return INTERRUPTED if stop.interrupted else 0
 
 
 def _rollout_driver(config: "RunConfig") -> "Generate":

@@ -269,7 +269,7 @@ def test_schema(capsys):
             )
             for number in (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
         ),
-        (KeyboardInterrupt(), 130, "interrupted; the same command continues a run"),
+        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_errors_end_in_one_line(error, status, said, config, monkeypatch, capsys):

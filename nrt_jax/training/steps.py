@@ -19,18 +19,26 @@ log = logging.getLogger(__name__)
 def steps(run: Run, stop: StopRequest) -> Iterator[int]:
     """Yield the numbers of the remaining steps, from 1, and save after the last of them.
 
-    A new run is evaluated before its first step. After SIGTERM the current step is the last.
+    A new run is evaluated before its first step. After SIGTERM or Ctrl-C the current step is the
+    last; before the first step there is nothing to save, and they end the run at once.
     """
-    progress, last = run.progress, run.config.train.steps
-    stop.wait_for_the_step()
-    if not progress.step and not stop.requested:
+    config, progress = run.config, run.progress
+    last = config.train.steps
+    if not progress.step:
         _evaluate(run)
+    stop.wait_for_the_step()
     while progress.step < last and not stop.requested:
         yield progress.step + 1
     if progress.step:
         _save(run)
     if progress.step < last:
-        log.info("stopped after step %d; the same command continues the run", progress.step)
+        log.info("stopped after step %d; %s", progress.step, _next_time(progress.step))
+
+
+def _next_time(step: int) -> str:
+    if not step:
+        return "nothing is saved, and the same command starts the run anew"
+    return "the same command continues the run"
 
 
 def finish_step(run: Run, metrics: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.training.runs import TinyRun, assert_same
+from tests.training.runs import Outcome, TinyRun, assert_same
 
 NRT = ("method=nrt",)
 SFT = ("method=sft",)
@@ -117,7 +117,8 @@ def test_stopped_by_sigterm(method, new_run, reference):
     # The signal may come before the first step begins; a step that has begun is finished and saved.
     step = max(run.steps, default=0)
     assert step in (0, 1)
-    assert f"stopped after step {step}; the same command continues the run" in said
+    next_time = "the same command continues the run" if step else "nothing is saved, and the same"
+    assert f"stopped after step {step}; {next_time}" in said
     stop_at(run, lambda: run.evaluating(3), signal.SIGTERM, signal.SIGTERM)
     # No save is due at step 3.
     assert max(run.steps) == 3
@@ -127,13 +128,30 @@ def test_stopped_by_sigterm(method, new_run, reference):
 
 def test_interrupted_from_the_keyboard(new_run, reference):
     run = new_run(*SFT)
-    process = run.start()
-    # Everything is compiled after this: there is time for the signal to come before the end.
-    assert process.wait_until(run.begun)
-    process.signal(signal.SIGINT)
-    outcome = process.end()
-    assert outcome.status == 130
-    assert outcome.error == "interrupted; the same command continues a run"
+
+    def interrupt(moment: Callable[[], bool], presses: int = 1) -> Outcome:
+        process = run.start()
+        # Everything is compiled after this: there is time for the signal to come before the end.
+        assert process.wait_until(moment)
+        for _ in range(presses):
+            process.signal(signal.SIGINT)
+            time.sleep(0.02)
+        outcome = process.end()
+        assert outcome.status == 130, outcome
+        assert "Traceback" not in outcome.err
+        return outcome
+
+    assert interrupt(run.begun).error == (
+        "interrupted; nothing is saved yet, and the same command starts the run anew"
+    )
+    assert run.steps == []
+    said = interrupt(lambda: run.at_line(2)).err
+    assert "nrt-jax: INFO: Ctrl-C: finishing the step and saving; Ctrl-C again leaves at" in said
+    # No save is due at an odd step, and it is saved.
+    step = max(run.steps)
+    assert f"stopped after step {step}; the same command continues the run" in said
+    # The second one leaves between any two instructions.
+    interrupt(lambda: run.at_line(step + 2), presses=2)
     finish(run)
     assert_same(run, reference(*SFT))
 
