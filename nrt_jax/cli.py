@@ -28,6 +28,7 @@ from nrt_jax.arguments import (
     seed,
     temperature,
 )
+from nrt_jax.devices import leave_out_absent_tpu
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.stop import INTERRUPTED, Interrupts, StopRequest
 
@@ -74,6 +75,7 @@ def _run(argv: list[str] | None, interrupts: Interrupts) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The text of a model may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
+    leave_out_absent_tpu()
     status = args.verb(args)
     if sys.stdout is not None:
         sys.stdout.flush()
@@ -333,8 +335,11 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _import(args: argparse.Namespace) -> None:
     from nrt_jax.checkpoints.export import import_checkpoint
+    from nrt_jax.compilation import use_cache
+    from nrt_jax.config.compilation import CompilationConfig
     from nrt_jax.config.mesh import parse_mesh
 
+    use_cache(CompilationConfig())
     with _exit_on_sigterm():
         imported = import_checkpoint(args.source, args.out, parse_mesh(args.mesh), args.dtype)
     print(

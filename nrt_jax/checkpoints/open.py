@@ -28,6 +28,7 @@ from nrt_jax.checkpoints.hf_config import (
 from nrt_jax.checkpoints.import_format import PARAMS, is_imported, read_params
 from nrt_jax.checkpoints.other_weights import other_weights
 from nrt_jax.checkpoints.store import Checkpoints
+from nrt_jax.compilation import use_cache
 from nrt_jax.config.load import load_config
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
 from nrt_jax.config.run import CONFIG_FILE as RUN_FILE
@@ -131,6 +132,7 @@ def _open_run(path: Path, found: Found, overrides: Sequence[str]) -> OpenModel:
     """The newest checkpoint that can be read, or the one that the path names."""
     directory, step = found.directory, found.step
     config = load_config(RunConfig, [directory / RUN_FILE], [f"run_dir={directory}", *overrides])
+    use_cache(config.compilation)
     checkpoints = Checkpoints(directory / run_dir.CHECKPOINTS, config.checkpoint, writable=False)
     if not checkpoints.steps:
         raise InputError(f"{directory}: has no checkpoint yet; train it first")
@@ -158,6 +160,7 @@ def _open_run(path: Path, found: Found, overrides: Sequence[str]) -> OpenModel:
 def _open_directory(found: Found, overrides: Sequence[str]) -> OpenModel:
     directory = found.directory
     config, tokenizer = directory_config(directory, overrides)
+    use_cache(config.compilation)
     reasons = config.method == "nrt"
     # A model that answers directly must not draw think tokens that nobody trained.
     model = abstract_model(config, tokenizer, spread_mesh, add_think_rows=reasons)

@@ -26,6 +26,7 @@ _OF_A_NEW_RUN = {LOCK_FILE, CHECKPOINTS, CONFIG_FILE + PART_SUFFIX}
 FREE_TO_CHANGE = (
     "run_dir",
     "checkpoint.",
+    "compilation.",
     "logging.",
     "train.max_skipped_updates",
     "mesh.",

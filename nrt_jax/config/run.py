@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nrt_jax.config.checkpoint import CheckpointConfig
+from nrt_jax.config.compilation import CompilationConfig
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.evaluation import EVALUATION_METRICS, EvaluationConfig
 from nrt_jax.config.load import LocalPath, Section, load_config
@@ -51,6 +52,8 @@ class RunConfig(Section):
     """Held-out exact match."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics."""
+    compilation: CompilationConfig = CompilationConfig()
+    """Compiled programs."""
 
     @property
     def tokenizer_directory(self) -> Path:

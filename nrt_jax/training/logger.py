@@ -10,11 +10,10 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nrt_jax.checkpoints.files import append, open_to_append, write_atomically
 from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.errors import InputError
+from nrt_jax.training.progress_bar import ProgressBar
 from nrt_jax.training.tensorboard import EventFile
 
 NOT_FINITE = "metrics/not_finite"
@@ -99,10 +98,9 @@ class MetricsWriter:
                 self._events = opened.enter_context(closing(events))
             if self._wandb is not None:
                 opened.callback(self._wandb.finish)
-            self._bar: tqdm | None = None
+            self._bar: ProgressBar | None = None
             if sys.stderr.isatty():
-                bar = tqdm(total=total, initial=max(after, 0), unit="step", dynamic_ncols=True)
-                self._bar = opened.enter_context(closing(bar))
+                self._bar = opened.enter_context(ProgressBar(total, max(after, 0)))
             self._opened = opened.pop_all()
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -128,12 +126,11 @@ class MetricsWriter:
 
     def _show(self, step: int, row: dict[str, Any]) -> None:
         shown = {TERMINAL_NAMES[name]: row[name] for name in TERMINAL_NAMES if name in row}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        texts = [f"{name} {value:.4g}" for name, value in shown.items()]
         if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-            self._bar.set_postfix_str(text)
+            self._bar.show(step, texts)
         elif step % self._every == 0 or "eval/exact_match" in row or step == self._total:
-            print(f"step {step}/{self._total}  {text}", flush=True)
+            print(f"step {step}/{self._total}  {'  '.join(texts)}", flush=True)
 
     def sync(self) -> None:
         """Force written lines to the disk; called before a checkpoint is saved."""

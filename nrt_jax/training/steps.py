@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nrt_jax.compilation import WATCH
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.held_out import evaluate
 from nrt_jax.stop import StopRequest
@@ -53,6 +54,7 @@ def finish_step(run: Run, metrics: Mapping[str, float]) -> None:
     times = logger.timer.take()
     row = {**metrics, **times}
     row["speed/tokens_per_second"] = row.pop("speed/tokens") / sum(times.values())
+    row["time/compile_s"] = WATCH.take()
     logger.write(progress.step, row)
     _check_finite(progress.step, metrics, config.train.max_skipped_updates)
     last = progress.step == config.train.steps
@@ -90,7 +92,7 @@ def _evaluate(run: Run) -> None:
             samples=config.evaluation.samples,
         )
     progress.metrics = metrics
-    logger.write(progress.step, metrics | logger.timer.take())
+    logger.write(progress.step, metrics | logger.timer.take() | {"time/compile_s": WATCH.take()})
     logger.write_samples(progress.step, samples)
     _check_best_metric(config.checkpoint.best_metric, metrics)
 

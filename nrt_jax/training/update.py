@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float
 
 from nrt_jax.checkpoints.train_state import TrainState
+from nrt_jax.compilation import WATCH
 from nrt_jax.models.sharding import on_device
 
 
@@ -130,6 +131,8 @@ class Update:
 
         The update consumes `state`: its buffers are reused.
         """
+        keys = {("a micro-batch", _shapes(batch)) for batch in batches} | {("the update", ())}
+        WATCH.to_come = len(keys - self._programs.keys())
         total = self._zero(state.params, batches[0])
         for batch in batches:
             total = self._run(self.add, "a micro-batch", batch, state.params, total, batch)
@@ -137,10 +140,14 @@ class Update:
 
     def _run(self, function: Any, name: str, batch: Any, *args: Any) -> Any:
         """Run the function's program for these shapes, which the first call compiles."""
-        shapes = tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))
-        key = (name, shapes)
+        key = (name, _shapes(batch))
         if key not in self._programs:
+            WATCH.to_come -= 1
             self._programs[key] = function.lower(*args).compile()
             if self._on_compiled is not None:
                 self._on_compiled(f"{name}, program {len(self._programs)}", self._programs[key])
         return self._programs[key](*args)
+
+
+def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(np.shape(leaf) for leaf in jax.tree.leaves(batch))

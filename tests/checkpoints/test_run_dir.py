@@ -67,6 +67,7 @@ def test_an_extra_that_is_not_installed_has_no_version(config, monkeypatch):
     [
         "checkpoint.every_steps=1",
         "logging.tensorboard=false",
+        "compilation.cache=off",
         "train.max_skipped_updates=3",
         # No schedule depends on the length of this run.
         "train.steps=99",

@@ -1,0 +1,124 @@
+"""Compiled programs: kept between processes in a cache, and counted in this one."""
+
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import filelock
+import jax
+
+from nrt_jax.config.compilation import CompilationConfig
+
+log = logging.getLogger(__name__)
+
+_MIN_COMPILE_S = 0.1
+"""Programs that compile faster are not kept: reading them would save little."""
+_COMPILE = "/jax/core/compile/backend_compile_duration"
+"""jax reports the start of a compilation as a scalar of this name, and its end as a duration."""
+_PROGRAM, _TIME = "-cache", "-atime"
+"""Endings of jax's two files of a cached program, written in this order."""
+
+
+def use_cache(config: CompilationConfig) -> None:
+    """Read and keep compiled programs in the folder of the config; jax's own setting wins.
+
+    A folder that cannot be written is reported, and everything is compiled.
+    """
+    if config.cache == "off" or jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    folder = None
+    try:
+        folder = default_folder() if config.cache == "auto" else Path(config.cache)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        _remove_unfinished(folder)
+    except (OSError, RuntimeError) as error:
+        problem = getattr(error, "strerror", None) or error
+        where = folder or "the user's cache folder"
+        log.warning(
+            "%s: %s: every start compiles anew; set compilation.cache to a folder, or to off",
+            where,
+            problem,
+        )
+        return
+    # The cache saves time and nothing else: a program that it cannot read or keep is compiled.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation")
+    warnings.filterwarnings("ignore", message="Cache value for key .* exceeds the maximum cache")
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    of_ours = {
+        "jax_compilation_cache_max_size": int(config.cache_gb * 1e9),
+        "jax_persistent_cache_min_compile_time_secs": _MIN_COMPILE_S,
+    }
+    for name, value in of_ours.items():
+        if name.upper() not in os.environ:
+            jax.config.update(name, value)
+
+
+def default_folder() -> Path:
+    """nrt_jax/compiled in the user's cache folder. RuntimeError for a user without a home."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = named if named.is_absolute() else Path.home() / ".cache"
+    return base / "nrt_jax" / "compiled"
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process wrote half: jax would fail to read or to replace it forever."""
+    try:
+        with filelock.FileLock(folder / ".lockfile", timeout=1):
+            for program in folder.glob(f"*{_PROGRAM}"):
+                name = program.name.removesuffix(_PROGRAM)
+                if not program.with_name(name + _TIME).exists():
+                    program.unlink()
+    except filelock.Timeout:  # other processes are writing
+        return
+
+
+class CompileWatch:
+    """What this process compiles; `on_change` is called when a program begins and when it ends."""
+
+    def __init__(self) -> None:
+        self.programs = 0
+        """Programs so far, those that the cache had included."""
+        self.seconds = 0.0
+        """Time that they took, read from the cache or compiled."""
+        self.to_come = 0
+        """Further programs that are known to be needed."""
+        self.compiling = False
+        self.on_change: Callable[[], None] | None = None
+        self._taken, self._listens = 0.0, False
+
+    def listen(self) -> None:
+        """Begin to count."""
+        if not self._listens:
+            jax.monitoring.register_scalar_listener(self._begin)
+            jax.monitoring.register_event_duration_secs_listener(self._end)
+        self._listens = True
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds = self.seconds - self._taken
+        self._taken = self.seconds
+        return seconds
+
+    def _begin(self, event: str, _time: float | int, **_: object) -> None:
+        if event == _COMPILE:
+            self._change(compiling=True)
+
+    def _end(self, event: str, seconds: float | int, **_: object) -> None:
+        if event == _COMPILE:
+            self.programs += 1
+            self.seconds += seconds
+            self._change(compiling=False)
+
+    def _change(self, *, compiling: bool) -> None:
+        self.compiling = compiling
+        if self.on_change is not None:
+            self.on_change()
+
+
+WATCH = CompileWatch()
+"""Of this process, which has one compiler."""
