@@ -1,4 +1,4 @@
-"""Write metrics to metrics.jsonl, TensorBoard, Weights & Biases and the terminal."""
+"""Write metrics to metrics.jsonl, TensorBoard, the trackers and the terminal."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from typing import Any
 
 from nrt_jax.checkpoints.files import append, open_to_append, write_atomically
 from nrt_jax.config.logging import LoggingConfig
-from nrt_jax.errors import InputError
 from nrt_jax.training.progress_bar import ProgressBar
 from nrt_jax.training.tensorboard import EventFile
+from nrt_jax.training.trackers import open_trackers
 
 NOT_FINITE = "metrics/not_finite"
 """Number of metrics of the line that are NaN or infinite."""
@@ -88,7 +88,7 @@ class MetricsWriter:
         self._every, self._total = config.every_steps, total
         for name in (METRICS_FILE, SAMPLES_FILE):
             keep_up_to(run_dir / name, after)
-        self._wandb = _open_wandb(config.wandb_project, run_dir, resolved)
+        self._trackers = open_trackers(config, run_dir, resolved, continues=after >= 0)
         with ExitStack() as opened:
             self._metrics = opened.enter_context(open_to_append(run_dir / METRICS_FILE))
             self._samples = opened.enter_context(open_to_append(run_dir / SAMPLES_FILE))
@@ -96,8 +96,10 @@ class MetricsWriter:
             if config.tensorboard:
                 events = EventFile(run_dir / "tensorboard", after + 1)
                 self._events = opened.enter_context(closing(events))
-            if self._wandb is not None:
-                opened.callback(self._wandb.finish)
+            for tracker in self._trackers:
+                opened.push(
+                    lambda kind, error, trace, of=tracker: of.finish(failed=error is not None)
+                )
             self._bar: ProgressBar | None = None
             if sys.stderr.isatty():
                 self._bar = opened.enter_context(ProgressBar(total, max(after, 0)))
@@ -115,8 +117,8 @@ class MetricsWriter:
         append(self._metrics, json.dumps(row, allow_nan=False).encode() + b"\n")
         if self._events is not None:
             self._events.write(step, scalars)
-        if self._wandb is not None:
-            self._wandb.log(scalars, step=step)
+        for tracker in self._trackers:
+            tracker.log(step, scalars)
         self._show(step, scalars)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
@@ -137,23 +139,17 @@ class MetricsWriter:
         for file in (self._metrics, self._samples):
             os.fsync(file.fileno())
 
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Close the files, and tell the trackers whether the run failed."""
+        self._opened.__exit__(*error)
+
     def close(self) -> None:
-        """Close the files."""
-        self._opened.close()
+        """Close everything of a run that did not fail."""
+        self.__exit__(None, None, None)
 
 
 def _number(value: Any) -> float | int:
     return value if isinstance(value, int) else float(value)
-
-
-def _open_wandb(project: str | None, run_dir: Path, resolved: dict) -> Any:
-    if project is None:
-        return None
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise InputError(
-            f"logging.wandb_project={project!r} needs the wandb package; "
-            "pip install wandb, or set it to null"
-        ) from error
-    return wandb.init(project=project, dir=str(run_dir), config=resolved, resume="allow")

@@ -37,6 +37,7 @@ from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
 from nrt_jax.training.progress import Progress, restore_progress
+from nrt_jax.training.trackers import wanted as wanted_trackers
 from nrt_jax.types import TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     Mistakes in names, data and weights are found before the run directory is made. A run continues
     over other inputs than those that it was trained on only where `allow_changed` names them.
     """
+    wanted_trackers(config.logging)
     tokenizer = load_tokenizer(config)
     model = abstract_model(config, tokenizer)
     on_engines = engine_model(config, model)
@@ -151,7 +153,7 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
         _log_bad_rows(dataset)
         memory.log_parts()
         engines = _make_engines(config, on_engines, tokenizer, dataset)
-        logger = opened.enter_context(closing(_open_logger(config, progress.step)))
+        logger = opened.enter_context(_open_logger(config, progress.step))
         yield Run(
             config=config,
             policy=policy,

@@ -156,7 +156,7 @@ def test_no_tensorboard(tmp_path):
 
 def test_wandb_is_not_installed(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(InputError, match=r"logging\.wandb_project='p' needs .* pip install wandb"):
+    with pytest.raises(InputError, match=r"logging\.wandb_project='p' needs .*'nrt-jax\[wandb\]'"):
         open_writer(tmp_path, wandb_project="p")
 
 
