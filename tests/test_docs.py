@@ -4,8 +4,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -152,17 +150,3 @@ def test_the_documents_show_the_recorded_figures(section):
     changed = {name: value + 1 for name, value in RECORDED[section].items()}
     with pytest.raises(ValueError, match="must hold once"):
         RECORDER["replaced"](section, changed, RECORDED[section])
-
-
-@pytest.mark.slow
-def test_a_fresh_quickstart_gives_the_recorded_figures(tmp_path):
-    def nrt_jax(*arguments):
-        subprocess.run([sys.executable, "-m", "nrt_jax", *map(str, arguments)], check=True)
-
-    runs = [tmp_path / name for name in ("sft", "nrt")]
-    for run in runs:
-        nrt_jax("train", f"quickstart/{run.name}", f"run_dir={run}")
-    nrt_jax("report", *runs, "--out", tmp_path)
-    fresh = RECORDER["quickstart_figures"](json.loads((tmp_path / "summary.json").read_text()))
-    for name, tolerance in RECORDER["TOLERANCES"].items():
-        assert fresh[name] == pytest.approx(RECORDED["quickstart"][name], abs=tolerance), name
