@@ -20,6 +20,8 @@ class Example:
     """y*: the reference answer, without the end-of-sequence token."""
     aliases: tuple[str, ...] = ()
     """Other answers that are right; an evaluation accepts them, and nothing is trained on them."""
+    user_text: str = ""
+    """What the last user turn says, for people to read; empty where x is that text."""
 
 
 @dataclass(frozen=True)

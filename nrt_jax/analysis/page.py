@@ -30,6 +30,7 @@ PHASES = {
     "update": "scoring and updating",
     "evaluate": "evaluating",
     "total": "in total",
+    "compile": "of which compiling",
 }
 ENDINGS = {
     "think_end": "closed by the model",

@@ -51,7 +51,8 @@ def summarise(groups: Sequence[SeedGroup]) -> dict[str, Any]:
         `skipped_updates`  updates skipped because a gradient was not finite
         `tokens_per_second`  median over the steps of training; null where it was not measured
         `seconds`          per phase: `data`, `generate`, `update`, `evaluate`, and their sum
-                           `total`; including compilation, without start-up and saving
+                           `total`, without start-up and saving; and `compile`, the part of them
+                           that was spent compiling
 
     The {first, last} of training metrics are means over the first and the last 5 steps, or null if
     one of these values was not finite.
@@ -162,7 +163,9 @@ def _seconds(record: RunRecord) -> dict[str, float]:
                 phase = metric.removeprefix("time/").removesuffix("_s")
                 phases.setdefault(phase, []).append(value)
     seconds = {phase: math.fsum(values) for phase, values in phases.items()}
-    return seconds | {"total": math.fsum(seconds.values())}
+    # Compiling is part of the phase that needed it.
+    total = math.fsum(value for phase, value in seconds.items() if phase != "compile")
+    return seconds | {"total": total}
 
 
 # --- text ----------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ class Rendered(NamedTuple):
     """y*, without the end-of-sequence token."""
     aliases: tuple[str, ...] = ()
     """Other right answers."""
+    user_text: str = ""
+    """The last user turn, where a chat template surrounds it."""
 
 
 class RowTokenizer:
@@ -123,12 +125,13 @@ class RowTokenizer:
         config = self._config
         if self.fields_of(fields) == (config.messages_field,):
             messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
-            return Rendered(self._template.chat(messages), answer)
+            user_text = next((t["content"] for t in messages[::-1] if t["role"] == "user"), "")
+            return Rendered(self._template.chat(messages), answer, user_text=user_text)
         question = _text(fields, config.question_field)
         answer, *aliases = _answers(fields, config.answer_field)
         if self._template.is_chat:
             turn = {"role": "user", "content": question}
-            return Rendered(self._template.chat([turn]), answer, tuple(aliases))
+            return Rendered(self._template.chat([turn]), answer, tuple(aliases), question)
         return Rendered(self._template.plain(question), answer, tuple(aliases))
 
     def _encode(self, rendered: Sequence[Rendered]) -> Iterator[list[list[int]]]:
@@ -154,7 +157,13 @@ class RowTokenizer:
         limit = self._config.max_answer_tokens
         _check_length("answer", len(answer), limit, rendered.answer)
         return TokenizedExample(
-            example=Example(index, rendered.prompt.text, rendered.answer, rendered.aliases),
+            example=Example(
+                index=index,
+                question=rendered.prompt.text,
+                answer=rendered.answer,
+                aliases=rendered.aliases,
+                user_text=rendered.user_text,
+            ),
             prompt_tokens=np.array(prompt, np.int32),
             answer_tokens=np.array(answer, np.int32),
             after_start_tokens=np.array(after_start, np.int32),

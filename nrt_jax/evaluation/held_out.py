@@ -250,6 +250,8 @@ def _record(
         "reference": example.example.answer,
         "correct": right and answer.end_token == tokenizer.eos_id,
     }
+    if example.example.user_text:
+        record["user_text"] = example.example.user_text
     if extract.name == "whole":
         return record
     accepted = [extract.of_reference(reference) for reference in references]

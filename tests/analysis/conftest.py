@@ -30,6 +30,7 @@ def training_line(step: int, method: str) -> dict[str, float]:
         "update/skipped": 1.0,
         "time/data_s": 0.25,
         "time/update_s": 1.0,
+        "time/compile_s": 0.5,
         "speed/tokens_per_second": float(step),
     }
     if method == "sft":

@@ -49,6 +49,7 @@ def test_figures_of_an_nrt_run(make_run: MakeRun):
         "update": 12.0,
         "generate": 24.0,
         "evaluate": 1.0,
+        "compile": 6.0,
         "total": 40.0,
     }
     del run["path"]

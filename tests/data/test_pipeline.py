@@ -168,6 +168,26 @@ def test_rows_become_tokens(make_config, write_rows, tokenizer):
     assert tokenizer.decode(load_dataset(bare, tokenizer).train[0].prompt_tokens) == "1+2"
 
 
+def test_the_question_of_a_chat_is_kept_for_readers(make_config, write_rows, tokenizer, tmp_path):
+    """x of a chat begins with the template's text; samples are named by the last user turn."""
+    template = tmp_path / "chat.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}\n{% endfor %}", encoding="utf-8")
+    turns = [
+        {"role": "user", "content": "1+1"},
+        {"role": "assistant", "content": "=2"},
+        {"role": "user", "content": "1+2"},
+        {"role": "assistant", "content": "=3"},
+    ]
+    path = write_rows([{"messages": turns}, {"question": "0+4", "answer": "=4"}])
+    chat = make_config(path=path, eval_rows=0, template="tokenizer", template_file=template)
+    first, second = (row.example for row in load_dataset(chat, tokenizer).train)
+    assert (first.question, first.user_text) == ("1+1\n=2\n1+2\n", "1+2")
+    assert (second.question, second.user_text) == ("0+4\n", "0+4")
+    path = write_rows([{"question": "0+4", "answer": "=4"}])
+    (plain,) = load_dataset(make_config(path=path, eval_rows=0), tokenizer).train
+    assert plain.example.user_text == ""
+
+
 def test_held_out_rows_by_seed(make_config, write_rows, tokenizer):
     path = write_rows(additions(300))
 

@@ -133,6 +133,14 @@ def test_right_answers_are_counted(direct, rig, examples):
     }
 
 
+def test_a_sample_of_a_chat_has_its_question_alone(direct, rig, examples):
+    (row,) = examples(("1+2", "=3"))
+    chat = dataclasses.replace(row.example, user_text="What is 1+2?")
+    row = dataclasses.replace(row, example=chat)
+    _, (record,) = score(direct, rig(ANSWERS_3), [row])
+    assert (record["question"], record["user_text"]) == ("1+2", "What is 1+2?")
+
+
 @pytest.mark.parametrize(
     ("after_3", "limit"), [(END, 3), ("<|pad|>", 3), ("3", 2)], ids=["t_end", "pad", "length"]
 )
