@@ -87,7 +87,7 @@ class Engine:
         self._max_prompt, self._max_new_tokens = bucket(max_prompt_tokens), max_new_tokens
         self._prefill_chunk = None if prefill_chunk is None else bucket(prefill_chunk)
         self._stop_ids = stop_ids
-        self._programs = Programs()
+        self._programs = Programs(mesh)
         self.compiled = self._programs.compiled
         """Number of compiled programs by kind."""
 

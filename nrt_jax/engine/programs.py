@@ -1,7 +1,9 @@
 """Compiled programs: one for each combination of shapes, and changes of a state's shape."""
 
+import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import jax
@@ -10,10 +12,36 @@ from jax.sharding import Mesh
 from nrt_jax.engine.decode_state import DecodeState, state_shardings
 
 
-class Programs:
-    """Compiles each program once for every combination of shapes, and counts them."""
+_LAUNCH = threading.Lock()
 
-    def __init__(self) -> None:
+
+def launched_in_order(program: Callable, mesh: Mesh) -> Callable:
+    """The program, launched by one thread at a time if its mesh has several devices.
+
+    A launch puts a program into the queue of each device. Were two threads to launch at once, one
+    device could get program 1 first and another device program 2. The collectives of both would
+    then wait forever, since a collective ends when every device has reached it. The lock is held
+    for the launch, not until the results are there, and for the compilation at the first call.
+    """
+    if mesh.size == 1:
+        return program
+
+    @wraps(program)
+    def launch(*args: Any) -> Any:
+        with _LAUNCH:
+            return program(*args)
+
+    return launch
+
+
+class Programs:
+    """Compiles each program once for every combination of shapes, and counts them.
+
+    Several threads may call the programs of one mesh, even of several engines.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
         self._programs: dict[tuple, Callable] = {}
         self.compiled: Counter[str] = Counter()
         """Programs by kind."""
@@ -21,7 +49,7 @@ class Programs:
     def get(self, kind: str, *shapes: Any, make: Callable[[], Callable]) -> Callable:
         """The program of this kind for these shapes; `make` is called where there is none."""
         if (kind, *shapes) not in self._programs:
-            self._programs[kind, *shapes] = make()
+            self._programs[kind, *shapes] = launched_in_order(make(), self._mesh)
             self.compiled[kind] += 1
         return self._programs[kind, *shapes]
 

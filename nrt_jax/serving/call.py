@@ -28,10 +28,12 @@ class Call:
         self.deadline = loop.time() + timeout_s
         self._timer = loop.call_at(self.deadline, self._expire)
         self._generations: list[Generation] = []
-        self._heard = False
+        self._heard = self._expired = False
 
     def submit(self, request: Request, seed: int | None) -> Generation:
-        """Start sequences; without a seed one is drawn."""
+        """Start sequences; without a seed one is drawn. ApiError 504 after the time limit."""
+        if self._expired:
+            raise self.timed_out()
         generation = self._engine.submit(request, seed, self.id)
         self._generations.append(generation)
         return generation
@@ -80,6 +82,8 @@ class Call:
         return ApiError(504, f"not answered in {self._timeout_s:g} s", code="timeout")
 
     def _expire(self) -> None:
+        # Between trace and answer nothing is in the engine: the answer must not start.
+        self._expired = True
         for generation in self._generations:
             generation.fail(self.timed_out())
 

@@ -1,15 +1,19 @@
 """The one thread that owns the engine: it takes requests and sends events to asyncio.
 
 A failure of the engine ends only the requests in it: the thread builds a new scheduler and goes on.
+Where it cannot, it tries again after a pause; requests that come meanwhile fail with the next try.
+Every request ends with its last event or with one error, also when the thread stops or dies.
 """
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import threading
-from collections.abc import AsyncIterator, Callable
-from queue import SimpleQueue
-from typing import Any, NamedTuple, Protocol
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -24,6 +28,19 @@ class EngineFailed(Exception):
     """The engine raised while it had this request; the log has the traceback."""
 
 
+class EngineStopped(Exception):
+    """The server ended before the request did."""
+
+
+def pauses() -> Iterator[float]:
+    """Seconds between tries to build an engine anew: 0.5, 1, 2, 4, and from then on 8."""
+    pause = 0.5
+    while True:
+        yield pause
+        pause = min(2 * pause, 8.0)
+
+
+@runtime_checkable
 class Scheduling(Protocol):
     """What the loop needs of a `engine.scheduler.Scheduler`."""
 
@@ -147,7 +164,7 @@ class EngineLoop:
         """Of every request that a failure must end; None before it has a ticket."""
         self._draws = np.random.default_rng(seed)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._stopping = False
+        self._stopping, self._ended = threading.Event(), False
         self._on_failure = on_failure
         self.slots_in_use = self.waiting = 0
         """Sequences that are decoded, and that wait for a slot."""
@@ -156,11 +173,16 @@ class EngineLoop:
         """Start the thread."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """End the thread after the current step; running requests are dropped."""
-        self._stopping = True
+    def stop(self, seconds: float | None = None) -> bool:
+        """End the thread after the current step; running requests end with EngineStopped.
+
+        Waits for it, up to `seconds` if given, and returns whether it has ended.
+        """
+        self._stopping.set()
         self._inbox.put(None)
-        self._thread.join()
+        if self._thread.ident is not None:
+            self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def healthy(self) -> bool:
@@ -172,43 +194,52 @@ class EngineLoop:
         if seed is None:
             seed = int(self._draws.integers(2**31))
         generation = Generation(self, request.num_samples, request_id)
-        self._inbox.put(_Submit(generation, request, seed))
+        self._send(_Submit(generation, request, seed))
         return generation
 
     def cancel(self, generation: Generation, copy: int | None = None) -> None:
         """Free a request's slots, or one copy's, at the next step."""
-        self._inbox.put(_Cancel(generation, copy))
+        self._send(_Cancel(generation, copy))
 
     async def score(self, tokens: np.ndarray, request_id: str) -> PromptLogprobs:
         """Logprobs of a prompt's tokens, each given those before it."""
         future: asyncio.Future[PromptLogprobs] = asyncio.get_running_loop().create_future()
-        self._inbox.put(_ScorePrompt(future, request_id, tokens))
+        self._send(_ScorePrompt(future, request_id, tokens))
         return await future
+
+    def _send(self, message: "_Submit | _Cancel | _ScorePrompt") -> None:
+        self._inbox.put(message)
+        if self._ended:
+            # Nobody else reads the inbox any more.
+            self._fail_inbox(EngineStopped())
 
     # --- in the thread ----------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._turn()
-            except Exception:
-                self._recover()
+        try:
+            while not self._stopping.is_set():
+                try:
+                    self._turn()
+                except Exception as error:
+                    self._recover(error)
+        finally:
+            self._ended = True
+            self._fail_all(EngineStopped())
+            self._fail_inbox(EngineStopped())
 
     def _turn(self) -> None:
         """Read the inbox, waiting for a message if the engine is idle; then run one step."""
         scheduler = self._scheduler
-        idle = scheduler is None or not scheduler.busy
+        assert scheduler is not None
+        idle = not scheduler.busy
         while idle or not self._inbox.empty():
             message = self._inbox.get()
             idle = False
             if message is None:
                 return
-            self._handle(message)
+            self._handle(message, scheduler)
             if isinstance(message, _ScorePrompt):
                 break  # step between prompts to score, which may be long
-        scheduler = self._scheduler
-        if scheduler is None:
-            return
         events: list[Event] = []
         try:
             events = scheduler.step() if scheduler.busy else []
@@ -233,60 +264,50 @@ class EngineLoop:
         self._on_failure()
         return EngineFailed(type(error).__name__)
 
-    def _handle(self, message: "_Submit | _Cancel | _ScorePrompt") -> None:
+    def _handle(self, message: "_Submit | _Cancel | _ScorePrompt", scheduler: Scheduling) -> None:
         match message:
             case _Submit():
-                self._start(message)
+                self._start(message, scheduler)
             case _Cancel(generation, None):
-                self._end(generation, cancel=True)
+                ticket = self._end(generation)
+                if ticket is not None:
+                    scheduler.cancel(ticket)
             case _Cancel(generation, copy):
-                self._end_copy(generation, copy)
-            case _ScorePrompt(future, request_id, tokens):
-                self._answer_score(future, request_id, tokens)
+                ticket = self._tickets.get(generation)
+                if ticket is not None:
+                    scheduler.cancel(ticket, copy)
+                    self._count(generation, ticket, copy)
+            case _ScorePrompt():
+                self._answer_score(message)
 
-    def _start(self, message: _Submit) -> None:
+    def _start(self, message: _Submit, scheduler: Scheduling) -> None:
+        """Submit a request; a failure ends only this one, since it has not begun."""
         generation, request, seed = message
-        self._tickets[generation] = None
-        if self._scheduler is None:
-            self._scheduler = self._make_scheduler()
         try:
-            ticket = self._scheduler.submit(request, request_key(seed))
+            ticket = scheduler.submit(request, request_key(seed))
         except Exception as error:
-            self._end(generation)
             _post({generation: [self._failure(error, generation)]})
+            if isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # the device failed, not the request
             return
         self._tickets[generation], self._running[ticket] = ticket, generation
         self._copies_left[ticket] = set(range(request.num_samples))
 
-    def _end(self, generation: Generation, *, cancel: bool = False) -> None:
-        """Remove a request, if it is still there."""
+    def _end(self, generation: Generation) -> int | None:
+        """Remove a request, if it is still there, and return its ticket."""
         ticket = self._tickets.pop(generation, None)
-        if ticket is None:
-            return
-        del self._running[ticket], self._copies_left[ticket]
-        if cancel and self._scheduler is not None:
-            self._scheduler.cancel(ticket)
-
-    def _end_copy(self, generation: Generation, copy: int) -> None:
-        """Stop one copy, and the request with its last copy."""
-        ticket = self._tickets.get(generation)
-        if ticket is None or self._scheduler is None:
-            return
-        self._scheduler.cancel(ticket, copy)
-        self._count(generation, ticket, copy)
+        if ticket is not None:
+            del self._running[ticket], self._copies_left[ticket]
+        return ticket
 
     def _count(self, generation: Generation, ticket: int, copy: int) -> None:
         self._copies_left[ticket].discard(copy)
         if not self._copies_left[ticket]:
             self._end(generation)
 
-    def _answer_score(
-        self,
-        future: "asyncio.Future[PromptLogprobs]",
-        request_id: str,
-        tokens: np.ndarray,
-    ) -> None:
+    def _answer_score(self, message: _ScorePrompt) -> None:
         """Score a prompt; a failure ends only this request, since scoring shares no state."""
+        future, request_id, tokens = message
         if future.cancelled():
             return
         result: PromptLogprobs | Exception
@@ -312,21 +333,41 @@ class EngineLoop:
                 self._count(generation, event.ticket, event.sample)
         _post(posts)
 
-    def _recover(self) -> None:
-        """Fail every request, and build a new scheduler."""
-        failed = list(self._tickets)
-        names = ", ".join(generation.request_id for generation in failed) or "none"
-        log.exception("the engine failed; requests that end with it: %s", names)
+    def _recover(self, error: Exception) -> None:
+        """Fail every request, and build a new scheduler, again and again until it is there."""
+        names = ", ".join(generation.request_id for generation in self._tickets) or "none"
+        log.error("the engine failed; requests that end with it: %s", names, exc_info=error)
         self._on_failure()
+        # Drop the old one first: there may not be memory for both. Frames of the traceback hold it.
+        self._scheduler = None
+        traceback.clear_frames(error.__traceback__)
+        self._fail_all(EngineFailed("the engine failed"))
+        for pause in pauses():
+            try:
+                self._scheduler = self._make_scheduler()
+                return
+            except Exception:
+                log.exception("the engine cannot be built anew; next try in %g s", pause)
+            self._fail_inbox(EngineFailed("the engine cannot be built anew"))
+            if self._stopping.wait(pause):
+                return
+
+    def _fail_all(self, error: Exception) -> None:
+        """End every request that the scheduler has."""
+        failed = list(self._tickets)
         self._running, self._copies_left, self._tickets = {}, {}, {}
         self.slots_in_use = self.waiting = 0
-        # Drop the old one first: there may not be memory for both.
-        self._scheduler = None
-        _post({generation: [EngineFailed("the engine failed")] for generation in failed})
-        try:
-            self._scheduler = self._make_scheduler()
-        except Exception:
-            log.exception("the engine cannot be built anew; the next request tries again")
+        _post({generation: [error] for generation in failed})
+
+    def _fail_inbox(self, error: Exception) -> None:
+        """End every request that the scheduler does not have yet."""
+        with contextlib.suppress(Empty):
+            while True:
+                match self._inbox.get_nowait():
+                    case _Submit(generation):
+                        _post({generation: [error]})
+                    case _ScorePrompt(future):
+                        _call(future.get_loop(), _resolve, future, error)
 
 
 def new_id(prefix: str) -> str:
@@ -357,5 +398,5 @@ def _resolve(future: "asyncio.Future[PromptLogprobs]", result: PromptLogprobs | 
 
 
 def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-    if not loop.is_closed():
+    with contextlib.suppress(RuntimeError):  # the loop is closed, and its clients are gone
         loop.call_soon_threadsafe(function, *args)

@@ -41,6 +41,7 @@ from nrt_jax.engine.decode_state import (
 )
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.prefill import Prefix
+from nrt_jax.engine.programs import launched_in_order
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.models.sharding import replicated
 
@@ -122,7 +123,8 @@ class JetStreamEngine(_engine_api.Engine):
 
     def __init__(self, engine: Engine):
         self._engine = engine
-        self._columns = jax.jit(_columns, out_shardings=replicated(engine.mesh))
+        columns = jax.jit(_columns, out_shardings=replicated(engine.mesh))
+        self._columns = launched_in_order(columns, engine.mesh)
         self._announced: Start | None = None
 
     def announce(self, start: Start) -> None:
