@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 
 from nrt_jax.engine.decode_state import DecodeState, state_shardings
 
-
 _LAUNCH = threading.Lock()
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +16,12 @@ from starlette.responses import Response
 
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.errors import InputError
+from nrt_jax.serving.access import Guard, Keys
 from nrt_jax.serving.admission import Admission
 from nrt_jax.serving.call import Call
 from nrt_jax.serving.chat import Chat
 from nrt_jax.serving.completions import Completion
-from nrt_jax.serving.engine_loop import EngineFailed, EngineLoop
+from nrt_jax.serving.engine_loop import EngineFailed, EngineLoop, EngineStopped
 from nrt_jax.serving.http_exchange import (
     CLIENT_GONE,
     ClientGone,
@@ -30,6 +31,7 @@ from nrt_jax.serving.http_exchange import (
     unless_gone,
 )
 from nrt_jax.serving.metrics import Metrics
+from nrt_jax.serving.openapi import document
 from nrt_jax.serving.protocol import (
     ApiError,
     JsonResponse,
@@ -45,7 +47,7 @@ KINDS = {
     "/v1/completions": (CompletionRequest, Completion),
     "/v1/chat/completions": (ChatRequest, Chat),
 }
-ROUTES = frozenset([*KINDS, "/v1/models", "/health", "/metrics"])
+ROUTES = frozenset([*KINDS, "/v1/models", "/health", "/metrics", "/openapi.json"])
 
 Job = Completion | Chat
 
@@ -59,6 +61,8 @@ class OpenAIServer:
     config: ServingConfig
     admission: Admission
     metrics: Metrics
+    keys: Keys | None = None
+    grpc_healthy: Callable[[], bool] = lambda: True
 
     def __post_init__(self) -> None:
         self._started = int(time.time())
@@ -81,7 +85,10 @@ class OpenAIServer:
         app.add_api_route("/v1/models/{name:path}", self._model, response_model=None)
         app.add_api_route("/health", self._health, response_model=None)
         app.add_api_route("/metrics", self._show_metrics, response_model=None)
+        app.add_api_route("/openapi.json", self._openapi, response_model=None)
         app.add_exception_handler(HTTPException, _http_error)
+        if self.keys is not None:
+            app.add_middleware(Guard, keys=self.keys)
         app.add_middleware(Exchanges, metrics=self.metrics, routes=ROUTES)
         return app
 
@@ -169,7 +176,12 @@ class OpenAIServer:
             return JsonResponse({"status": "draining"}, 503)
         if not self.engine.healthy:
             return JsonResponse({"status": "the engine failed"}, 503)
+        if not self.grpc_healthy():
+            return JsonResponse({"status": "the engine of gRPC failed"}, 503)
         return JsonResponse({"status": "ok"})
+
+    async def _openapi(self) -> Response:
+        return JsonResponse(document(self.served, self.config, keys=self.keys is not None))
 
     async def _show_metrics(self) -> Response:
         return Response(
@@ -200,6 +212,8 @@ def _api_error(error: Exception, request_id: str) -> ApiError:
         return error
     if isinstance(error, InputError):
         return ApiError(400, str(error))
+    if isinstance(error, EngineStopped):
+        return ApiError(503, "the server is shutting down; ask another one", code="draining")
     if not isinstance(error, EngineFailed):
         log.error("request %s failed", request_id, exc_info=error)
     return ApiError(500, f"internal error; the server's log has more on request {request_id}")

@@ -23,6 +23,9 @@ from nrt_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 
+STOP_S = 60.0
+"""Longest time in seconds to wait for an engine's current step, or its compilation."""
+
 
 class EngineFailed(Exception):
     """The engine raised while it had this request; the log has the traceback."""
@@ -187,7 +190,7 @@ class EngineLoop:
     @property
     def healthy(self) -> bool:
         """Whether the thread runs and has an engine."""
-        return self._thread.is_alive() and self._scheduler is not None
+        return self._thread.is_alive() and not self._ended and self._scheduler is not None
 
     def submit(self, request: Request, seed: int | None, request_id: str) -> Generation:
         """Start a request, with a random seed if none is given. Called on a thread of asyncio."""

@@ -92,12 +92,12 @@ class Live:
 
 
 @contextlib.contextmanager
-def listening(api: OpenAIServer) -> Iterator[Live]:
+def listening(api: OpenAIServer, **options: Any) -> Iterator[Live]:
     """Serve in a thread until the block is left."""
-    options = uvicorn.Config(
-        api.app(), port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1
+    config = uvicorn.Config(
+        api.app(), port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1, **options
     )
-    server = uvicorn.Server(options)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     api.engine.start()
     thread.start()
