@@ -13,14 +13,18 @@ package does, and what is done about it here:
   prompts run as they are, and their length is checked before.
 - It drops logprobs, and the token that ended a sequence; both are returned here.
 - It asserts that some slot is in use, although the last sequences may have ended a moment before.
+- Its `stop` waits for its threads without end, and leaves those running that were started before
+  one could not be. `end` is used instead.
 """
 
 import contextlib
 import importlib
 import importlib.util
 import logging
+import queue
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,11 +48,9 @@ from nrt_jax.engine.prefill import Prefix
 from nrt_jax.engine.programs import launched_in_order
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.models.sharding import replicated
+from nrt_jax.serving.engine_loop import STOP_S
 
 log = logging.getLogger(__name__)
-
-STOP_S = 60
-"""Longest time in seconds to wait for the threads' current step, or its compilation."""
 
 
 @contextlib.contextmanager
@@ -126,6 +128,7 @@ class JetStreamEngine(_engine_api.Engine):
         columns = jax.jit(_columns, out_shardings=replicated(engine.mesh))
         self._columns = launched_in_order(columns, engine.mesh)
         self._announced: Start | None = None
+        self._allocated: DecodeState | None = None
 
     def announce(self, start: Start) -> None:
         """Say how the sequence of the next prefill is sampled; called in the prefill thread."""
@@ -174,9 +177,15 @@ class JetStreamEngine(_engine_api.Engine):
             samples_per_slot=1,
         )
 
+    def allocate(self) -> None:
+        """Make the next decode state now: a lack of memory is then raised here, not in a thread."""
+        self._allocated = None
+        self._allocated = self._engine.init_decode_state()
+
     def init_decode_state(self) -> DecodeState:
         """An empty state with a prompt slot for every slot."""
-        return self._engine.init_decode_state()
+        state, self._allocated = self._allocated, None
+        return self._engine.init_decode_state() if state is None else state
 
     def load_params(self, params: Any) -> Any:
         """The weights as they are."""
@@ -261,7 +270,8 @@ class _Thread(threading.Thread):
         """Work until the driver stops or the thread fails."""
         try:
             super().run()
-        except Exception as error:
+        except BaseException as error:
+            # Whatever it is: requests would wait for a thread that has ended.
             self._driver.failed(error)
 
 
@@ -299,32 +309,57 @@ class Driver(orchestrator.Driver):
         self,
         engine: JetStreamEngine,
         params: Any,
-        on_failure: "Callable[[Driver, Exception], object]",
+        on_failure: "Callable[[Driver, BaseException], object]",
     ):
         self._on_failure = on_failure
         self._ending = threading.Lock()
-        super().__init__(
-            prefill_engines=[engine],
-            generate_engines=[engine],
-            prefill_params=[params],
-            generate_params=[params],
-            interleaved_mode=True,
-            jax_padding=False,
-        )
+        try:
+            super().__init__(
+                prefill_engines=[engine],
+                generate_engines=[engine],
+                prefill_params=[params],
+                generate_params=[params],
+                interleaved_mode=True,
+                jax_padding=False,
+            )
+        except RuntimeError:
+            self.end()  # a thread could not be started, but those before it were
+            raise
 
-    def failed(self, error: Exception) -> None:
+    def failed(self, error: BaseException) -> None:
         """Report an exception; called in the thread that raised it."""
         # A driver that ends empties the queues that its threads work on, which may then raise.
         if self._ending.acquire(blocking=False):
-            log.exception("a thread of JetStream's driver failed")
+            log.error("a thread of JetStream's driver failed", exc_info=error)
             self._on_failure(self, error)
 
-    def end(self) -> threading.Thread:
-        """Stop the threads, which may be in a step; returns the thread that waits for them."""
+    def end(self, seconds: float = STOP_S) -> bool:
+        """Stop the threads, which may be in a step; whether all ended within `seconds`.
+
+        The owner tells the requests that are still here.
+        """
         self._ending.acquire(blocking=False)
-        stopping = threading.Thread(target=self.stop, daemon=True)
-        stopping.start()
-        return stopping
+        self.live = False
+        deadline = time.monotonic() + seconds
+        backlogs = (
+            self._prefill_backlog,
+            *self._transfer_backlogs,
+            *self._generate_backlogs.values(),
+            *self._detokenize_backlogs,
+        )
+        while any(thread.is_alive() for thread in self._all_threads):
+            if time.monotonic() > deadline:
+                return False
+            for backlog in backlogs:
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        backlog.get_nowait()
+            time.sleep(0.002)  # in which threads that wait to put do so
+            for backlog in backlogs:
+                with contextlib.suppress(queue.Full):
+                    backlog.put_nowait(None)  # for threads that wait to get
+            time.sleep(0.002)
+        return True
 
     def _process_prefill_content(
         self, request: ActiveRequest, tokenizer: Any, is_bos: bool, max_prefill_length: int

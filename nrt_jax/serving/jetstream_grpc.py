@@ -1,115 +1,86 @@
-"""JetStream's gRPC server for one model: greedy, token by token.
+"""JetStream's gRPC service for one model: greedy, token by token.
 
 What jetstream.py says of the package holds here too, and:
 
 - Its text is decoded token by token, which breaks characters; here it is not.
-- Its server listens on every address; here on the one that it is given.
+- Its server has no room for keys, TLS or another address than all of them; ours serves its service.
 - A client that goes away keeps its slot until the last token; here the slot is freed.
 """
 
 import asyncio
-import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from concurrent import futures
-from types import ModuleType
+from contextlib import aclosing
 from typing import Any
 
 import grpc
 import jax
 import numpy as np
 
+from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.detokenizer import Detokenizer
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.errors import InputError
-from nrt_jax.serving.engine_loop import EngineFailed, new_id
+from nrt_jax.serving.access import Address, Keys, Tls
+from nrt_jax.serving.engine_loop import STOP_S, EngineFailed, EngineStopped, new_id
 from nrt_jax.serving.jetstream import (
-    STOP_S,
     ActiveRequest,
-    Driver,
     JetStreamEngine,
     Start,
     import_quietly,
     orchestrator,
 )
+from nrt_jax.serving.jetstream_drivers import Drivers
 from nrt_jax.serving.served_model import ServedModel
 
 log = logging.getLogger(__name__)
 
-_server_lib = import_quietly("jetstream.core.server_lib")
 _multifuture = import_quietly("jetstream.core.utils.async_multifuture")
 messages = import_quietly("jetstream.core.proto.jetstream_pb2")
 services = import_quietly("jetstream.core.proto.jetstream_pb2_grpc")
 
-
-class Drivers:
-    """One driver at a time, replaced when it fails; JetStream sees it as a driver."""
-
-    def __init__(self, served: ServedModel, slots: int, most: int):
-        self._engine = JetStreamEngine(served.engine(slots))
-        self._params, self._most = served.opened.params, most
-        self._lock = threading.Lock()
-        self._requests: dict[int, Any] = {}
-        self.live, self.draining = True, False
-        self._driver = self._make()
-
-    def _make(self) -> Driver:
-        return Driver(self._engine, self._params, self._replace)
-
-    @property
-    def active(self) -> int:
-        """Requests that run or wait."""
-        return len(self._requests)
-
-    def place_request_on_prefill_queue(self, request: Any) -> None:
-        """Accept a request; queue.Full when there are too many."""
-        with self._lock:
-            if len(self._requests) >= self._most:
-                raise queue.Full
-            self._requests[id(request)] = request
-            self._driver.place_request_on_prefill_queue(request)
-
-    def release(self, request: Any) -> None:
-        """The request has ended or its client has left: its slot is free at the next step."""
-        request.max_tokens = 0
-        with self._lock:
-            self._requests.pop(id(request), None)
-
-    def stop(self) -> None:
-        """End all threads and wait for them: exiting while one runs aborts the process."""
-        self.live = False
-        self._driver.end().join(STOP_S)
-
-    def _replace(self, failed: Driver, _: Exception) -> None:
-        with self._lock:
-            # Before `end` takes them away from the requests.
-            channels = [request.return_channel for request in self._requests.values()]
-            self._requests = {}
-            failed.end()
-            if self.live:
-                self._driver = self._make()
-        for channel in channels:
-            with contextlib.suppress(RuntimeError):  # its event loop has ended
-                channel.set_exception(EngineFailed("the engine failed"))
+CLOSE_S = 1.0
+"""Seconds in which the answers of ended requests may leave."""
 
 
 class _Service(orchestrator.LLMOrchestrator):
     """The gRPC service, with requests checked before they reach a thread."""
 
-    def __init__(self, served: ServedModel, drivers: Drivers):
+    def __init__(self, served: ServedModel, drivers: Drivers, keys: Keys | None, timeout_s: float):
         super().__init__(driver=drivers)
-        self._served, self._drivers = served, drivers
+        self._served, self._drivers, self._keys = served, drivers, keys
+        self._timeout_s = timeout_s
 
     async def Decode(self, request: Any, context: Any = None) -> AsyncIterator[Any]:
         """Stream the greedy continuation of a text or of token ids."""
-        if self._drivers.draining:
-            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+        request_id = new_id("grpc")
         try:
-            tokens = self._prompt(request)
-        except InputError as error:
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            self._check_key(context)
+            async with aclosing(self._answer(request, context)) as responses:
+                async for response in responses:
+                    yield response
+        except futures.CancelledError:
+            return  # the client went away
+        except Exception as error:
+            code, said = self._status(error, request_id)
+            await context.abort(code, said)
+
+    def _check_key(self, context: Any) -> None:
+        if self._keys is None:
+            return
+        sent = [value for name, value in context.invocation_metadata() if name == "authorization"]
+        if not self._keys.allow([v if isinstance(v, bytes) else v.encode("utf-8") for v in sent]):
+            raise _Unauthenticated
+
+    async def _answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
+        """Its messages; however it ends, the slot is freed."""
+        if self._drivers.draining:
+            raise EngineStopped
+        # In a thread: a long text takes long to tokenise.
+        tokens = await asyncio.to_thread(self._prompt, request)
         channel = _multifuture.AsyncMultifuture()
         context.add_done_callback(channel.cancel)
         active = ActiveRequest(
@@ -118,27 +89,47 @@ class _Service(orchestrator.LLMOrchestrator):
             prefill_content=tokens,
             start=Start(jax.random.key(0), request.max_tokens, Sampling(temperature=0.0)),
         )
-        request_id = new_id("grpc")
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._timeout_s, channel.set_exception, TimeoutError())
         try:
             self._drivers.place_request_on_prefill_queue(active)
             written = Detokenizer(self._served.tokenizer, tokens)
             as_text = request.HasField("text_content")
             async for response in self._responses(channel, written if as_text else None):
                 yield response
-        except queue.Full:
-            await context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED, "too many requests wait; try again later"
-            )
-        except EngineFailed:
-            log.error("request %s ended with the failure of the gRPC server's engine", request_id)
-            await context.abort(
-                grpc.StatusCode.INTERNAL,
-                f"internal error; the server's log has more on request {request_id}",
-            )
-        except futures.CancelledError:
-            pass  # the client went away
         finally:
+            timer.cancel()
             self._drivers.release(active)
+
+    def _status(self, error: Exception, request_id: str) -> tuple[grpc.StatusCode, str]:
+        """Code and text for the client; for a mistake of ours only its id, and the log has more."""
+        match error:
+            case _Unauthenticated():
+                return grpc.StatusCode.UNAUTHENTICATED, (
+                    "no valid API key; send one as metadata, authorization: Bearer KEY"
+                )
+            case InputError():
+                return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+            case queue.Full():
+                return (
+                    grpc.StatusCode.RESOURCE_EXHAUSTED,
+                    "too many requests wait; try again later",
+                )
+            case EngineStopped():
+                return grpc.StatusCode.UNAVAILABLE, "the server is shutting down; ask another one"
+            case TimeoutError():
+                return (
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    f"not answered in {self._timeout_s:g} s",
+                )
+        if isinstance(error, EngineFailed):
+            log.error("request %s ended with the failure of the gRPC server's engine", request_id)
+        else:
+            log.error("request %s failed", request_id, exc_info=error)
+        return (
+            grpc.StatusCode.INTERNAL,
+            f"internal error; the server's log has more on request {request_id}",
+        )
 
     async def _responses(self, channel: Any, detokenizer: Detokenizer | None) -> AsyncIterator[Any]:
         """A message for every token that settles text, or without text for every token."""
@@ -184,36 +175,60 @@ def _response(text: str, token_ids: list[int]) -> Any:
     return messages.DecodeResponse(stream_content=content(samples=[sample]))
 
 
-@contextlib.contextmanager
-def _replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    before = {name: getattr(module, name) for name in attributes}
-    vars(module).update(attributes)
-    try:
-        yield
-    finally:
-        vars(module).update(before)
+class _Unauthenticated(Exception):
+    """The call has no key of the server."""
 
 
 class GrpcServer:
-    """JetStream's server for one model, listening from `start` to `stop`."""
+    """JetStream's service for one model, on a thread of its own from `start` to `stop`."""
 
-    def __init__(self, served: ServedModel, host: str, port: int, *, slots: int, most: int):
-        self.drivers = Drivers(served, slots, most)
+    def __init__(
+        self,
+        served: ServedModel,
+        config: ServingConfig,
+        address: Address,
+        port: int,
+        keys: Keys | None = None,
+        tls: Tls | None = None,
+    ):
+        """Raises InputError for a port that is taken."""
+        engine = JetStreamEngine(served.engine(config.grpc_slots))
+        self.drivers = Drivers(engine, served.opened.params, config.grpc_queue)
         self.port = port
-        shown = f"[{host}]" if ":" in host else host
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="grpc", daemon=True)
+        self._thread.start()
+        service = _Service(served, self.drivers, keys, config.request_timeout_s)
+        try:
+            self._server = self._run(self._make(service, config, address, tls))
+        except BaseException:
+            self.drivers.stop()
+            self._end_loop()
+            raise
 
-        def service(driver: Drivers) -> _Service:
-            return _Service(served, driver)
-
-        # Both are read while the server is made.
-        with _replaced(_server_lib, _HOST=shown), _replaced(orchestrator, LLMOrchestrator=service):
-            self._server = _server_lib.JetStreamServer(
-                self.drivers, threads=4, port=port, credentials=grpc.insecure_server_credentials()
-            )
+    async def _make(
+        self, service: _Service, config: ServingConfig, address: Address, tls: Tls | None
+    ) -> Any:
+        server = grpc.aio.server(
+            options=[
+                # Otherwise Linux lets a second server take part of the first one's calls.
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", config.max_body_bytes),
+            ]
+        )
+        services.add_OrchestratorServicer_to_server(service, server)
+        try:
+            server.add_secure_port(f"{address.in_url}:{self.port}", _credentials(tls))
+        except RuntimeError:
+            raise InputError(
+                f"grpc_port={self.port}: cannot be listened on at host={config.host}; "
+                "choose another"
+            ) from None
+        return server
 
     def start(self) -> None:
         """Begin to listen."""
-        self._server.start()
+        self._run(self._server.start())
 
     async def drain(self) -> None:
         """Refuse new requests, and return when all others have ended."""
@@ -221,6 +236,25 @@ class GrpcServer:
         while self.drivers.active:
             await asyncio.sleep(0.05)
 
-    def stop(self) -> None:
-        """End the server and its threads."""
-        self._server.stop()
+    def stop(self, seconds: float = STOP_S) -> bool:
+        """End all requests, the server and its threads; whether these ended within `seconds`."""
+        if self._loop.is_closed():
+            return True
+        ended = self.drivers.stop(seconds)
+        self._run(self._server.stop(CLOSE_S))
+        self._end_loop()
+        return ended
+
+    def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def _end_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def _credentials(tls: Tls | None) -> grpc.ServerCredentials:
+    if tls is None:
+        return grpc.insecure_server_credentials()
+    return grpc.ssl_server_credentials([(tls.key, tls.certificate)])

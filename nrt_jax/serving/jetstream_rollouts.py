@@ -13,7 +13,6 @@ from nrt_jax.engine.generate import check_all, make_trace
 from nrt_jax.engine.requests import Request
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.serving.jetstream import (
-    STOP_S,
     ActiveRequest,
     DrawnToken,
     Driver,
@@ -26,7 +25,7 @@ from nrt_jax.types import Trace
 class _Collector:
     """The tokens of one sequence; replaces JetStream's channel into an asyncio loop."""
 
-    def __init__(self, ended: "SimpleQueue[Exception | None]"):
+    def __init__(self, ended: "SimpleQueue[BaseException | None]"):
         self.drawn: list[DrawnToken] = []
         self._ended = ended
 
@@ -65,7 +64,7 @@ def generate(
     if jax.process_count() > 1:
         raise InputError("rollout.driver=jetstream: its threads run on one host; set it to loop")
     check_all(engine, requests)
-    ended: SimpleQueue[Exception | None] = SimpleQueue()
+    ended: SimpleQueue[BaseException | None] = SimpleQueue()
     driver = Driver(JetStreamEngine(engine), params, lambda _, error: ended.put(error))
     try:
         groups = [_place(driver, request, key, ended) for request in requests]
@@ -74,7 +73,7 @@ def generate(
             if error is not None:
                 _fail(error)
     finally:
-        driver.end().join(STOP_S)
+        driver.end()
     return [
         tuple(sample.trace(engine.stop_ids | request.sampling.stop_ids) for sample in group)
         for request, group in zip(requests, groups, strict=True)
@@ -82,7 +81,7 @@ def generate(
 
 
 def _place(
-    driver: Driver, request: Request, key: jax.Array, ended: "SimpleQueue[Exception | None]"
+    driver: Driver, request: Request, key: jax.Array, ended: "SimpleQueue[BaseException | None]"
 ) -> list[_Collector]:
     """Queue every sample of a request as a sequence of its own."""
     keys_K = sample_keys(key, request.stream, np.arange(request.num_samples, dtype=np.int32))
@@ -100,7 +99,7 @@ def _place(
     return samples
 
 
-def _fail(error: Exception) -> NoReturn:
+def _fail(error: BaseException) -> NoReturn:
     """Raise a thread's error as RunFailed; jax's own errors as they are, for the caller."""
     if isinstance(error, jax.errors.JaxRuntimeError):
         raise error

@@ -98,6 +98,25 @@ def test_a_drain_that_takes_too_long_is_cut_off(run, tmp_path):
         assert "drain_s=0.01 is over; 1 requests are cut off" in outcome.err
 
 
+def test_a_second_sigterm_cuts_the_drain_short(run, tmp_path):
+    with serving(run, tmp_path, *SMALL, "grpc_port=0", "drain_s=600") as (process, port, _):
+        response = connect(port, LONG).getresponse()
+        response.read(50)
+        process.signal(signal.SIGTERM)
+        wait_until(lambda: health(port) == 503)
+        process.signal(signal.SIGTERM)
+        text = response.read()
+        # A third one, while the process exits, changes nothing.
+        process.signal(signal.SIGTERM)
+        outcome = process.end()
+    assert outcome.status == 0
+    assert (
+        json.loads(text.split(b"\n\n")[-2].removeprefix(b"data: "))["error"]["code"] == "draining"
+    )
+    assert "told to stop again; 1 requests are cut off" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
 def test_a_hugging_face_directory(tmp_path):
     """Overrides with a section are the model's, the others the server's."""
     model = write_chat_model(tmp_path / "chat", TEMPLATES["llama3"])
@@ -127,6 +146,9 @@ def test_a_hugging_face_directory(tmp_path):
         ("slots=0", "override slots=0: must be greater than or equal to 1"),
         ("slots", "override slots: must look like section.field=value"),
         ("host=nowhere.invalid", "on host=nowhere.invalid; choose another"),
+        ("host=0.0.0.0", "host=0.0.0.0: others reach this address, and no key is asked for; set"),
+        ("api_key=s3cret", "api_key: every user of this machine sees command lines; write the"),
+        ("ssl_certfile=c", "ssl_certfile and ssl_keyfile: set both, or neither"),
         ("max_new_tokens=3", "max_new_tokens=3: t_start, trace, t_end and answer need 4 tokens"),
     ],
 )
@@ -136,6 +158,7 @@ def test_settings(run, override, said, capsys):
     assert err.startswith("nrt-jax: error: ")
     assert said in err
     assert err.count("\n") == 1
+    assert "s3cret" not in err
 
 
 @pytest.mark.parametrize("name", ["port", "grpc_port"])
