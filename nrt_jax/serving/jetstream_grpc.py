@@ -8,6 +8,7 @@ What jetstream.py says of the package holds here too, and:
 """
 
 import asyncio
+import functools
 import logging
 import queue
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 import grpc
 import jax
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.detokenizer import Detokenizer
@@ -77,6 +79,8 @@ class _Service(orchestrator.LLMOrchestrator):
 
     async def _answer(self, request: Any, context: Any) -> AsyncIterator[Any]:
         """Its messages; however it ends, the slot is freed."""
+        if isinstance(request, InputError):
+            raise request
         if self._drivers.draining:
             raise EngineStopped
         # In a thread: a long text takes long to tokenise.
@@ -175,6 +179,36 @@ def _response(text: str, token_ids: list[int]) -> Any:
     return messages.DecodeResponse(stream_content=content(samples=[sample]))
 
 
+def _handlers(service: _Service) -> grpc.GenericRpcHandler:
+    """The service's methods; the generated ones answer bytes that are no message by a traceback."""
+    orchestrator_service = messages.DESCRIPTOR.services_by_name["Orchestrator"]
+    decode, health = (
+        {
+            "request_deserializer": functools.partial(_parse, request),
+            "response_serializer": response.SerializeToString,
+        }
+        for request, response in (
+            (messages.DecodeRequest, messages.DecodeResponse),
+            (messages.HealthCheckRequest, messages.HealthCheckResponse),
+        )
+    )
+    return grpc.method_handlers_generic_handler(
+        orchestrator_service.full_name,
+        {
+            "Decode": grpc.unary_stream_rpc_method_handler(service.Decode, **decode),
+            "HealthCheck": grpc.unary_unary_rpc_method_handler(service.HealthCheck, **health),
+        },
+    )
+
+
+def _parse(kind: Any, data: bytes) -> Any:
+    """The message, or the error that its method raises."""
+    try:
+        return kind.FromString(data)
+    except DecodeError:
+        return InputError(f"the request is no {kind.DESCRIPTOR.name}")
+
+
 class _Unauthenticated(Exception):
     """The call has no key of the server."""
 
@@ -216,7 +250,7 @@ class GrpcServer:
                 ("grpc.max_receive_message_length", config.max_body_bytes),
             ]
         )
-        services.add_OrchestratorServicer_to_server(service, server)
+        server.add_generic_rpc_handlers((_handlers(service),))
         try:
             server.add_secure_port(f"{address.in_url}:{self.port}", _credentials(tls))
         except RuntimeError:

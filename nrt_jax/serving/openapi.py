@@ -73,7 +73,7 @@ def _post(path: str) -> dict[str, Any]:
     request, summary, answer = REQUESTS[path]
     content = {
         "application/json": {"schema": _ref(answer)},
-        "text/event-stream": {"schema": TEXT},
+        "text/event-stream": {},
     }
     return {
         "summary": summary,
@@ -143,8 +143,17 @@ def _complete(schema: dict[str, Any], served: ServedModel, config: ServingConfig
     }
     for name in properties.keys() & known.keys():
         properties[name] = known[name]
-    token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
-    properties["stop_token_ids"]["items"] = token
+    properties["stop_token_ids"]["items"] = _token(served)
+    most = {
+        "n": config.max_sequences,
+        "logprobs": config.top_logprobs,
+        "top_logprobs": config.top_logprobs,
+        "max_tokens": served.limits.context - 1,
+        "max_completion_tokens": served.limits.new,
+        "max_reasoning_tokens": served.limits.trace,
+    }
+    for name in properties.keys() & most.keys():
+        _bound(properties[name], most[name])
     for name in properties.keys() - set(schema["required"]):
         properties[name] = _or_null(properties[name])
     for name, allowed in UNSUPPORTED.items():
@@ -153,9 +162,23 @@ def _complete(schema: dict[str, Any], served: ServedModel, config: ServingConfig
         properties.setdefault(name, {})
 
 
+def _bound(schema: dict[str, Any], most: int) -> None:
+    for member in schema.get("anyOf", [schema]):
+        if member.get("type") == "integer":
+            member["maximum"] = min(most, member.get("maximum", most))
+
+
+def _token(served: ServedModel) -> dict[str, Any]:
+    return {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
+
+
 def _prompt(served: ServedModel, config: ServingConfig) -> dict[str, Any]:
-    token = {"type": "integer", "minimum": 0, "maximum": served.vocab_size - 1}
-    ids = {"type": "array", "items": token, "minItems": 1, "maxItems": served.limits.context}
+    ids = {
+        "type": "array",
+        "items": _token(served),
+        "minItems": 1,
+        "maxItems": served.limits.context,
+    }
     many = {"type": "array", "minItems": 1, "maxItems": config.max_sequences}
     return {"anyOf": [TEXT, {**many, "items": TEXT}, ids, {**many, "items": ids}]}
 

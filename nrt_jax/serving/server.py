@@ -248,7 +248,8 @@ async def _serve(
         running = asyncio.create_task(http.serve([listening]))
         while not (http.started or running.done()):
             await asyncio.sleep(0.01)
-        print(_announcement(served, access, listening, grpc), flush=True)
+        if http.started:
+            print(_announcement(served, access, listening, grpc), flush=True)
         try:
             await _first_of(running, signals.drain.wait())
             await _drain(api, grpc, config.drain_s, signals.leave)
@@ -318,5 +319,6 @@ def _leave() -> None:
     """Exit while a thread is in a step: a regular exit would abort the process."""
     log.warning("an engine's step has not ended; the process exits without it")
     logging.shutdown()
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # its reader may be gone
+        sys.stdout.flush()
     os._exit(0)

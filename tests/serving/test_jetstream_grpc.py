@@ -102,6 +102,17 @@ def test_refusals(stub, request_, said):
     assert said in refused.value.details()
 
 
+def test_bytes_that_are_no_message(server):
+    with grpc.insecure_channel(f"127.0.0.1:{server.port}") as channel:
+        decode = channel.unary_stream("/jetstream_proto.Orchestrator/Decode")
+        with pytest.raises(grpc.RpcError) as refused:
+            list(decode(b"\xff\xff", timeout=60))
+        assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert refused.value.details() == "the request is no DecodeRequest"
+        health = channel.unary_unary("/jetstream_proto.Orchestrator/HealthCheck")
+        assert health(b"\xff\xff", timeout=60)
+
+
 def test_a_client_that_leaves_frees_its_slot(stub, server, served):
     prompt = served.text_prompt("a").tolist()
     engine, steps = server.drivers._engine, []
