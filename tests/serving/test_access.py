@@ -1,6 +1,7 @@
 """Keys, addresses that need one, TLS files: what is accepted, refused, warned about and hidden."""
 
 import contextlib
+import hashlib
 import http.client
 import itertools
 import json
@@ -177,10 +178,13 @@ def test_every_key_is_compared(monkeypatch):
         return left == right
 
     monkeypatch.setattr("nrt_jax.serving.access.hmac.compare_digest", digest)
-    keys = Keys((b"1", b"2", b"3"))
+    first = hashlib.sha256(b"first").digest()
+    keys = Keys((first, b"2", b"3"))
+    assert keys.has(b"first")
+    assert compared == [first, b"2", b"3"]
     assert not keys.has(b"x")
-    assert compared == [b"1", b"2", b"3"]
-    assert "1" not in repr(keys)
+    assert compared[3:] == [first, b"2", b"3"]
+    assert repr(keys) == "Keys()"
 
 
 # --- where keys come from -------------------------------------------------------------------------

@@ -315,6 +315,13 @@ def test_a_request_that_cannot_be_prepared_ends_alone(serving, where, caplog):
         wait_until(lambda: idle(live))
 
 
+@pytest.mark.parametrize("healthy", [True, False])
+def test_the_health_check_covers_the_engine_of_grpc(served, healthy):
+    config = ServingConfig(slots=SLOTS, decode_steps=DECODE_STEPS)
+    with listening(make_server(served, config, grpc_healthy=lambda: healthy)) as live:
+        assert live.get("/health").status == (200 if healthy else 503)
+
+
 def test_draining(serving):
     with serving() as live:
         gate = Gate(live)

@@ -1,5 +1,6 @@
 """`nrt-jax serve` as a process: what it prints, how it ends, what it refuses."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -9,12 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from nrt_jax.cli import main
+from nrt_jax.serving import server
+from nrt_jax.serving.app import OpenAIServer
 from tests.data.templates import TEMPLATES
 from tests.serving.live import wait_until
 from tests.serving.runs import STEP, write_chat_model, write_run
@@ -115,6 +120,23 @@ def test_a_second_sigterm_cuts_the_drain_short(run, tmp_path):
     )
     assert "told to stop again; 1 requests are cut off" in outcome.err
     assert "Traceback" not in outcome.err
+
+
+def test_a_step_that_does_not_end_is_left_after_a_second_signal(monkeypatch):
+    monkeypatch.setattr(server, "LEAVE_S", 0.1)
+    go_on = threading.Event()
+    api = object.__new__(OpenAIServer)
+    api.engine = SimpleNamespace(stop=lambda seconds: go_on.wait(seconds))
+
+    async def stop() -> bool:
+        leave = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.1, leave.set)
+        async with asyncio.timeout(30):
+            return await server._stop_engines(api, None, leave)
+
+    assert asyncio.run(stop()) is False
+    go_on.set()
+    assert asyncio.run(stop()) is True
 
 
 def test_a_hugging_face_directory(tmp_path):
