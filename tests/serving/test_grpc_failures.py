@@ -131,12 +131,17 @@ def test_stopping_ends_the_calls_under_way(served, monkeypatch):
 
 def test_a_step_that_does_not_end_does_not_keep_the_server(served, monkeypatch):
     with serving(served) as (server, stub):
-        run, go_on = server.drivers._engine, threading.Event()
+        run, go_on, in_step = server.drivers._engine, threading.Event(), threading.Event()
         generate = run.generate
-        monkeypatch.setattr(run, "generate", lambda *args: (go_on.wait(60), generate(*args))[1])
+
+        def hangs(*args):
+            in_step.set()
+            go_on.wait(60)
+            return generate(*args)
+
+        monkeypatch.setattr(run, "generate", hangs)
         call = stub.Decode(of_ids(TOKENS), timeout=60)
-        wait_until(lambda: server.drivers.active == 1 and server.drivers._driver is not None)
-        wait_until(lambda: not server.drivers._driver._prefill_backlog.qsize())
+        assert in_step.wait(60)
         began = time.monotonic()
         assert not server.drivers.stop(0.2)
         assert time.monotonic() - began < 30
