@@ -1,7 +1,7 @@
 """The OpenAPI document of the HTTP interface: `/openapi.json`.
 
-The schemas of requests are those that check them (protocol.py), changed where the check does more:
-null means that a field is absent, and fields of OpenAI that ask for nothing are accepted.
+The schemas of requests are those that check them (request_fields.py), changed where the check does
+more: null means that a field is absent, and other fields that ask for nothing are accepted.
 """
 
 import copy
@@ -11,14 +11,10 @@ from pydantic.json_schema import models_json_schema
 
 import nrt_jax
 from nrt_jax.config.serving import ServingConfig
-from nrt_jax.serving.protocol import (
-    IGNORED,
-    MAX_STOPS,
-    UNSUPPORTED,
-    ChatRequest,
-    CompletionRequest,
-)
+from nrt_jax.serving.conversation import ROLES, TEXT_PARTS
+from nrt_jax.serving.request_fields import MAX_STOPS, ChatRequest, CompletionRequest
 from nrt_jax.serving.served_model import ServedModel
+from nrt_jax.serving.unsupported import IGNORED, UNSUPPORTED
 
 REQUESTS = {
     "/v1/completions": (CompletionRequest, "Continue texts or token ids", "Completion"),
@@ -140,6 +136,7 @@ def _complete(schema: dict[str, Any], served: ServedModel, config: ServingConfig
             "default": [],
         },
         "prompt": _prompt(served, config),
+        "messages": {"type": "array", "items": _message(), "minItems": 1},
     }
     for name in properties.keys() & known.keys():
         properties[name] = known[name]
@@ -156,8 +153,8 @@ def _complete(schema: dict[str, Any], served: ServedModel, config: ServingConfig
         _bound(properties[name], most[name])
     for name in properties.keys() - set(schema["required"]):
         properties[name] = _or_null(properties[name])
-    for name, allowed in UNSUPPORTED.items():
-        properties.setdefault(name, {"enum": [*allowed, None]})
+    for name, unsupported in UNSUPPORTED.items():
+        properties.setdefault(name, {"enum": [*unsupported.neutral, None]})
     for name in IGNORED:
         properties.setdefault(name, {})
 
@@ -181,6 +178,15 @@ def _prompt(served: ServedModel, config: ServingConfig) -> dict[str, Any]:
     }
     many = {"type": "array", "minItems": 1, "maxItems": config.max_sequences}
     return {"anyOf": [TEXT, {**many, "items": TEXT}, ids, {**many, "items": ids}]}
+
+
+def _message() -> dict[str, Any]:
+    part = _object(type={"enum": list(TEXT_PARTS)}, text=TEXT)
+    parts = {"type": "array", "items": {"anyOf": [TEXT, part]}}
+    content = {"anyOf": [TEXT, parts, {"type": "null"}]}
+    message = _object(role={"enum": list(ROLES)})
+    message["properties"]["content"] = content
+    return message
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:

@@ -205,6 +205,8 @@ class _Signals:
         self._loop = asyncio.get_running_loop()
 
     def __enter__(self) -> "_Signals":
+        # The command line ends the process at the second Ctrl-C, which it would learn here.
+        signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
         return self

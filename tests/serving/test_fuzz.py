@@ -21,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from nrt_jax.serving.protocol import ChatRequest, CompletionRequest
+from nrt_jax.serving.request_fields import ChatRequest, CompletionRequest
 from tests.serving.runs import write_run
 from tests.serving.test_serve import serving
 

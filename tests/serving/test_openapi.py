@@ -5,7 +5,7 @@ import pytest
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.serving.app import KINDS, ROUTES
 from nrt_jax.serving.openapi import REQUESTS, document
-from nrt_jax.serving.protocol import IGNORED, UNSUPPORTED
+from nrt_jax.serving.unsupported import IGNORED, UNSUPPORTED
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "a"}], "max_tokens": 2}
 TEXT = {"model": "tiny", "prompt": "a", "max_tokens": 2}
@@ -81,6 +81,8 @@ def test_what_fits_is_served(live, valid, path, body):
         (COMPLETIONS, TEXT | {"suffix": "x"}),
         (COMPLETIONS, TEXT | {"tempratur": 1}),
         (CHATS, CHAT | {"messages": []}),
+        (CHATS, CHAT | {"messages": [{"role": "tool", "content": "a"}]}),
+        (CHATS, CHAT | {"messages": [{"role": "user", "content": 5}]}),
         (CHATS, CHAT | {"tools": [{}]}),
         (CHATS, CHAT | {"max_completion_tokens": 10**5}),
         (CHATS, CHAT | {"temperature": "hot"}),
