@@ -44,7 +44,10 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
     args.overrides = [word for word in words if "=" in word and not os.path.exists(word)]
     models = [word for word in words if word not in args.overrides]
     if len(models) != 1:
-        parser.error(f"one MODEL is required, and {len(models)} are named: {' '.join(words)}")
+        parser.error(
+            f"one MODEL is required, and {len(models)} are named: {' '.join(words)}; an override "
+            "must look like section.field=value"
+        )
     args.model = _model(parser, models[0])
     return args
 

@@ -118,8 +118,14 @@ def test_runs_as_a_module_and_as_a_script():
         (("config", "schema", "x=1"), "unrecognized arguments: x=1"),
         (("train", "c.yaml", "--train.steps=3"), "an override has no dashes: train.steps=3"),
         (("train", "c.yaml", "train.steps", "3"), "c.yaml: no such config file"),
-        (("generate", "a", "b", "--prompt", "1"), "one MODEL is required, and 2 are named: a b"),
-        (("generate", "x.y=1", "--prompt", "1"), "one MODEL is required, and 0 are named: x.y=1"),
+        (
+            ("generate", "a", "b", "--prompt", "1"),
+            "one MODEL is required, and 2 are named: a b; an override",
+        ),
+        (
+            ("generate", "x.y=1", "--prompt", "1"),
+            "one MODEL is required, and 0 are named: x.y=1; an",
+        ),
         (("train", "run_dir=\udcff"), r"the argument 'run_dir=\udcff' is not UTF-8 text"),
         (("train", "a\nb", "--c"), "unrecognized arguments: --c"),
     ],

@@ -166,7 +166,6 @@ def test_a_hugging_face_directory(tmp_path):
         ("prot=1", "override prot=1: unknown key; did you mean 'port'?"),
         ("port=70000", "override port=70000: must be less than or equal to 65535"),
         ("slots=0", "override slots=0: must be greater than or equal to 1"),
-        ("slots", "override slots: must look like section.field=value"),
         ("host=nowhere.invalid", "on host=nowhere.invalid; choose another"),
         ("host=0.0.0.0", "host=0.0.0.0: others reach this address, and no key is asked for; set"),
         ("api_key=s3cret", "api_key: every user of this machine sees command lines; write the"),
