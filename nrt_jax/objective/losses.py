@@ -82,19 +82,26 @@ def format_loss(
     start_logprob_B: Float[Array, "*B"],
     end_logprob_B: Float[Array, "*B"],
     end_emitted_B: Bool[Array, "*B"],
+    cut_B: Bool[Array, "*B"],
     *,
     where: str,
 ) -> Float[Array, "*B"]:
     """Cross-entropy of the think tokens (Eq. 11).
 
     `where="all"`: t_start and t_end of every trace; `"not_emitted"`: t_end alone, where the model
-    did not emit it itself. Raises ValueError for any other name.
+    did not emit it itself; `"natural_end"`: t_start of every trace, and t_end where the model ended
+    the trace, with t_end or another token, and not the limit (`cut_B`). Raises ValueError for any
+    other name.
     """
     if where == "all":
         return -start_logprob_B - end_logprob_B
     if where == "not_emitted":
         return jnp.where(end_emitted_B, 0, -end_logprob_B)
-    raise ValueError(f"format_where={where!r} is unknown; choose one of all, not_emitted")
+    if where == "natural_end":
+        return -start_logprob_B - jnp.where(cut_B, 0, end_logprob_B)
+    raise ValueError(
+        f"format_where={where!r} is unknown; choose one of all, not_emitted, natural_end"
+    )
 
 
 def kl_k3(

@@ -67,6 +67,8 @@ class GroupArrays(NamedTuple):
     """From whose log c the reward comes: see `reward_sources`."""
     end_emitted_PK: Bool[Array, "P K"]
     """Whether the model wrote t_end itself."""
+    cut_PK: Bool[Array, "P K"]
+    """Whether the limit ended the trace."""
     answer_PA: Int[Array, "P A"]
     answer_length_P: Int[Array, " P"]
     sampler_logprob_PKT: Float[Array, "P K T"]
@@ -180,6 +182,7 @@ def _empty(shape: Shape, like: Group) -> NrtBatch:
             trace_length_PK=np.zeros((P, K), np.int32),
             reward_source_PK=np.zeros((P, K), np.int32),
             end_emitted_PK=np.zeros((P, K), bool),
+            cut_PK=np.zeros((P, K), bool),
             answer_PA=np.zeros((P, A), np.int32),
             answer_length_P=np.zeros(P, np.int32),
             sampler_logprob_PKT=np.zeros((P, K, T), np.float32),
@@ -221,6 +224,7 @@ def _write_group(arrays: GroupArrays, p: int, group: Group, think_end: int) -> N
         length = len(trace.tokens)
         arrays.trace_length_PK[p, k] = length
         arrays.sampler_logprob_PKT[p, k, :length] = trace.logprobs
+        arrays.cut_PK[p, k] = trace.end_token is None
         if trace.end_token == think_end:
             arrays.end_emitted_PK[p, k] = True
             arrays.sampler_logprob_PKT[p, k, length] = trace.end_logprob

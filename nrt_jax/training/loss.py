@@ -162,6 +162,7 @@ def _format_losses(
         jnp.broadcast_to(start_logprob_P[:, None], end_logprob_PK.shape),
         end_logprob_PK,
         groups.end_emitted_PK,
+        groups.cut_PK,
         where=objective.format_where,
     )
     return masked_fill(format_PK, groups.kept_P[:, None])

@@ -137,20 +137,23 @@ def test_token_loss_weighs_by_a_constant_signal():
     np.testing.assert_allclose(gradient, -np.exp(log_c), rtol=1e-6)
 
 
-def test_format_loss_all_and_where_the_end_was_not_emitted():
-    start, end = jnp.array([-1.0, -2.0]), jnp.array([-0.25, -0.5])
-    emitted = jnp.array([True, False])
-    everywhere = losses.format_loss(start, end, emitted, where="all")
-    np.testing.assert_allclose(everywhere, [1.25, 2.5])
-    missing = losses.format_loss(start, end, emitted, where="not_emitted")
-    np.testing.assert_allclose(missing, [0, 0.5])
-    for where, expected in (("all", [[-1, -1], [-1, -1]]), ("not_emitted", [[0, 0], [0, -1]])):
+def test_format_loss_all_and_where_the_end_was_not_emitted_and_where_it_was_natural():
+    """A trace that t_end ended, one that another token ended, and one that the limit cut."""
+    start, end = jnp.array([-1.0, -2.0, -4.0]), jnp.array([-0.25, -0.5, -8.0])
+    ends = jnp.array([True, False, False]), jnp.array([False, False, True])
+    for where, expected, derivatives in (
+        ("all", [1.25, 2.5, 12], [[-1, -1, -1], [-1, -1, -1]]),
+        ("not_emitted", [0, 0.5, 8], [[0, 0, 0], [0, -1, -1]]),
+        ("natural_end", [1.25, 2.5, 4], [[-1, -1, -1], [-1, -1, 0]]),
+    ):
+        loss = losses.format_loss(start, end, *ends, where=where)
+        np.testing.assert_allclose(loss, expected)
         gradient = jax.grad(
-            lambda x, where=where: losses.format_loss(*x, emitted, where=where).sum()
+            lambda x, where=where: losses.format_loss(*x, *ends, where=where).sum()
         )(jnp.stack([start, end]))
-        np.testing.assert_array_equal(gradient, expected)
-    with pytest.raises(ValueError, match=r"'nowhere'.*all, not_emitted"):
-        losses.format_loss(start, end, emitted, where="nowhere")
+        np.testing.assert_array_equal(gradient, derivatives)
+    with pytest.raises(ValueError, match=r"'nowhere'.*all, not_emitted, natural_end"):
+        losses.format_loss(start, end, *ends, where="nowhere")
 
 
 def test_kl_is_never_negative_and_right_on_average():

@@ -102,6 +102,9 @@ def plain_loss(
                 terms["token"] -= ratio * (1.0 if fixed else S) * log_c
             if config.format_where == "all":
                 terms["format"] -= config.format_coefficient * (start + end)
+            elif config.format_where == "natural_end":
+                ended = trace.end_token is not None
+                terms["format"] -= config.format_coefficient * (start + (end if ended else 0))
             elif not emitted:
                 terms["format"] -= config.format_coefficient * end
     sequences = sequences or sum(len(group.traces) for group in groups)

@@ -74,6 +74,7 @@ VARIANTS = [
         "token_signal": "fixed",
     },
     {"scheme": "am", "old_logprobs": "recompute", "importance_cap": 1.5},
+    {"scheme": "gm", "format_where": "natural_end"},
 ]
 
 
