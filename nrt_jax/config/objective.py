@@ -37,8 +37,8 @@ class ObjectiveConfig(Section):
     """Tokens of the trace term: the trace alone, or also the token that ends it."""
     format_where: FormatWhere = "all"
     """all: both think tokens of every trace are in the format loss; not_emitted: only the end of
-    traces that did not emit it; natural_end: the start of every trace, and the end of traces that the
-    limit did not cut."""
+    traces that did not emit it; natural_end: the start of every trace, and the end of those that
+    the limit did not cut."""
     format_coefficient: float = Field(default=0.3, ge=0)
     """Weight of the format loss (Eq. 11)."""
     length_constant: float = Field(default=4096.0, gt=0)

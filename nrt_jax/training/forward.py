@@ -10,7 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from nrt_jax.checkpoints.abstract_model import Model
 from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.config.run import RunConfig
+from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.logprobs import TokenLogprobs
@@ -29,6 +32,19 @@ class NrtSettings(NamedTuple):
     chunk_tokens: int
     stale: bool = False
     """Whether weights older than those of the step drew the traces, and scored their answers."""
+
+
+def loss_settings(config: RunConfig, model: Model, tokenizer: Tokenizer) -> NrtSettings:
+    """The settings of a run's loss."""
+    return NrtSettings(
+        definition=model.definition,
+        objective=config.objective,
+        think_start=tokenizer.think_start_id,
+        think_end=tokenizer.think_end_id,
+        temperature=config.rollout.temperature,
+        chunk_tokens=config.model.logprob_chunk_tokens,
+        stale=config.rollout.staleness > 0,
+    )
 
 
 class Completions(NamedTuple):
@@ -77,7 +93,7 @@ def completion_logprobs(
 
     Targets of z are scored at the sampling temperature, t_end and y* at 1.
     """
-    rows = _row_logprobs(decoder, settings, prompts.prefix, batch.completions)
+    rows = row_logprobs(decoder, settings, prompts.prefix, batch.completions)
     packs = len(batch.prompts.tokens_packs_S)
     start_PK, T = batch.groups.completion_start_PK, batch.groups.sampler_logprob_PKT.shape[2]
     logprob_PKT, entropy_PKT = (unpack(x_BW, start_PK, packs, T) for x_BW in rows)
@@ -90,13 +106,13 @@ def baseline_logprobs(
     """log c_base: y* after an empty trace, `t_start t_end y*`, once per prompt; no gradient."""
     decoder = nnx.merge(*jax.lax.stop_gradient(nnx.split(decoder)))
     prefix = jax.lax.stop_gradient(prompts.prefix)
-    rows = _row_logprobs(decoder, settings, prefix, batch.baselines)
+    rows = row_logprobs(decoder, settings, prefix, batch.baselines)
     # The first target of a baseline is t_end.
     start_P, A = batch.groups.baseline_start_P + 1, batch.groups.answer_PA.shape[1]
     return unpack(rows.logprob_BT, start_P, len(batch.prompts.tokens_packs_S), A)
 
 
-def _row_logprobs(
+def row_logprobs(
     decoder: Decoder, settings: NrtSettings, prefix: KVPrefix, rows: CompletionRows
 ) -> TokenLogprobs:
     """log pi of every target of the rows, and the entropy there, as [B, W]."""

@@ -3,11 +3,12 @@
 Letters: P prompts, K traces per prompt, T predicted tokens of a completion, A answer tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective import losses
@@ -33,14 +34,50 @@ from nrt_jax.training.loss_metrics import loss_metrics
 from nrt_jax.training.update import Metrics
 
 
+class TermWeights(NamedTuple):
+    """Factor of each term of the loss: 1 in an update; 1 for one term and 0 for the others where
+    that term's gradient is measured."""
+
+    trace: Float[ArrayLike, ""]
+    token: Float[ArrayLike, ""]
+    format: Float[ArrayLike, ""]
+    entropy: Float[ArrayLike, ""]
+    kl: Float[ArrayLike, ""]
+
+    @classmethod
+    def only(cls, *names: str) -> "TermWeights":
+        """1 for these terms, 0 for the others."""
+        return cls(**{name: np.asarray(name in names, np.float32) for name in cls._fields})
+
+
+ALL_TERMS = TermWeights.only(*TermWeights._fields)
+
+
+def terms_of(objective: ObjectiveConfig) -> list[str]:
+    """Names of the terms that the loss has, those with a coefficient of 0 left out."""
+    has = {
+        "format": objective.format_coefficient > 0,
+        "entropy": objective.entropy_coefficient > 0,
+        "kl": objective.kl_coefficient > 0,
+    }
+    return [name for name in TermWeights._fields if has.get(name, True)]
+
+
 def nrt_loss(
-    params: Any, batch: NrtBatch, frozen: FrozenLogprobs, *, sequences: int, settings: NrtSettings
+    params: Any,
+    batch: NrtBatch,
+    frozen: FrozenLogprobs,
+    weights: TermWeights = ALL_TERMS,
+    *,
+    sequences: int,
+    settings: NrtSettings,
 ) -> tuple[Float[Array, ""], Metrics]:
     """This micro-batch's share of the loss of a mini-batch of `sequences` traces.
 
     Sums over tokens are divided by length_constant * sequences, so the shares of micro-batches add
     up to the loss of the mini-batch. Groups that are not kept count in `sequences` and are part of
-    no sum.
+    no sum. `weights` are arguments of the compiled program, so that one program serves the update
+    and the measurement of each term's gradient.
     """
     objective, groups = settings.objective, batch.groups
 
@@ -71,7 +108,10 @@ def nrt_loss(
         "format": objective.format_coefficient * jnp.sum(format_PK),
     } | _regularisers(completions, frozen, objective)
     scale = 1.0 / (objective.length_constant * sequences)
-    losses_by_term = {f"loss/{name}": term * scale for name, term in terms.items()}
+    factors = weights._asdict()
+    losses_by_term = {
+        f"loss/{name}": term * (scale * factors[name]) for name, term in terms.items()
+    }
     metrics = loss_metrics(
         policy, completions, rewards, format_PK, log_c_base_PA, groups, objective
     )

@@ -1,22 +1,25 @@
 """Native Reasoning Training: examples, traces, one jitted step, new weights (Algorithm 1)."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
+
 from nrt_jax.checkpoints.train_state import TrainState
+from nrt_jax.config.run import RunConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.engine.generate import Generate
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.batch import NrtBatch
-from nrt_jax.training.forward import NrtSettings
+from nrt_jax.training.forward import loss_settings
 from nrt_jax.training.frozen_logprobs import FrozenLogprobsFn, frozen_logprobs_fn
-from nrt_jax.training.loss import nrt_loss
+from nrt_jax.training.loss import ALL_TERMS, TermWeights, nrt_loss, terms_of
 from nrt_jax.training.packing import Packer, packing_metrics
 from nrt_jax.training.progress import Prefetched
 from nrt_jax.training.rollouts import MiniBatch, Sampler, make_batches, rollout_metrics
-from nrt_jax.training.setup import Run
+from nrt_jax.training.setup import Policy, Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
 
@@ -33,7 +36,8 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
     config, progress, timer = run.config, run.progress, run.logger.timer
     assert run.engines.traces is not None, "nrt samples traces"
     sampler = Sampler(config, run.policy.tokenizer, run.engines.traces, generate)
-    functions, warned = make_step_functions(run), False
+    functions = make_step_functions(config, run.policy, run.memory.add_program)
+    warned = False
     for step in steps(run, stop):
         # Prefetched in the step before or restored with the checkpoint, otherwise sampled now.
         groups = (progress.prefetched or _sample(run, sampler, step)).groups
@@ -69,6 +73,8 @@ class StepFunctions:
 
     update: Update
     frozen_logprobs: FrozenLogprobsFn
+    terms: Sequence[str]
+    """Names of the terms of the loss."""
 
     def run_mini_batches(
         self, state: TrainState, minis: Sequence[Sequence[NrtBatch]]
@@ -77,23 +83,34 @@ class StepFunctions:
         frozen = [[self.frozen_logprobs(state.params, micro) for micro in mini] for mini in minis]
         updates = []
         for mini, logprobs in zip(minis, frozen, strict=True):
-            state, metrics = self.update(state, list(zip(mini, logprobs, strict=True)))
+            micro_batches = [
+                (micro, of_micro, ALL_TERMS) for micro, of_micro in zip(mini, logprobs, strict=True)
+            ]
+            state, metrics = self.update(state, micro_batches)
             updates.append(metrics)
         return state, updates
 
+    def gradient_shares(self, params: Any, micro: NrtBatch) -> dict[str, float]:
+        """Norm of each term's gradient over the sum of these norms, on one micro-batch.
 
-def make_step_functions(run: Run) -> StepFunctions:
+        It costs a forward and a backward pass per term. All are 0 where no term has a gradient.
+        """
+        frozen = self.frozen_logprobs(params, micro)
+        norms = {
+            name: float(self.update.gradient_norm(params, (micro, frozen, TermWeights.only(name))))
+            for name in self.terms
+        }
+        total = sum(norms.values()) or 1.0
+        return {f"gradient/{name}_share": norm / total for name, norm in norms.items()}
+
+
+def make_step_functions(
+    config: RunConfig,
+    policy: Policy,
+    on_compiled: Callable[[str, jax.stages.Compiled], None] | None = None,
+) -> StepFunctions:
     """Update and frozen logprobs for the sizes of the run, compiled at their first call."""
-    config, policy = run.config, run.policy
-    settings = NrtSettings(
-        definition=policy.model.definition,
-        objective=config.objective,
-        think_start=policy.tokenizer.think_start_id,
-        think_end=policy.tokenizer.think_end_id,
-        temperature=config.rollout.temperature,
-        chunk_tokens=config.model.logprob_chunk_tokens,
-        stale=config.rollout.staleness > 0,
-    )
+    settings = loss_settings(config, policy.model, policy.tokenizer)
     train = config.train
     sequences = train.mini_batch_prompts * config.rollout.traces_per_prompt
 
@@ -101,12 +118,13 @@ def make_step_functions(run: Run) -> StepFunctions:
         return nrt_loss(params, *batch, sequences=sequences, settings=settings)
 
     return StepFunctions(
-        update=Update(loss_fn, policy.optimizer, policy.shardings, run.memory.add_program),
+        update=Update(loss_fn, policy.optimizer, policy.shardings, on_compiled),
         frozen_logprobs=frozen_logprobs_fn(
             settings,
             several_updates=train.batch_prompts > train.mini_batch_prompts,
             reference=policy.reference_params,
         ),
+        terms=terms_of(config.objective),
     )
 
 

@@ -121,6 +121,7 @@ class Update:
         self._zero = jax.jit(partial(zero_total, loss_fn), out_shardings=sums)
         self.add = jax.jit(partial(add_micro_batch, loss_fn), donate_argnums=1, out_shardings=sums)
         self.apply = jax.jit(apply, donate_argnums=0, out_shardings=(shardings, None))
+        self._norm = jax.jit(optax.tree.norm)
         self._on_compiled = on_compiled
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
@@ -137,6 +138,11 @@ class Update:
         for batch in batches:
             total = self._run(self.add, "a micro-batch", batch, state.params, total, batch)
         return self._run(self.apply, "the update", None, state, total)
+
+    def gradient_norm(self, params: Any, batch: Any) -> Float[Array, ""]:
+        """Norm of one micro-batch's gradient, by the program that adds it to an update's sum."""
+        zero = self._zero(params, batch)
+        return self._norm(self._run(self.add, "a micro-batch", batch, params, zero, batch).gradient)
 
     def _run(self, function: Any, name: str, batch: Any, *args: Any) -> Any:
         """Run the function's program for these shapes, which the first call compiles."""

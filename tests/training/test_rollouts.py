@@ -157,7 +157,7 @@ def test_what_stays_fixed_during_a_step(opened, monkeypatch, overrides, several_
 
     monkeypatch.setattr(nrt, "frozen_logprobs_fn", watched)
     run = opened("rollout.temperature=0.5", "model.logprob_chunk_tokens=64", *overrides)
-    nrt.make_step_functions(run)
+    nrt.make_step_functions(run.config, run.policy)
     settings, tokenizer = asked.pop("settings"), run.policy.tokenizer
     assert asked == {"several_updates": several_updates, "reference": None}
     assert settings.objective is run.config.objective
