@@ -162,6 +162,24 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
     )
     train.set_defaults(verb=_train)
 
+    diagnose = verbs.add_parser(
+        "diagnose", help="tell whether NRT can learn from a config's first batch, or from any model"
+    )
+    diagnose.add_argument(
+        "subject",
+        nargs="+",
+        metavar="CONFIG|MODEL",
+        help="a config as for train; or a run, RUN/checkpoints/STEP or a directory of a model; and "
+        "key=value overrides",
+    )
+    diagnose.add_argument(
+        "--rows",
+        type=_count,
+        help="held-out rows to ask; otherwise the first batch of a config, and 32 rows of a model",
+    )
+    diagnose.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    diagnose.set_defaults(verb=_diagnose)
+
     generate = verbs.add_parser("generate", help="print the trace and the answer to a prompt")
     _add_model(generate)
     generate.add_argument(
@@ -271,15 +289,19 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _load(args: argparse.Namespace):
+def _load(args: argparse.Namespace) -> "RunConfig":
+    return _load_words(args.config)
+
+
+def _load_words(words: list[str]) -> "RunConfig":
     from nrt_jax.config.load import load_config
     from nrt_jax.config.run import RunConfig
 
     # A file may have an equals sign in its path.
-    overrides = [word for word in args.config if "=" in word and not os.path.isfile(word)]
-    files = [Path(word) for word in args.config if word not in overrides]
+    overrides = [word for word in words if "=" in word and not os.path.isfile(word)]
+    files = [Path(word) for word in words if word not in overrides]
     if not files:
-        raise InputError(f"{' '.join(args.config)}: no config file; name one before the overrides")
+        raise InputError(f"{' '.join(words)}: no config file; name one before the overrides")
     return load_config(RunConfig, files, overrides)
 
 
@@ -294,6 +316,28 @@ def _train(args: argparse.Namespace) -> int:
         args.interrupts.at_leaving = lambda: how_to_continue(config.run_dir)
         train(config, stop, generate, allow_changed=args.allow_changed)
     return INTERRUPTED if stop.interrupted else 0
+
+
+def _diagnose(args: argparse.Namespace) -> None:
+    directory, *overrides = args.subject
+    if Path(directory).is_dir():
+        from nrt_jax.training.checkup import diagnose_model
+
+        diagnosis, starts = diagnose_model(Path(directory), overrides, args.rows), True
+    else:
+        config = _load_words(args.subject)
+        from nrt_jax.training.checkup import diagnose_config
+
+        diagnosis = diagnose_config(config, args.rows)
+        starts = config.train.allow_cold_start or not diagnosis.stops
+    from nrt_jax.training.health import table
+    from nrt_jax.training.run_health import does_not_start
+
+    if args.out is not None:
+        args.out.write_text(diagnosis.to_json(), encoding="utf-8")
+    print("\n".join([*table(diagnosis), *(f"- {finding.line}" for finding in diagnosis.findings)]))
+    if not starts:
+        raise RunFailed(does_not_start(diagnosis))
 
 
 def _rollout_driver(config: "RunConfig") -> "Generate":

@@ -19,7 +19,17 @@ from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.stop import StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-VERBS = ("train", "generate", "serve", "export", "report", "config", "config show", "config schema")
+VERBS = (
+    "train",
+    "diagnose",
+    "generate",
+    "serve",
+    "export",
+    "report",
+    "config",
+    "config show",
+    "config schema",
+)
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess:

@@ -126,6 +126,7 @@ def test_python_examples_run(page, monkeypatch):
 def test_the_checks_find_something_to_check():
     assert {command.split()[1] for command in commands("nrt-jax")} >= {
         "train",
+        "diagnose",
         "generate",
         "serve",
         "import",

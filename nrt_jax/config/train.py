@@ -24,6 +24,17 @@ class TrainConfig(Section):
     lengths of the batches; the last of them holds the longest groups that the limits allow."""
     max_skipped_updates: int = Field(default=10, ge=1)
     """The run stops after this many non-finite gradients in a row."""
+    diagnosis_prompts: int = Field(default=64, ge=0)
+    """Prompts of the first batch whose answers the diagnosis of a new NRT run scores; 0 for no
+    diagnosis."""
+    allow_cold_start: bool = False
+    """Train also where the diagnosis says that the first batch teaches nothing."""
+    stop_on_collapse: bool = False
+    """Save and end the run when its traces collapse, that is when their length or entropy falls
+    below a tenth of its start; false for a warning."""
+    gradient_shares_every: int = Field(default=50, ge=0)
+    """Steps between two measurements of each term's share of the gradient, each of which is a pass
+    per term over one micro-batch; 0 for none but that of the diagnosis."""
 
     @model_validator(mode="after")
     def _sizes_divide(self) -> "TrainConfig":

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from nrt_jax.training.loss import ALL_TERMS, TermWeights, nrt_loss, terms_of
 from nrt_jax.training.packing import Packer, packing_metrics
 from nrt_jax.training.progress import Prefetched
 from nrt_jax.training.rollouts import MiniBatch, Sampler, make_batches, rollout_metrics
+from nrt_jax.training.run_health import CollapseWatch, check_health, look_for_collapse
 from nrt_jax.training.setup import Policy, Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
@@ -36,6 +38,7 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
     config, progress, timer = run.config, run.progress, run.logger.timer
     assert run.engines.traces is not None, "nrt samples traces"
     sampler = Sampler(config, run.policy.tokenizer, run.engines.traces, generate)
+    watch = CollapseWatch.of_run(config.run_dir)
     functions = make_step_functions(config, run.policy, run.memory.add_program)
     warned = False
     for step in steps(run, stop):
@@ -47,14 +50,22 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
             # The update consumes the weights; the engines take theirs before it.
             weights_metrics = run.engines.weights(progress).metrics
             minis = [run.policy.to_device(mini.micro_batches) for mini in batches]
+        health = check_health(
+            run,
+            step,
+            groups,
+            partial(functions.gradient_shares, progress.state.params, minis[0][0]),
+        )
+        with timer("update"):
             progress.state, updates = functions.run_mini_batches(progress.state, minis)
         prefetches = config.rollout.staleness > 0 and step < config.train.steps
         progress.prefetched = _sample(run, sampler, step + 1) if prefetches else None
         with timer("update"):
             metrics = _step_metrics(updates, batches, run.data.packer)
-        metrics |= rollout_metrics(sampler, groups, step)
+        metrics |= rollout_metrics(sampler, groups, step) | health
         warned = warned or _warn_of_zero_signals(step, metrics, config.objective.scheme)
         finish_step(run, metrics | dict(weights_metrics))
+        look_for_collapse(run, watch, metrics)
 
 
 def _sample(run: Run, sampler: Sampler, step: int) -> Prefetched:

@@ -136,7 +136,7 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
         model=model,
         optimizer=optimizer,
         shardings=shardings,
-        reference_params=params if _has_kl_term(config) else None,
+        reference_params=params if has_kl_term(config) else None,
     )
     with ExitStack() as opened:
         opened.enter_context(run_dir.locked(config.run_dir))
@@ -193,7 +193,8 @@ def packing_layout(config: RunConfig, model: Model) -> Layout:
     )
 
 
-def _has_kl_term(config: RunConfig) -> bool:
+def has_kl_term(config: RunConfig) -> bool:
+    """Whether the run keeps the weights from before its first step as a reference."""
     return config.method == "nrt" and config.objective.kl_coefficient > 0
 
 
@@ -201,7 +202,7 @@ def _first_params(
     config: RunConfig, model: Model, tokenizer: Tokenizer, memory: DeviceMemory
 ) -> Any | None:
     """Weights before the first step; None when only those of the checkpoint are needed."""
-    if run_dir.has_checkpoint(config.run_dir) and not _has_kl_term(config):
+    if run_dir.has_checkpoint(config.run_dir) and not has_kl_term(config):
         return None
     with memory.explained():
         return init_params(config, model, tokenizer)
@@ -212,7 +213,7 @@ def _read_inputs(
 ) -> RunInputs:
     """Digests of what the run reads, also of the weights if every start reads them."""
     inputs = read_inputs(config, tokenizer, dataset.eval)
-    if params is None or config.model.path is None or not _has_kl_term(config):
+    if params is None or config.model.path is None or not has_kl_term(config):
         return inputs
     return inputs.with_weights(fingerprints(params))
 

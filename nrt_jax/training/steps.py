@@ -31,7 +31,7 @@ def steps(run: Run, stop: StopRequest) -> Iterator[int]:
     while progress.step < last and not stop.requested:
         yield progress.step + 1
     if progress.step:
-        _save(run)
+        save_run(run)
     if progress.step < last:
         log.info("stopped after step %d; %s", progress.step, _next_time(progress.step))
 
@@ -61,7 +61,7 @@ def finish_step(run: Run, metrics: Mapping[str, float]) -> None:
     if last or progress.step % config.evaluation.every_steps == 0:
         _evaluate(run)
     if last or progress.step % config.checkpoint.every_steps == 0:
-        _save(run)
+        save_run(run)
 
 
 def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
@@ -97,7 +97,8 @@ def _evaluate(run: Run) -> None:
     _check_best_metric(config.checkpoint.best_metric, metrics)
 
 
-def _save(run: Run) -> None:
+def save_run(run: Run) -> None:
+    """Save a checkpoint of the last finished step, unless there is one."""
     # The lines of a checkpoint's step must be on the disk before the checkpoint is.
     run.logger.sync()
     save_progress(run.checkpoints, run.progress, run.data.batches, run.data.packer)

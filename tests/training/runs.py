@@ -60,6 +60,8 @@ CONFIG = {
         "batch_prompts": 4,
         "mini_batch_prompts": 2,
         "micro_batch_prompts": 1,
+        # Random weights do not reason; what a diagnosis says of them is in test_run_health.py.
+        "diagnosis_prompts": 0,
     },
     "optimizer": {"learning_rate": 1e-2, "schedule": "cosine", "warmup_ratio": 0.2},
     "evaluation": {"every_steps": 3, "examples": 4, "max_answer_tokens": 3, "samples": 2},
