@@ -13,7 +13,7 @@ from nrt_jax.checkpoints.abstract_model import (
     init_params,
     load_tokenizer,
 )
-from nrt_jax.checkpoints.open import open_model
+from nrt_jax.checkpoints.open import find_model, open_model
 from nrt_jax.checkpoints.train_state import state_shardings
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import Dataset, load_dataset
@@ -64,9 +64,13 @@ def diagnose_config(config: RunConfig, rows: int | None = None) -> Diagnosis:
 def diagnose_model(path: Path, overrides: Sequence[str], rows: int | None = None) -> Diagnosis:
     """The figures of a run, one of its checkpoints or any directory, on held-out rows.
 
-    A directory takes its data from the overrides (data.path and what goes with it). Raises
-    InputError.
+    A directory takes its data from the overrides. Raises InputError.
     """
+    if find_model(path).kind != "run" and not any(o.startswith("data.source=") for o in overrides):
+        raise InputError(
+            f"{path}: a directory names no questions; add data.source=jsonl data.path=FILE "
+            "data.eval_rows=N, or name a run"
+        )
     opened = open_model(path, overrides)
     _check_reasons(opened.config, str(path))
     mesh, tokenizer = opened.model.mesh, opened.tokenizer

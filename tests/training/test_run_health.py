@@ -87,6 +87,17 @@ def test_diagnose_tells_what_the_run_would_tell(tiny_config, tmp_path, words, tr
     assert "gradient" not in out
 
 
+@pytest.mark.slow
+def test_the_quickstart_starts_and_its_traces_are_about_their_questions(words, tmp_path):
+    """A third of its first traces are empty, and it learns: its findings must stop nothing."""
+    status, out, told = words("diagnose", "quickstart/nrt", "--out", tmp_path / "figures.json")
+    assert status == 0, told
+    figures = json.loads((tmp_path / "figures.json").read_text("utf-8"))["figures"]
+    assert 0.2 < figures["trace/empty_share"]["value"] < 0.45
+    assert figures["logprob/own_minus_shuffled"]["low"] > 0
+    assert "traces ended by another special token" in out
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
@@ -103,6 +114,19 @@ def test_what_cannot_be_diagnosed_is_one_line(tiny_config, words, capsys, overri
     assert (status, out) == (2, "")
     (line,) = told.splitlines()
     assert said in line
+
+
+def test_a_directory_is_asked_the_questions_that_are_named(tiny_config, words):
+    directory = tiny_config.parent / "model"
+    status, _, told = words("diagnose", directory)
+    assert status == 2
+    assert "a directory names no questions; add data.source=jsonl data.path=FILE" in told
+    task = ("data.source=chain_addition", "data.chain.digits=3", "data.eval_rows=4")
+    sizes = ("rollout.traces_per_prompt=2", "rollout.max_trace_tokens=4")
+    limits = ("data.max_prompt_tokens=12", "data.max_answer_tokens=4", "rollout.slots=8")
+    status, out, told = words("diagnose", directory, *task, *sizes, *limits, "--rows", "2")
+    assert status == 0, told
+    assert "2 questions, 2 traces each" in out
 
 
 # --- collapse -------------------------------------------------------------------------------------
