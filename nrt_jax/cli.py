@@ -166,7 +166,7 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         "diagnose", help="tell whether NRT can learn from a config's first batch, or from any model"
     )
     diagnose.add_argument(
-        "subject",
+        "config",
         nargs="+",
         metavar="CONFIG|MODEL",
         help="a config as for train; or a run, RUN/checkpoints/STEP or a directory of a model; and "
@@ -174,7 +174,7 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
     )
     diagnose.add_argument(
         "--rows",
-        type=_count,
+        type=row_count,
         help="held-out rows to ask; otherwise the first batch of a config, and 32 rows of a model",
     )
     diagnose.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
@@ -290,18 +290,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> "RunConfig":
-    return _load_words(args.config)
-
-
-def _load_words(words: list[str]) -> "RunConfig":
     from nrt_jax.config.load import load_config
     from nrt_jax.config.run import RunConfig
 
     # A file may have an equals sign in its path.
-    overrides = [word for word in words if "=" in word and not os.path.isfile(word)]
-    files = [Path(word) for word in words if word not in overrides]
+    overrides = [word for word in args.config if "=" in word and not os.path.isfile(word)]
+    files = [Path(word) for word in args.config if word not in overrides]
     if not files:
-        raise InputError(f"{' '.join(words)}: no config file; name one before the overrides")
+        raise InputError(f"{' '.join(args.config)}: no config file; name one before the overrides")
     return load_config(RunConfig, files, overrides)
 
 
@@ -319,13 +315,13 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    directory, *overrides = args.subject
-    if Path(directory).is_dir():
+    first, *others = args.config
+    if os.path.isdir(first):
         from nrt_jax.training.checkup import diagnose_model
 
-        diagnosis, starts = diagnose_model(Path(directory), overrides, args.rows), True
+        diagnosis, starts = diagnose_model(Path(first), others, args.rows), True
     else:
-        config = _load_words(args.subject)
+        config = _load(args)
         from nrt_jax.training.checkup import diagnose_config
 
         diagnosis = diagnose_config(config, args.rows)

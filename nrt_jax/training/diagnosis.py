@@ -104,16 +104,15 @@ def score_groups(
     """Score the answers of all groups after x, the empty trace, own and other traces."""
     examples = [group.example for group in groups]
     donors = shuffled_donors([example.prompt_tokens.tolist() for example in examples], seed)
-    nothing = np.zeros(0, np.int32)
-    start, end = (
-        np.asarray([token], np.int32)
-        for token in (tokenizer.think_start_id, tokenizer.think_end_id)
-    )
+    nothing, end = np.zeros(0, np.int32), np.asarray([tokenizer.think_end_id], np.int32)
     contexts = []
     for p, group in enumerate(groups):
         traces = list(group.traces)
         if donors is not None:
             traces += groups[donors[p]].traces
+        # t_start, and white space where the chat template writes it there.
+        prompt = group.example.trace_prompt(tokenizer.think_start_id)
+        start = prompt[len(group.example.prompt_tokens) :]
         after = [Context(start, trace.tokens, end) for trace in traces]
         direct, empty = Context(nothing, nothing, nothing), Context(start, nothing, end)
         contexts.append([direct, empty, *after])

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,10 @@ class CollapseWatch:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         rows = (json.loads(line) for line in lines)
         first = next((row for row in rows if row["step"] > 0 and "trace/tokens" in row), None)
-        return cls(None if first is None else {name: float(x) for name, x in first.items()})
+        if first is None:
+            return cls()
+        # The file has null where a value is no number.
+        return cls({name: math.nan if x is None else float(x) for name, x in first.items()})
 
     def check(self, metrics: Mapping[str, float]) -> str | None:
         """One line when a metric has collapsed for the first time; None otherwise.

@@ -1,5 +1,6 @@
 """The figures of a diagnosis, against numbers worked out by hand and plain loops."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -101,6 +102,9 @@ def test_how_traces_end_by_hand(tokenizer):
 def test_each_answer_is_scored_after_own_and_other_traces(tokenizer):
     """A made-up scorer tells of each row what it was asked."""
     groups = worlds.random_groups(3, 2)
+    # A chat template that writes white space after t_start.
+    spaced = dataclasses.replace(groups[1].example, after_start_tokens=np.array([9], np.int32))
+    groups[1] = dataclasses.replace(groups[1], example=spaced)
     donors = shuffled_donors([g.example.prompt_tokens.tolist() for g in groups], 4)
     assert donors is not None
     asked, (start, end) = {}, (tokenizer.think_start_id, tokenizer.think_end_id)
@@ -120,8 +124,9 @@ def test_each_answer_is_scored_after_own_and_other_traces(tokenizer):
     scored = score_groups(score, "weights", groups, tokenizer, seed=4)
     for i, group in enumerate(groups):
         traces = [*group.traces, *groups[donors[i]].traces]
-        closed = [[start, *trace.tokens.tolist(), end] for trace in traces]
-        assert asked[i] == [[], [start, end], *closed]
+        opened = [start, 9] if i == 1 else [start]
+        closed = [[*opened, *trace.tokens.tolist(), end] for trace in traces]
+        assert asked[i] == [[], [*opened, end], *closed]
         of_i = scored[i]
         assert (of_i.direct_A[0], of_i.empty_A[0]) == (0, -1)
         # The second trace is empty, and takes the logprobs after the empty trace.
