@@ -30,6 +30,8 @@ class Decoding(NamedTuple):
     """K: most slots that share one prompt slot."""
     is_stop_V: Bool[np.ndarray, "V"]
     """The tokens that end any sequence."""
+    is_banned_V: Bool[np.ndarray, "V"]
+    """The tokens that are never drawn; the others share their probability."""
     top_logprobs: int
     """Most probable tokens that are reported for each token drawn."""
     dtype: DTypeLike
@@ -122,6 +124,8 @@ def _draw(
     """A token for every slot, and whether it ends the sequence."""
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
     logits_BV = _without_early_stops(state, decoding)
+    if decoding.is_banned_V.any():
+        logits_BV = jnp.where(decoding.is_banned_V[None], -jnp.inf, logits_BV)
     token_B, logprob_B = sample(logits_BV, state.seen_BV, keys_B, state.sampling)
     stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] & ~state.sampling.ignores_eos_B
     stopped_B |= jnp.any(state.sampling.stop_ids == token_B[:, None], axis=1)

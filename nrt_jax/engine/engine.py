@@ -51,7 +51,8 @@ class Engine:
     computation; `cache_dtype` that of stored keys and values (None: `dtype`; int8 stores a factor
     for each token and head beside them). `attention` selects XLA's attention, the platform's Pallas
     kernel, or (auto) the kernel where it supports the model. `top_logprobs` most probable tokens
-    are reported for each token drawn.
+    are reported for each token drawn. Tokens of `banned_ids` are never drawn: each draw is from the
+    rest of the distribution, renormalised, as are its logprobs.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Engine:
         num_samples: int = 1,
         prefill_chunk: int | None = None,
         top_logprobs: int = 0,
+        banned_ids: frozenset[int] = frozenset(),
     ):
         self._definition, self._architecture, self._mesh = definition, architecture, mesh
         self._cache_dtype = dtype if cache_dtype is None else cache_dtype
@@ -80,6 +82,7 @@ class Engine:
             shards=shards,
             num_samples=min(num_samples, self._slots // shards),
             is_stop_V=np.isin(np.arange(architecture.vocab_size), sorted(stop_ids)),
+            is_banned_V=np.isin(np.arange(architecture.vocab_size), sorted(banned_ids)),
             top_logprobs=top_logprobs,
             dtype=dtype,
             unstacks_once=platform == "cpu",

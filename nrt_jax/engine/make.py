@@ -50,6 +50,7 @@ def make_engine(
     stop_ids: frozenset[int],
     num_samples: int = 1,
     top_logprobs: int = 0,
+    banned_ids: frozenset[int] = frozenset(),
 ) -> Engine:
     """An engine for a run's weights that decodes as the run's config says; sizes in tokens.
 
@@ -70,4 +71,5 @@ def make_engine(
         num_samples=num_samples,
         prefill_chunk=rollout.prefill_chunk,
         top_logprobs=top_logprobs,
+        banned_ids=banned_ids,
     )

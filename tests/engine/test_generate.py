@@ -45,6 +45,25 @@ def test_logprobs_are_those_of_the_teacher_forced_forward(temperature, top_p):
             np.testing.assert_allclose(logprobs(trace), expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("temperature", [0.7, 0.0])
+def test_banned_tokens_are_never_drawn_and_the_others_share_their_probability(temperature):
+    banned = frozenset(range(0, 64, 2))
+    groups = sample(engine(banned_ids=banned), params(), MIXED, temperature=temperature)
+    at_1 = temperature or 1.0
+    for request, group in zip(MIXED, groups, strict=True):
+        for trace in group:
+            drawn = ids(trace)
+            assert not banned & set(drawn)
+            rows = logits_after(LLAMA_64, request.prompt_tokens, drawn)
+            expected = [
+                np.log(p_V[token] / p_V[1::2].sum())
+                for p_V, token in (
+                    (nucleus(r, at_1, 1.0), t) for r, t in zip(rows, drawn, strict=True)
+                )
+            ]
+            np.testing.assert_allclose(logprobs(trace), expected, atol=1e-4)
+
+
 def test_sliding_window_and_a_full_cache():
     a = architecture(**WINDOW)
     full = Request(prompt(32), stream=0, num_samples=3, max_tokens=12)
