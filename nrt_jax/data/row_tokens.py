@@ -270,7 +270,7 @@ def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool
     if key not in fields:
         has = ", ".join(map(repr, list(fields)[:5])) or "none"
         raise BadRow(f"without '{key}'", f"field '{name}' is missing (it has {has}); add it")
-    value = _as_text(fields[key])
+    value = as_text(fields[key])
     if value is None or isinstance(value, float):
         shown = "null" if value is None else value
         raise BadRow(f"'{key}' not text", f"'{name}' is {shown}; fill it in or drop the row")
@@ -288,7 +288,7 @@ def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool
     return value
 
 
-def _as_text(value: object) -> object:
+def as_text(value: object) -> object:
     """A number as text: one of JSON as it is written, a whole one of Parquet without fraction."""
     if isinstance(value, bool):
         return value
