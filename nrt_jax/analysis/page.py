@@ -25,6 +25,7 @@ from nrt_jax.analysis.summary import (
 )
 
 PHASES = {
+    "warmup": "warming up",
     "data": "reading data",
     "generate": "sampling traces",
     "update": "scoring and updating",

@@ -28,7 +28,7 @@ def problem_rows(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
     names = run_labels(groups)
     first = next((record for record in records if record.scheme), records[0])
     base = "Base model" if len(records) < 3 else f"{names[first.name]} before training"
-    before = first.samples_of(0)
+    before = first.samples_of(-first.config.warmup.updates)
     after = [(names[r.name], r.samples_of(r.config.train.steps)) for r in records]
     keys = list(dict.fromkeys(key for samples in (before, *map(_second, after)) for key in samples))
     return [_problem(key, (base, before), after) for key in keys[:MAX_PROBLEMS]]

@@ -28,9 +28,12 @@ class RunRecord:
     training: list[dict[str, int | float]]
     """Metrics of each step."""
     evaluations: list[dict[str, int | float]]
-    """Metrics of each evaluation; the first is of the model before training."""
+    """Metrics of each evaluation; the first is of the model before training, which is step 0, or
+    before that in a run with a warm-up."""
     samples: list[dict[str, Any]]
     """Traces and answers of the evaluations, with the step of each."""
+    warmup: list[dict[str, int | float]]
+    """Metrics of each update of the warm-up; none in a run without one."""
 
     @property
     def scheme(self) -> str | None:
@@ -101,9 +104,10 @@ def _read_run(path: Path, name: str) -> RunRecord:
             f"{path}: stopped at step {last} of {steps}; finish it with: "
             f"nrt-jax train {path / CONFIG_FILE} run_dir={path}"
         )
-    if evaluations[0]["step"] != 0:
+    if evaluations[0]["step"] != -config.warmup.updates:
         raise InputError(
-            f"{path / 'metrics.jsonl'}: the evaluation before training (step 0) is missing; "
+            f"{path / 'metrics.jsonl'}: the evaluation before training (step "
+            f"{-config.warmup.updates}) is missing; "
             "train again in a new run_dir"
         )
     return RunRecord(
@@ -114,6 +118,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
         training=training,
         evaluations=evaluations,
         samples=list(_lines(path / "samples.jsonl", _check_sample)),
+        warmup=[row for row in metrics if "warmup/update" in row],
     )
 
 

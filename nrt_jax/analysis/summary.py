@@ -11,6 +11,8 @@ from nrt_jax.analysis.seeds import SeedGroup, run_labels
 WINDOW = 5
 """Training steps over which the first and the last value of a noisy metric are averaged."""
 
+Rows = Sequence[dict[str, int | float]]
+
 FINISH_SHARES = {
     "think_end": "trace/end_think_end_share",
     "length": "trace/end_length_share",
@@ -37,7 +39,12 @@ def summarise(groups: Sequence[SeedGroup]) -> dict[str, Any]:
         `path`             its directory, as given
         `method`, `scheme` sft or nrt; the reward scheme, null for sft
         `seed`, `steps`    as configured
-        `pairs_seen`       question-answer pairs trained on; a pair seen twice counts twice
+        `pairs_seen`       question-answer pairs trained on, in the warm-up too; a pair seen twice
+                           counts twice
+        `answer_tokens_seen`  tokens of their answers; null for a run that did not count them
+        `warmup`           null without one; else its `updates`, its `pairs` and `answer_tokens`,
+                           and {first, last} of `loss`, and of `start_logprob`, `end_logprob`,
+                           `trace_logprob` and `answer_logprob` in nats
         `problems`         as above, for this run
         `exact_match`      {first, last}: before training and after its last step
         `reward`           {first, last}: mean reward of the traces; this and the next three are
@@ -107,7 +114,7 @@ def _spread(runs: Sequence[dict[str, Any]], key: str) -> dict[str, float] | None
 
 def _summarise_run(record: RunRecord, label: str) -> dict[str, Any]:
     config = record.config
-    shares = {name: _ends(record, metric) for name, metric in FINISH_SHARES.items()}
+    shares = {name: _ends(record.training, metric) for name, metric in FINISH_SHARES.items()}
     return {
         "name": record.name,
         "label": label,
@@ -116,22 +123,25 @@ def _summarise_run(record: RunRecord, label: str) -> dict[str, Any]:
         "scheme": record.scheme,
         "seed": config.seed,
         "steps": config.train.steps,
-        "pairs_seen": config.train.steps * config.train.batch_prompts,
+        "pairs_seen": config.train.steps * config.train.batch_prompts
+        + round(_total(record.warmup, "warmup/rows") or 0),
+        "answer_tokens_seen": _answer_tokens(record),
+        "warmup": _summarise_warmup(record.warmup),
         "problems": record.problems,
         "exact_match": {
             "first": record.evaluations[0][EXACT_MATCH],
             "last": record.evaluations[-1][EXACT_MATCH],
         },
-        "reward": _ends(record, "reward/mean"),
-        "baseline": _ends(record, "reward/baseline"),
-        "trace_tokens": _ends(record, "trace/tokens"),
+        "reward": _ends(record.training, "reward/mean"),
+        "baseline": _ends(record.training, "reward/baseline"),
+        "trace_tokens": _ends(record.training, "trace/tokens"),
         "finish_shares": {
             when: {name: share[when] for name, share in shares.items() if share}
             for when in ("first", "last")
         }
         if all(shares.values())
         else None,
-        "entropy": _ends(record, "policy/entropy"),
+        "entropy": _ends(record.training, "policy/entropy"),
         "skipped_updates": int(record.training[-1].get("update/skipped", 0)),
         "tokens_per_second": _median(record, "speed/tokens_per_second"),
         "seconds": _seconds(record),
@@ -143,8 +153,33 @@ def _median(record: RunRecord, metric: str) -> float | None:
     return median(values) if values and all(map(math.isfinite, values)) else None
 
 
-def _ends(record: RunRecord, metric: str) -> dict[str, float | None] | None:
-    values = [row[metric] for row in record.training if metric in row]
+def _summarise_warmup(rows: Rows) -> dict[str, Any] | None:
+    if not rows:
+        return None
+    values = ("loss", *(f"{part}_logprob" for part in ("start", "end", "trace", "answer")))
+    return {
+        "updates": len(rows),
+        "pairs": _total(rows, "warmup/rows"),
+        "answer_tokens": _total(rows, "warmup/answer_tokens"),
+    } | {name: _ends(rows, f"warmup/{name}") for name in values}
+
+
+def _answer_tokens(record: RunRecord) -> float | None:
+    """Answer tokens of the steps and of the warm-up."""
+    of_steps = _total(record.training, "data/answer_tokens")
+    of_warmup = _total(record.warmup, "warmup/answer_tokens") or 0.0
+    return None if of_steps is None else of_steps + of_warmup
+
+
+def _total(rows: Rows, metric: str) -> float | None:
+    """Sum over the rows; None where one lacks the metric."""
+    if not rows or any(metric not in row for row in rows):
+        return None
+    return math.fsum(row[metric] for row in rows)
+
+
+def _ends(rows: Rows, metric: str) -> dict[str, float | None] | None:
+    values = [row[metric] for row in rows if metric in row]
     if not values:
         return None
     return {"first": _mean(values[:WINDOW]), "last": _mean(values[-WINDOW:])}
@@ -157,7 +192,7 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _seconds(record: RunRecord) -> dict[str, float]:
     phases: dict[str, list[float]] = {}
-    for row in [*record.training, *record.evaluations]:
+    for row in [*record.warmup, *record.training, *record.evaluations]:
         for metric, value in row.items():
             if metric.startswith("time/"):
                 phase = metric.removeprefix("time/").removesuffix("_s")

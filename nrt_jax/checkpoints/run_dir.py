@@ -20,7 +20,7 @@ from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.errors import InputError
 
 VERSIONS_FILE, LOCK_FILE, INPUTS_FILE = "versions.json", "lock", "inputs.json"
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, WARMUP_CHECKPOINTS = "checkpoints", "warmup_checkpoints"
 _OF_A_NEW_RUN = {LOCK_FILE, CHECKPOINTS, CONFIG_FILE + PART_SUFFIX}
 """Files of a run that was killed before its config was written."""
 FREE_TO_CHANGE = (
@@ -93,8 +93,7 @@ def check_config(config: RunConfig) -> None:
     Settings that change no weight may differ, and paths.
     """
     saved = config.run_dir / CONFIG_FILE
-    checkpoints = config.run_dir / CHECKPOINTS
-    if saved.exists() and checkpoints.is_dir() and any(checkpoints.iterdir()):
+    if saved.exists() and has_checkpoint(config.run_dir):
         _check_same(saved, config)
 
 
@@ -112,13 +111,21 @@ def newest_step(directory: Path) -> int | None:
 
 
 def has_checkpoint(directory: Path) -> bool:
-    """Whether the directory has a checkpoint."""
-    return newest_step(directory) is not None
+    """Whether the directory has a checkpoint, of the run or of its warm-up."""
+    return newest_step(directory) is not None or _in_warmup(directory)
+
+
+def _in_warmup(directory: Path) -> bool:
+    """Whether the newest checkpoint is one of the warm-up, which are removed at step 0."""
+    saved = (directory / WARMUP_CHECKPOINTS).glob("*")
+    return newest_step(directory) is None and any(path.name.isdecimal() for path in saved)
 
 
 def how_to_continue(directory: Path) -> str:
     """What the command that trains in a directory does when it is given again."""
     step = newest_step(directory)
+    if _in_warmup(directory):
+        return "the same command continues the run in its warm-up"
     if step is None:
         return "nothing is saved yet, and the same command starts the run anew"
     return f"the same command continues the run from step {step}"

@@ -179,6 +179,13 @@ class Checkpoints:
             self._manager.delete(later)
             self._metric_by_step.pop(later, None)
 
+    def wait(self) -> None:
+        """Wait until what was saved is written; RunFailed when it cannot be."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failure(error) from error
+
     def close(self) -> None:
         """Wait for writes in progress; RunFailed when one of them failed."""
         try:

@@ -17,6 +17,7 @@ from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.config.rollout import RolloutConfig
 from nrt_jax.config.train import TrainConfig
+from nrt_jax.config.warmup import WarmupConfig
 from nrt_jax.errors import InputError
 
 CONFIG_FILE = "config.yaml"
@@ -44,6 +45,8 @@ class RunConfig(Section):
     """The update rule."""
     train: TrainConfig = TrainConfig()
     """Sizes and length."""
+    warmup: WarmupConfig = WarmupConfig()
+    """Updates before step 1 that teach a model to write traces; off by default."""
     mesh: MeshConfig = MeshConfig()
     """How devices are laid out."""
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -143,6 +146,35 @@ class RunConfig(Section):
             raise ValueError(
                 f"rollout.temperature {self.rollout.temperature} with objective.trace_covers "
                 "z_and_end: t_end is scored at temperature 1; set objective.trace_covers=z"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_fits_the_run(self) -> "RunConfig":
+        warmup = self.warmup
+        if warmup.train is None:
+            return self
+        if self.method == "sft":
+            raise ValueError(
+                f"warmup.train {warmup.train} with method sft, which writes no traces; set "
+                "warmup.train=null"
+            )
+        if warmup.updates > self.train.updates:
+            raise ValueError(
+                f"warmup: its {warmup.updates} updates are more than the {self.train.updates} of "
+                "the run (train.steps); lower warmup.rows.updates and warmup.all.updates, or raise "
+                "train.steps"
+            )
+        if warmup.max_tokens > self.rollout.max_trace_tokens:
+            raise ValueError(
+                f"warmup.max_tokens {warmup.max_tokens} exceeds rollout.max_trace_tokens "
+                f"{self.rollout.max_trace_tokens}, the longest trace; lower the first"
+            )
+        if self.objective.kl_coefficient:
+            raise ValueError(
+                f"objective.kl_coefficient {self.objective.kl_coefficient} with warmup.train "
+                f"{warmup.train}: the reference would be the model before the warm-up, which "
+                "writes no traces; set objective.kl_coefficient=0"
             )
         return self
 

@@ -24,6 +24,7 @@ TIMING_PREFIXES = ("time/", "speed/", "weights/seconds")
 
 TERMINAL_NAMES = {
     "loss/total": "loss",
+    "warmup/loss": "warm-up loss",
     "reward/mean": "reward",
     "trace/tokens": "trace tokens",
     "eval/exact_match": "exact match",
@@ -78,7 +79,7 @@ class MetricsWriter:
     """Appends metrics to the files of a run, and times the phases of its steps.
 
     Lines after step `after` are dropped first: a killed process wrote them, and these steps are
-    taken again. -1 drops all lines. Writing raises OSError with the name of the file.
+    taken again. Writing raises OSError with the name of the file.
     """
 
     def __init__(

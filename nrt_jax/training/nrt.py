@@ -24,6 +24,7 @@ from nrt_jax.training.run_health import CollapseWatch, check_health, look_for_co
 from nrt_jax.training.setup import Policy, Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
+from nrt_jax.training.warmup import warm_up
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
     watch = CollapseWatch.of_run(config.run_dir)
     functions = make_step_functions(config, run.policy, run.memory.add_program)
     warned = False
+    warm_up(run, stop)
     for step in steps(run, stop):
         # Prefetched in the step before or restored with the checkpoint, otherwise sampled now.
         groups = (progress.prefetched or _sample(run, sampler, step)).groups

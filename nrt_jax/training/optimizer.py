@@ -1,5 +1,7 @@
 """The update rule: clip by the global norm, then AdamW with a learning-rate schedule."""
 
+from collections.abc import Callable
+
 import jax
 import optax
 
@@ -24,13 +26,28 @@ def make_schedule(config: OptimizerConfig, updates: int) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTransformation:
-    """Clip and AdamW for a run of `updates`; the scales of norms do not decay."""
+    """Clip and AdamW for a run of `updates`."""
+    return clipped_adamw(
+        config, make_schedule(config, updates), clip_gradient=optax.clip_by_global_norm
+    )
+
+
+def clipped_adamw(
+    config: OptimizerConfig,
+    schedule: optax.Schedule,
+    *,
+    clip_gradient: Callable[[float], optax.GradientTransformation],
+) -> optax.GradientTransformation:
+    """AdamW behind `clip_gradient(optimizer.clip_norm)`; the scales of norms do not decay.
+
+    Where clips have no state, states have the same structure whatever the schedule and the clip.
+    """
 
     def decays(params):
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key != "scale", params)
 
     adamw = optax.adamw(
-        make_schedule(config, updates),
+        schedule,
         b1=config.beta1,
         b2=config.beta2,
         eps=config.epsilon,
@@ -39,4 +56,4 @@ def make_optimizer(config: OptimizerConfig, updates: int) -> optax.GradientTrans
     )
     if config.clip_norm is None:
         return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    return optax.chain(clip_gradient(config.clip_norm), adamw)

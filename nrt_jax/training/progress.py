@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nrt_jax.checkpoints.inputs import OF_EXAMPLES, RunInputs
@@ -36,7 +37,7 @@ class Progress:
     inputs: RunInputs
     """What the run reads; a checkpoint keeps it."""
     step: int = 0
-    """Steps that are finished."""
+    """Steps that are finished; below 0 in the warm-up, whose last update is step 0."""
     prefetched: Prefetched | None = None
     metrics: dict[str, float] = field(default_factory=dict)
     """Of the evaluation after the last finished step; empty when there was none."""
@@ -77,12 +78,7 @@ def restore_progress(
     if restored is None:
         return None
     saved, prefetched, path = restored.progress, None, checkpoints.path(restored.step)
-    if saved.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: another version of nrt-jax saved it (format "
-            f"{saved.get('format')}, this version reads {FORMAT}); continue the run with that "
-            "version, or choose another run_dir"
-        )
+    check_format(saved, path)
     inputs, changed = inputs.continued(
         RunInputs.from_json(saved), allow_changed, run=path.parent.parent, step=restored.step
     )
@@ -94,6 +90,16 @@ def restore_progress(
         prefetched = Prefetched(saved["data"], unpack_groups(saved["groups"], next(batches)))
     checkpoints.remove_after(restored.step)
     return Progress(restored.state, inputs, step=restored.step, prefetched=prefetched)
+
+
+def check_format(saved: dict[str, Any], path: Path) -> None:
+    """InputError for a checkpoint that another version of this program saved."""
+    if saved.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: another version of nrt-jax saved it (format "
+            f"{saved.get('format')}, this version reads {FORMAT}); continue the run with that "
+            "version, or choose another run_dir"
+        )
 
 
 def _go_to(batches: BatchIterator, position: dict[str, Any], *, other_rows_allowed: bool) -> None:

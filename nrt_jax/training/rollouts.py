@@ -187,7 +187,8 @@ def _rewards(groups: Sequence[Group], objective: ObjectiveConfig) -> GroupReward
 
 def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dict[str, float]:
     """Lengths and ends of the traces, the age of the weights that drew them, the share of dropped
-    groups, and how many programs the engine has compiled so far.
+    groups, the tokens of the answers (once per question), and how many programs the engine has
+    compiled so far.
 
     Where groups are scored when they are sampled, `reward/` is over all groups by these scores.
     """
@@ -196,6 +197,7 @@ def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dic
     assert 0 <= staleness <= config.rollout.staleness, "older weights than the config allows"
     metrics = _trace_metrics(groups, sampler.tokenizer)
     metrics["rollout/staleness"] = float(staleness)
+    metrics["data/answer_tokens"] = float(sum(len(g.example.answer_tokens) for g in groups))
     metrics["speed/programs"] = float(sum(sampler.engine.compiled.values()))
     if config.rollout.drop_zero_std_groups:
         rewards = _rewards(groups, config.objective)

@@ -24,6 +24,7 @@ from nrt_jax.checkpoints.inputs import RunInputs, read_inputs
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.config.run import RunConfig
+from nrt_jax.data.instruction import find_instruction
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
@@ -38,6 +39,7 @@ from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
 from nrt_jax.training.progress import Progress, restore_progress
 from nrt_jax.training.trackers import wanted as wanted_trackers
+from nrt_jax.training.warmup_progress import restore_warmup
 from nrt_jax.types import TokenizedExample
 
 log = logging.getLogger(__name__)
@@ -129,6 +131,8 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     target = abstract_state(optimizer, model.target, shardings)
     memory = DeviceMemory(target)
     trace_stop_ids(config, tokenizer)
+    if config.warmup.updates:
+        find_instruction(config.warmup.instruction, config.data, tokenizer)
     params = _first_params(config, model, tokenizer, memory)
     inputs = _read_inputs(config, tokenizer, dataset, params)
     policy = Policy(
@@ -144,16 +148,19 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
         checkpoints = opened.enter_context(closing(_open_checkpoints(config)))
         progress = restore_progress(
             checkpoints, target, data.batches, data.packer, inputs, allow_changed
-        )
+        ) or restore_warmup(config, target, inputs, allow_changed)
         if progress is None:
             progress = _first_progress(config, policy, params, memory, inputs)
+            # Even the evaluation that an earlier try wrote is dropped.
+            kept_up_to = progress.step - 1
         else:
             _log_continued(config, progress.step)
+            kept_up_to = progress.step
         run_dir.describe(config, progress.inputs)
         _log_bad_rows(dataset)
         memory.log_parts()
         engines = _make_engines(config, on_engines, tokenizer, dataset)
-        logger = opened.enter_context(_open_logger(config, progress.step))
+        logger = opened.enter_context(_open_logger(config, kept_up_to))
         yield Run(
             config=config,
             policy=policy,
@@ -232,7 +239,8 @@ def _first_progress(
         if policy.reference_params is not None:
             # The first update consumes its weights, and the reference must outlive it.
             params = jax.tree.map(jnp.copy, params)
-        return Progress(init_state(policy.optimizer, params, policy.shardings), inputs)
+        state = init_state(policy.optimizer, params, policy.shardings)
+        return Progress(state, inputs, step=-config.warmup.updates)
 
 
 def _make_engines(
@@ -253,11 +261,11 @@ def _open_checkpoints(config: RunConfig) -> Checkpoints:
 
 
 def _open_logger(config: RunConfig, step: int) -> MetricsWriter:
-    """Metrics after `step`; a new run drops even the evaluation that an earlier try wrote."""
+    """Metrics after `step`."""
     return MetricsWriter(
         config.run_dir,
         config.logging,
-        after=step or -1,
+        after=step,
         total=config.train.steps,
         resolved=config.model_dump(mode="json"),
     )
@@ -279,6 +287,9 @@ def _check_batch_fits(config: RunConfig, mesh: Mesh, engine_mesh: Mesh) -> None:
 def _log_continued(config: RunConfig, step: int) -> None:
     if step >= config.train.steps:
         log.info("%s is complete, with %d steps", config.run_dir, step)
+    elif step < 0:
+        done = config.warmup.updates + step
+        log.info("continuing %s from update %d of its warm-up", config.run_dir, done)
     else:
         log.info("continuing %s from step %d", config.run_dir, step)
 

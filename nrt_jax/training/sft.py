@@ -43,9 +43,11 @@ def train_sft(run: Run, stop: StopRequest) -> None:
                 progress.state, metrics = update(progress.state, batches, answer_tokens)
                 updates.append(metrics)
             metrics = mean_over_updates(updates)
-        tokens = sum(len(e.prompt_tokens) + len(e.answer_tokens) for e in examples)
+        prompt_tokens = sum(len(e.prompt_tokens) for e in examples)
+        answer_tokens = sum(len(e.answer_tokens) for e in examples)
+        metrics["data/answer_tokens"] = float(answer_tokens)
         metrics |= packing_metrics([plan for of_mini in plans for plan in of_mini], packer)
-        finish_step(run, metrics | {"speed/tokens": float(tokens)})
+        finish_step(run, metrics | {"speed/tokens": float(prompt_tokens + answer_tokens)})
 
 
 def make_sft_update(run: Run) -> Callable[..., Any]:

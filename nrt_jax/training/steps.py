@@ -20,13 +20,16 @@ log = logging.getLogger(__name__)
 def steps(run: Run, stop: StopRequest) -> Iterator[int]:
     """Yield the numbers of the remaining steps, from 1, and save after the last of them.
 
-    A new run is evaluated before its first step. After SIGTERM or Ctrl-C the current step is the
-    last; before the first step there is nothing to save, and they end the run at once.
+    A new run is evaluated before its first step, unless its warm-up did so; after a stop in the
+    warm-up there are no steps. After SIGTERM or Ctrl-C the current step is the last; before the
+    first step there is nothing to save, and they end the run at once.
     """
     config, progress = run.config, run.progress
     last = config.train.steps
-    if not progress.step:
-        _evaluate(run)
+    if progress.step < 0:
+        return
+    if not progress.step and not config.warmup.updates:
+        evaluate_run(run)
     stop.wait_for_the_step()
     while progress.step < last and not stop.requested:
         yield progress.step + 1
@@ -59,7 +62,7 @@ def finish_step(run: Run, metrics: Mapping[str, float]) -> None:
     _check_finite(progress.step, metrics, config.train.max_skipped_updates)
     last = progress.step == config.train.steps
     if last or progress.step % config.evaluation.every_steps == 0:
-        _evaluate(run)
+        evaluate_run(run)
     if last or progress.step % config.checkpoint.every_steps == 0:
         save_run(run)
 
@@ -77,7 +80,8 @@ def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
     return merged
 
 
-def _evaluate(run: Run) -> None:
+def evaluate_run(run: Run) -> None:
+    """Evaluate the newest weights, and write what came out; nothing without held-out examples."""
     config, progress, logger = run.config, run.progress, run.logger
     answerer = run.engines.answerer
     if answerer is None:

@@ -87,8 +87,9 @@ class Wandb:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Send metrics of a step, unless the service has later ones from before a kill."""
-        if step >= self._run.step:
-            self._run.log(dict(metrics), step=step)
+        # It takes no negative steps, which those of a warm-up are.
+        if max(step, 0) >= self._run.step:
+            self._run.log(dict(metrics), step=max(step, 0))
 
     def finish(self, *, failed: bool) -> None:
         """Upload what is left, and end the run."""

@@ -17,6 +17,7 @@ CONFIG = {
     "objective": {"scheme": "ws_neg_log_p"},
     "rollout": {"max_trace_tokens": 64},
     "train": {"steps": 12, "batch_prompts": 32, "mini_batch_prompts": 32},
+    "warmup": {},
     "evaluation": {"examples": 512, "samples": 2},
 }
 VERSIONS = {"nrt_jax": "0.1.0", "git_revision": "abc123-dirty", "packages": {"jax": "0.10.2"}}

@@ -10,7 +10,7 @@ from nrt_jax.analysis.report import write_report
 from nrt_jax.analysis.run_records import read_runs
 from nrt_jax.analysis.seeds import group_by_seed
 from nrt_jax.analysis.summary import arrow, duration, number, percent, summarise
-from tests.analysis.conftest import MakeRun
+from tests.analysis.conftest import MakeRun, evaluation_line, sample, write_lines
 
 
 def summary_of(paths: list[Path]) -> dict[str, Any]:
@@ -141,3 +141,46 @@ def test_numbers_read_well():
     assert [duration(x) for x in (0.04, 59.6, 61.0, 3600.0, 5400.0)] == [
         "0.0 s", "59.6 s", "1 min 1 s", "1 h 0 min", "1 h 30 min",
     ]  # fmt: skip
+
+
+def warmup_line(update: int, of: int) -> dict[str, float]:
+    return {
+        "step": update - of,
+        "warmup/update": update,
+        "warmup/loss": 10.0 - update,
+        "warmup/start_logprob": -2.0,
+        "warmup/end_logprob": -3.0,
+        "warmup/trace_logprob": -4.0,
+        "warmup/answer_logprob": -1.0,
+        "warmup/rows": 8.0,
+        "warmup/answer_tokens": 100.0,
+        "time/warmup_s": 3.0,
+    }
+
+
+def test_a_warmup_counts_among_what_was_seen(make_run: MakeRun):
+    warmup = {"train": "all", "rows": {"updates": 1}, "all": {"updates": 2}}
+    run = make_run("warm", warmup=warmup)
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "loss/total" in row:
+            row["data/answer_tokens"] = 50.0
+    first = evaluation_line(-3, 0.125)
+    write_lines(run / "metrics.jsonl", [first, *(warmup_line(u, 3) for u in (1, 2, 3)), *rows])
+    write_lines(run / "samples.jsonl", [sample(-3, "nrt"), sample(0, "nrt"), sample(12, "nrt")])
+    (found,) = summary_of([run])["runs"]
+    assert found["exact_match"]["first"] == 0.125
+    assert found["pairs_seen"] == 12 * 32 + 3 * 8
+    assert found["answer_tokens_seen"] == 12 * 50 + 3 * 100
+    assert found["warmup"]["updates"] == 3
+    assert found["warmup"]["pairs"] == 24
+    assert found["warmup"]["answer_tokens"] == 300
+    assert found["warmup"]["loss"] == {"first": 8.0, "last": 8.0}
+    assert found["seconds"]["warmup"] == 9.0
+
+
+def test_a_run_without_a_warmup(make_run: MakeRun):
+    (found,) = summary_of([make_run("cold")])["runs"]
+    assert found["warmup"] is None
+    assert found["answer_tokens_seen"] is None
+    assert "warmup" not in found["seconds"]

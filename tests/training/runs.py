@@ -101,10 +101,11 @@ class Outcome:
     @property
     def told(self) -> list[str]:
         """Lines of errors and warnings, without the memory and the compilation that every run
-        reports, and without what Orbax says on a busy machine."""
+        reports, the texts of a warm-up, and what Orbax says on a busy machine."""
         usual = (
             "nrt-jax: INFO: memory per device: ",
             "nrt-jax: INFO: compiled ",
+            "nrt-jax: INFO: warm-up: ",
             "nrt-jax: WARNING: Waiting for previous save to complete took ",
         )
         return [line for line in self.err.splitlines() if not line.startswith(usual)]
