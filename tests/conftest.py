@@ -48,6 +48,15 @@ def shared_faults(shared_data) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A directory of SmolLM2-135M-Instruct; the test is skipped where there is none."""
+    folder = Path(os.environ.get("NRT_JAX_SMOLLM2", REPOSITORY.parent / "smollm2"))
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no SmolLM2-135M-Instruct at {folder}; name its directory in NRT_JAX_SMOLLM2")
+    return folder
+
+
 @pytest.fixture(autouse=True, scope="module")
 def bounded_memory_maps() -> Iterator[None]:
     """Forget compiled programs before they are too many.

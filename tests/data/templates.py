@@ -99,4 +99,11 @@ QWEN3 = """{%- set ns = namespace(last_query_index=messages|length - 1) %}
 {%- endif %}
 """
 
+# As of SmolLM2: a system turn of its own where the messages have none, and no other bos than that
+# of the turns.
+SMOLLM2 = """{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}\
+{{ '<|im_start|>system\nYou are a helpful AI assistant<|im_end|>\n' }}{% endif %}\
+{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
 TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "chat": CHAT, "moody": MOODY}

@@ -80,6 +80,17 @@ VARIANTS = {
     "llama3.1_mixed": Variant(_LLAMA31, "bfloat16", norms="float32"),
     "llama3.1_shards": Variant(_LLAMA31, max_shard_size="20KB"),
     "llama3.2_tied": Variant(_llama(llama3_rope(32.0), tie_word_embeddings=True)),
+    "smollm2": Variant(
+        _llama(
+            plain_rope(1e5),
+            hidden_size=72,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            head_dim=8,
+            tie_word_embeddings=True,
+        ),
+        "bfloat16",
+    ),
     "llama_one_kv_head": Variant(_llama(llama3_rope(8.0), num_key_value_heads=1)),
     "mistral_v0.1": Variant(_mistral(plain_rope(1e4), sliding_window=100)),
     "mistral_v0.1_old_spelling": Variant(
@@ -131,24 +142,30 @@ def load_model(directory: Path) -> Any:
 
 
 class Reference(NamedTuple):
-    """A directory, and what transformers computes from it for IDS, in float32."""
+    """A directory, and what transformers computes from it for `ids`, in float32."""
 
     directory: Path
     logits: np.ndarray
     gradients: Path
     """Of the mean log-likelihood, as a directory: the table of weights maps them as well."""
+    ids: np.ndarray = IDS
 
 
 @cache
 def make_reference(name: str, folder: Path) -> Reference:
     """The reference of a variant; `folder` is the one for all of them."""
     directory = save_variant(VARIANTS[name], folder / name)
-    model, ids = load_model(directory), torch.tensor(IDS, dtype=torch.long)
+    return compute_reference(directory, IDS, folder / f"{name}_gradients")
+
+
+def compute_reference(directory: Path, ids_BT: np.ndarray, gradients: Path) -> Reference:
+    """The reference of a directory for these ids; the gradients are written to `gradients`."""
+    model, ids = load_model(directory), torch.tensor(ids_BT, dtype=torch.long)
     logits = model(ids).logits
     log_pi = torch.log_softmax(logits[:, :-1], dim=-1)
     log_pi.gather(-1, ids[:, 1:, None]).mean().backward()
-    gradients = save_gradients(model, folder / f"{name}_gradients")
-    return Reference(directory, logits.detach().numpy(), gradients)
+    save_gradients(model, gradients)
+    return Reference(directory, logits.detach().numpy(), gradients, ids_BT)
 
 
 def save_gradients(model: Any, directory: Path) -> Path:
