@@ -98,8 +98,8 @@ def _is_union(annotation: Any) -> bool:
 def _values(annotation: Any, metadata: list[Any]) -> str:
     """The values that a field takes: its type with its range."""
     if _is_union(annotation):
-        members = [member for member in get_args(annotation) if member is not type(None)]
-        return ", ".join([*(_values(member, metadata) for member in members), "null"])
+        members = get_args(annotation)
+        return ", ".join("null" if m is type(None) else _values(m, metadata) for m in members)
     if get_origin(annotation) is Annotated:
         inner, *more = get_args(annotation)
         for item in more:

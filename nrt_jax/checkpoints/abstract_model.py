@@ -3,7 +3,6 @@
 `init_params` then gives the weights before the first update.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +14,10 @@ from jax.sharding import Mesh
 
 from nrt_jax.checkpoints import import_format
 from nrt_jax.checkpoints.hf_config import read_architecture
-from nrt_jax.checkpoints.token_rows import copy_token_rows, token_id
+from nrt_jax.checkpoints.token_rows import RowNames, row_names, tell_new_rows, with_new_rows
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
-from nrt_jax.config.model import ModelConfig
+from nrt_jax.config.model import AUTO, ModelConfig
 from nrt_jax.config.rollout import RolloutConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
@@ -26,8 +25,6 @@ from nrt_jax.errors import InputError
 from nrt_jax.models.attention_backend import choose_backend
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -152,18 +149,22 @@ def _training_definition(config: RunConfig, architecture: Architecture, mesh: Me
 def init_params(config: RunConfig, model: Model, tokenizer: Tokenizer) -> dict[str, Any]:
     """Float32 weights on the mesh: read from the checkpoint, or drawn from the seed.
 
-    Think tokens that are new to the checkpoint's tokenizer start with the embedding and head rows
-    of `model.new_rows_from`, or of the end-of-sequence token.
+    Think tokens that are new to the checkpoint's tokenizer start with the rows that
+    `model.new_rows_from` names; nothing is measured here, and `auto` is the end-of-sequence token.
     """
     if config.model.path is None:
         return _draw(config, model)
-    source = config.model.new_rows_from
-    row = tokenizer.eos_id if source is None else token_id(tokenizer, source, "model.new_rows_from")
-    params = import_format.read_params(config.model.path, model.target)
-    for new in tokenizer.new_ids:
-        names = tokenizer.token(new), tokenizer.token(row)
-        log.info("%s (id %d) starts as a copy of %s", names[0], new, names[1])
-    return copy_token_rows(params, dict.fromkeys(tokenizer.new_ids, row))
+    eos = tokenizer.token(tokenizer.eos_id)
+    named = row_names(config.model, tokenizer)
+    names = RowNames(*(eos if name == AUTO else name for name in named))
+    tell_new_rows(tokenizer, names)
+    return with_new_rows(read_params(config, model), tokenizer, names)
+
+
+def read_params(config: RunConfig, model: Model) -> dict[str, Any]:
+    """Float32 weights of the checkpoint on the mesh; rows that it lacks are 0."""
+    assert config.model.path is not None, "random weights are drawn, not read"
+    return import_format.read_params(config.model.path, model.target)
 
 
 def _draw(config: RunConfig, model: Model) -> dict[str, Any]:

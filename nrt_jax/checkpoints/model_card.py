@@ -1,15 +1,18 @@
 """The model card of an export: what the model is, what it was trained on, how its output reads."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import nrt_jax
-from nrt_jax.checkpoints import import_format
+from nrt_jax.checkpoints import import_format, run_dir
 from nrt_jax.checkpoints.open import OpenModel
+from nrt_jax.checkpoints.token_rows import RowNames
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.data.tokenizer import Tokenizer
 
+PIPE = r"\|"
 _USE = """\
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -59,6 +62,7 @@ def trained_card(opened: OpenModel) -> str:
             "",
             _output_format(config, tokenizer),
             "",
+            *_new_rows(opened),
             _USE,
             "",
         ]
@@ -97,6 +101,31 @@ def _data(config: RunConfig) -> str:
     name = data.source if data.path is None else f"{data.path.name} ({data.source})"
     template = data.template if data.template_file is None else data.template_file.name
     return f"{name}, prompt template `{template}`; questions and answers only"
+
+
+def _new_rows(opened: OpenModel) -> Iterator[str]:
+    """Where the rows of the think tokens started, if the run chose them itself."""
+    new_rows = run_dir.recorded_new_rows(opened.found.directory)
+    if new_rows is None:
+        return
+    start, end = opened.config.data.think_start, opened.config.data.think_end
+    yield (
+        "The base model had no think tokens. Before training, the row of "
+        f"`{start}` was that of `{new_rows['think_start']}`, and the row of `{end}` that of "
+        f"`{new_rows['think_end']}`: of the candidates with non-empty traces this one changes the "
+        "log-probability of the reference answer y* least, when an empty trace precedes it."
+    )
+    yield ""
+    titles = [f"`{start}`", f"`{end}`", "non-empty traces", "log P(y* | x)", "log P, empty trace"]
+    yield f"| {' | '.join(title.replace('|', PIPE) for title in titles)} |"
+    yield "| --- | --- | --- | --- | --- |"
+    for candidate in new_rows["candidates"]:
+        names = [f"`{candidate[key]}`" for key in RowNames._fields]
+        figures = [f"{candidate[key]:.3f}" for key in ("direct", "empty")]
+        cells = [*names, f"{candidate['non_empty_share']:.0%}", *figures]
+        # A pipe ends a cell even inside code, such as that of <|im_end|>.
+        yield f"| {' | '.join(cell.replace('|', PIPE) for cell in cells)} |"
+    yield ""
 
 
 def _output_format(config: RunConfig, tokenizer: Tokenizer) -> str:

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import jax
 import nrt_jax
 from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
 from nrt_jax.checkpoints.inputs import RunInputs
+from nrt_jax.checkpoints.json_files import read_json
 from nrt_jax.config.load import dump_config
 from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.errors import InputError
 
 VERSIONS_FILE, LOCK_FILE, INPUTS_FILE = "versions.json", "lock", "inputs.json"
+NEW_ROWS = "new_rows"
+"""Key in the versions file."""
 CHECKPOINTS, WARMUP_CHECKPOINTS = "checkpoints", "warmup_checkpoints"
 _OF_A_NEW_RUN = {LOCK_FILE, CHECKPOINTS, CONFIG_FILE + PART_SUFFIX}
 """Files of a run that was killed before its config was written."""
@@ -97,11 +100,27 @@ def check_config(config: RunConfig) -> None:
         _check_same(saved, config)
 
 
-def describe(config: RunConfig, inputs: RunInputs) -> None:
-    """Write the config, the inputs, and the versions of packages and devices."""
+def describe(
+    config: RunConfig, inputs: RunInputs, new_rows: Mapping[str, Any] | None = None
+) -> None:
+    """Write the config, the inputs, and the versions of packages and devices.
+
+    `new_rows` is how the rows of new think tokens were chosen; without it a run with a checkpoint
+    keeps what it recorded.
+    """
     write_atomically(config.run_dir / CONFIG_FILE, dump_config(config).encode())
-    for name, content in {INPUTS_FILE: inputs.to_json(), VERSIONS_FILE: _versions()}.items():
+    new_rows = new_rows or recorded_new_rows(config.run_dir)
+    versions = _versions() | ({} if new_rows is None else {NEW_ROWS: dict(new_rows)})
+    for name, content in {INPUTS_FILE: inputs.to_json(), VERSIONS_FILE: versions}.items():
         write_atomically(config.run_dir / name, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def recorded_new_rows(directory: Path) -> dict[str, Any] | None:
+    """How a run with a checkpoint chose the rows of new think tokens; None where it chose none."""
+    path = directory / VERSIONS_FILE
+    if not has_checkpoint(directory) or not path.is_file():
+        return None
+    return read_json(path).get(NEW_ROWS)
 
 
 def newest_step(directory: Path) -> int | None:

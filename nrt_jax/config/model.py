@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.load import ConfigPath, Section
 
+AUTO = "auto"
 AttentionChoice = Literal["auto", "xla", "splash", "cudnn"]
 
 
@@ -33,9 +34,13 @@ class ModelConfig(Section):
     vocab_multiple: int = Field(default=128, ge=1)
     """The vocabulary is padded to a multiple of this, so that it divides over the mesh; no padding
     row is sampled or enters a softmax."""
-    new_rows_from: str | None = None
-    """Token whose embedding and head rows are copied to think tokens that the checkpoint lacks;
-    null for the end-of-sequence token."""
+    new_rows_from: str | None = AUTO
+    """Where think tokens that the checkpoint lacks take their embedding and head rows. A token:
+    copies of its rows; null: the end-of-sequence token; text:TEXT: the mean of the rows of the
+    text's tokens; mean:vocabulary: the mean of all rows. A mean has the mean norm of its rows.
+    auto: method nrt tries several before its first step and takes the best; elsewhere as null."""
+    new_end_row_from: str | None = None
+    """The same for the token that ends a trace, where it is to differ; null for new_rows_from."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":

@@ -10,7 +10,6 @@ from nrt_jax.checkpoints.abstract_model import (
     Model,
     abstract_model,
     engine_model,
-    init_params,
     load_tokenizer,
 )
 from nrt_jax.checkpoints.open import find_model, open_model
@@ -18,10 +17,12 @@ from nrt_jax.checkpoints.train_state import state_shardings
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.make import trace_engine
 from nrt_jax.engine.weight_sync import WeightTransfer
 from nrt_jax.errors import InputError
 from nrt_jax.training.answer_logprobs import AnswerLogprobs
+from nrt_jax.training.first_rows import first_params
 from nrt_jax.training.forward import loss_settings
 from nrt_jax.training.health import Diagnosis
 from nrt_jax.training.nrt import make_step_functions
@@ -53,8 +54,9 @@ def diagnose_config(config: RunConfig, rows: int | None = None) -> Diagnosis:
     else:
         name, examples = "held-out rows", _held_out(dataset, rows)
     config = _for_rows(config, len(examples) if rows else config.train.diagnosis_prompts)
-    params = init_params(config, model, tokenizer)
-    groups = _sample(config, on_engine, tokenizer, params, examples)
+    traces = on_engine, trace_engine(config, on_engine, tokenizer)
+    params, _ = first_params(config, tokenizer, model, traces, dataset.train)
+    groups = _sample(config, *traces, tokenizer, params, examples)
     shares = None if rows else _gradient_shares(config, model, tokenizer, params, groups)
     settings = loss_settings(config, model, tokenizer)
     score = AnswerLogprobs(settings, model.mesh, config.train.micro_batch_prompts)
@@ -77,7 +79,8 @@ def diagnose_model(path: Path, overrides: Sequence[str], rows: int | None = None
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     examples = _held_out(load_dataset(opened.config.data, tokenizer), rows or ROWS)
     config = _on_any_devices(_for_rows(opened.config, len(examples)), shards)
-    groups = _sample(config, opened.model, tokenizer, opened.params, examples)
+    engine = trace_engine(config, opened.model, tokenizer)
+    groups = _sample(config, opened.model, engine, tokenizer, opened.params, examples)
     score = AnswerLogprobs(
         loss_settings(config, opened.model, tokenizer),
         mesh,
@@ -126,12 +129,13 @@ def _on_any_devices(config: RunConfig, shards: int) -> RunConfig:
 def _sample(
     config: RunConfig,
     on_engine: Model,
+    engine: Engine,
     tokenizer: Tokenizer,
     params: Any,
     examples: Sequence[TokenizedExample],
 ) -> list[Group]:
     """The traces that the first step of a run would draw."""
-    sampler = Sampler(config, tokenizer, trace_engine(config, on_engine, tokenizer))
+    sampler = Sampler(config, tokenizer, engine)
     return sampler.sample(WeightTransfer(on_engine.target)(params, 0), examples, step=1)
 
 

@@ -16,7 +16,6 @@ from nrt_jax.checkpoints.abstract_model import (
     Model,
     abstract_model,
     engine_model,
-    init_params,
     load_tokenizer,
 )
 from nrt_jax.checkpoints.fingerprint import fingerprints
@@ -33,6 +32,7 @@ from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import Answerer, evaluation_answerer
 from nrt_jax.models.sharding import batch_sharding
+from nrt_jax.training.first_rows import FirstParams, first_params
 from nrt_jax.training.logger import MetricsWriter
 from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.optimizer import make_optimizer
@@ -133,14 +133,24 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     trace_stop_ids(config, tokenizer)
     if config.warmup.updates:
         find_instruction(config.warmup.instruction, config.data, tokenizer)
-    params = _first_params(config, model, tokenizer, memory)
-    inputs = _read_inputs(config, tokenizer, dataset, params)
+    engines = _make_engines(config, on_engines, tokenizer, dataset)
+    traces = None if engines.traces is None else (on_engines, engines.traces)
+
+    def read_first() -> FirstParams:
+        recorded = run_dir.recorded_new_rows(config.run_dir)
+        with memory.explained():
+            return first_params(config, tokenizer, model, traces, dataset.train, recorded)
+
+    # A run that goes on needs its checkpoint alone, except for a KL term.
+    goes_on = run_dir.has_checkpoint(config.run_dir) and not has_kl_term(config)
+    first = FirstParams() if goes_on else read_first()
+    inputs = _read_inputs(config, tokenizer, dataset, first.params)
     policy = Policy(
         tokenizer=tokenizer,
         model=model,
         optimizer=optimizer,
         shardings=shardings,
-        reference_params=params if has_kl_term(config) else None,
+        reference_params=first.params if has_kl_term(config) else None,
     )
     with ExitStack() as opened:
         opened.enter_context(run_dir.locked(config.run_dir))
@@ -150,16 +160,16 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
             checkpoints, target, data.batches, data.packer, inputs, allow_changed
         ) or restore_warmup(config, target, inputs, allow_changed)
         if progress is None:
-            progress = _first_progress(config, policy, params, memory, inputs)
+            first = read_first() if first.params is None else first
+            progress = _first_progress(config, policy, first.params, memory, inputs)
             # Even the evaluation that an earlier try wrote is dropped.
             kept_up_to = progress.step - 1
         else:
             _log_continued(config, progress.step)
             kept_up_to = progress.step
-        run_dir.describe(config, progress.inputs)
+        run_dir.describe(config, progress.inputs, first.new_rows)
         _log_bad_rows(dataset)
         memory.log_parts()
-        engines = _make_engines(config, on_engines, tokenizer, dataset)
         logger = opened.enter_context(_open_logger(config, kept_up_to))
         yield Run(
             config=config,
@@ -205,16 +215,6 @@ def has_kl_term(config: RunConfig) -> bool:
     return config.method == "nrt" and config.objective.kl_coefficient > 0
 
 
-def _first_params(
-    config: RunConfig, model: Model, tokenizer: Tokenizer, memory: DeviceMemory
-) -> Any | None:
-    """Weights before the first step; None when only those of the checkpoint are needed."""
-    if run_dir.has_checkpoint(config.run_dir) and not has_kl_term(config):
-        return None
-    with memory.explained():
-        return init_params(config, model, tokenizer)
-
-
 def _read_inputs(
     config: RunConfig, tokenizer: Tokenizer, dataset: Dataset, params: Any | None
 ) -> RunInputs:
@@ -226,16 +226,10 @@ def _read_inputs(
 
 
 def _first_progress(
-    config: RunConfig,
-    policy: Policy,
-    params: Any | None,
-    memory: DeviceMemory,
-    inputs: RunInputs,
+    config: RunConfig, policy: Policy, params: Any, memory: DeviceMemory, inputs: RunInputs
 ) -> Progress:
-    """The state before the first update; `params` are its weights, unless still to be read."""
+    """The state before the first update, with these weights."""
     with memory.explained():
-        if params is None:
-            params = init_params(config, policy.model, policy.tokenizer)
         if policy.reference_params is not None:
             # The first update consumes its weights, and the reference must outlive it.
             params = jax.tree.map(jnp.copy, params)

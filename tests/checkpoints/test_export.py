@@ -133,7 +133,8 @@ def test_rows_of_an_import_are_not_copied(imported, tmp_path, words):
 @pytest.fixture(scope="module")
 def run_with_new_tokens(tmp_path_factory, tiny_config) -> TinyRun:
     folder = tmp_path_factory.mktemp("new_tokens")
-    run = TinyRun(tiny_config, folder / "run", ("method=nrt", "train.steps=2", *NEW_NAMES))
+    words = ("method=nrt", "train.steps=2", "model.new_rows_from=<|eos|>", *NEW_NAMES)
+    run = TinyRun(tiny_config, folder / "run", words)
     outcome = run.trained()
     assert "<think> (id 25) starts as a copy of <|eos|>" in outcome.err
     assert "</think> (id 26) starts as a copy of <|eos|>" in outcome.err
