@@ -31,8 +31,10 @@ class RolloutConfig(Section):
     repetition_penalty: float = Field(default=1.0, gt=0)
     """Positive logits of tokens in the prompt or the trace are divided by this, negative ones
     multiplied."""
-    stop_tokens: tuple[str, ...] = ()
-    """Tokens that end a trace besides the special ones, each an entry of the vocabulary."""
+    stop_tokens: Literal["special", "think_end"] | tuple[str, ...] = "special"
+    """special: any special token ends a trace; a list: these entries of the vocabulary do too;
+    think_end: t_end alone does, and the other special tokens are never sampled in a trace, nor part
+    of the softmax that its logprobs are of."""
     driver: Driver = "loop"
     """What drives the engine: our own loop, or JetStream's orchestrator, on one host. Both draw the
     same traces; jetstream needs the package (pip install 'nrt-jax[jetstream]')."""

@@ -147,6 +147,11 @@ class RunConfig(Section):
                 f"rollout.temperature {self.rollout.temperature} with objective.trace_covers "
                 "z_and_end: t_end is scored at temperature 1; set objective.trace_covers=z"
             )
+        if self.rollout.stop_tokens == "think_end" and self.objective.trace_covers == "z_and_end":
+            raise ValueError(
+                "rollout.stop_tokens think_end with objective.trace_covers z_and_end: t_end is "
+                "scored among all tokens; set objective.trace_covers=z"
+            )
         return self
 
     @model_validator(mode="after")

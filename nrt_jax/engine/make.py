@@ -20,14 +20,27 @@ def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engin
         new_tokens=config.rollout.max_trace_tokens,
         stop_ids=trace_stop_ids(config, tokenizer),
         num_samples=config.rollout.traces_per_prompt if shares else 1,
+        banned_ids=trace_banned_ids(config, tokenizer),
     )
 
 
 def trace_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
     """Tokens that end a trace; InputError for a stop token that the tokenizer does not have."""
     names = config.rollout.stop_tokens
+    if names == "think_end":
+        return frozenset({tokenizer.think_end_id})
+    if names == "special":
+        return answer_stop_ids(config, tokenizer)
     more = {token_id(tokenizer, name, "rollout.stop_tokens") for name in names}
     return answer_stop_ids(config, tokenizer) | more
+
+
+def trace_banned_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that are not sampled in a trace: with `rollout.stop_tokens: think_end` all that would
+    end it, except t_end."""
+    if config.rollout.stop_tokens != "think_end":
+        return frozenset()
+    return answer_stop_ids(config, tokenizer) - {tokenizer.think_end_id}
 
 
 def answer_stop_ids(config: RunConfig, tokenizer: Tokenizer) -> frozenset[int]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.models import rope
@@ -283,9 +283,11 @@ class Decoder(nnx.Module):
         targets_BT: Int[Array, "B T"],
         chunk_tokens: int,
         inverse_temperature_BT: Float[Array, "B T"] | None = None,
+        banned_ids: tuple[int, ...] = (),
+        banned_BT: Bool[Array, "B T"] | None = None,
     ) -> TokenLogprobs:
         """Logprobs of `targets_BT` and entropies; each device holds the logits of `chunk_tokens`
-        positions at a time."""
+        positions at a time. Where `banned_BT` is true, `banned_ids` are not in the softmax."""
         return token_logprobs(
             hidden_BTD,
             self.head_DV(),
@@ -293,6 +295,8 @@ class Decoder(nnx.Module):
             vocab_size=self.architecture.vocab_size,
             chunk_tokens=chunk_tokens * token_shards(self.mesh),
             inverse_temperature_BT=inverse_temperature_BT,
+            banned_ids=banned_ids,
+            banned_BT=banned_BT,
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

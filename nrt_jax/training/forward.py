@@ -14,6 +14,7 @@ from nrt_jax.checkpoints.abstract_model import Model
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.engine.make import trace_banned_ids
 from nrt_jax.models.attention import KVPrefix
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.models.logprobs import TokenLogprobs
@@ -30,6 +31,8 @@ class NrtSettings(NamedTuple):
     temperature: float
     """The sampler's: z is scored under the distribution that it was drawn from."""
     chunk_tokens: int
+    banned_ids: tuple[int, ...] = ()
+    """Tokens that the sampler never draws in z: z is scored without them."""
     stale: bool = False
     """Whether weights older than those of the step drew the traces, and scored their answers."""
 
@@ -43,6 +46,7 @@ def loss_settings(config: RunConfig, model: Model, tokenizer: Tokenizer) -> NrtS
         think_end=tokenizer.think_end_id,
         temperature=config.rollout.temperature,
         chunk_tokens=config.model.logprob_chunk_tokens,
+        banned_ids=tuple(sorted(trace_banned_ids(config, tokenizer))),
         stale=config.rollout.staleness > 0,
     )
 
@@ -91,7 +95,8 @@ def completion_logprobs(
 ) -> tuple[Float[Array, "P K T"], Float[Array, "P K T"]]:
     """log pi of every target of every completion, and the entropy there.
 
-    Targets of z are scored at the sampling temperature, t_end and y* at 1.
+    Targets of z are scored at the sampling temperature and among the tokens that the sampler may
+    draw, t_end and y* at 1 and among all tokens.
     """
     rows = row_logprobs(decoder, settings, prompts.prefix, batch.completions)
     packs = len(batch.prompts.tokens_packs_S)
@@ -121,5 +126,10 @@ def row_logprobs(
     )
     inverse_temperature_BW = jnp.where(rows.trace_BW, 1.0 / settings.temperature, 1.0)
     return decoder.token_logprobs(
-        hidden_BWD, rows.targets_BW, settings.chunk_tokens, inverse_temperature_BW
+        hidden_BWD,
+        rows.targets_BW,
+        settings.chunk_tokens,
+        inverse_temperature_BW,
+        banned_ids=settings.banned_ids,
+        banned_BT=rows.trace_BW,
     )

@@ -103,6 +103,42 @@ def test_columns_beyond_the_vocabulary_do_not_exist():
     np.testing.assert_array_equal(of_head[:, V:], 0)
 
 
+@pytest.mark.parametrize("padding", [0, 27])
+def test_banned_tokens_are_in_no_softmax_where_they_are_banned(padding):
+    """The others have the scores of a vocabulary without them, and banned ones no gradient there.
+
+    At positions where nothing is banned the targets may be any token.
+    """
+    hidden, head, targets, temperature = example()
+    banned_ids = (0, 7, 50, V - 1)
+    banned = jnp.arange(T)[None] % 3 + jnp.zeros((B, 1), jnp.int32) > 0
+    allowed = np.setdiff1d(np.arange(V), banned_ids)
+    is_banned = np.isin(np.arange(V), banned_ids)
+    targets = jnp.where(banned & is_banned[targets], allowed[3], targets)
+    padded = jnp.pad(head, ((0, 0), (0, padding)), constant_values=5.0)
+
+    def ours(hidden, head, targets, temperature):
+        return token_logprobs(
+            hidden,
+            head,
+            targets,
+            vocab_size=V,
+            chunk_tokens=16,
+            inverse_temperature_BT=1 / temperature,
+            banned_ids=banned_ids,
+            banned_BT=banned,
+        )
+
+    def expected(hidden, head, targets, temperature):
+        whole = plain(hidden, head[:, :V], targets, temperature)
+        places = jnp.searchsorted(jnp.asarray(allowed), targets)
+        others = plain(hidden, head[:, allowed], places, temperature)
+        return jax.tree.map(lambda a, b: jnp.where(banned, a, b), others, whole)
+
+    arguments = hidden, padded, targets, temperature
+    close(with_gradient(ours, *arguments), with_gradient(expected, *arguments), 1e-4)
+
+
 def test_without_temperature_it_is_one():
     hidden, head, targets, _ = example()
     close(

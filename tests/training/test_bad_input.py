@@ -104,6 +104,10 @@ def test_config_file(text, said, refused, tmp_path):
             "rollout.stop_tokens: 'nonesuch' is no token of ",
         ),
         (
+            "rollout.stop_tokens=eos",
+            "rollout.stop_tokens=eos: must be 'special' or 'think_end' or a list, such as [a, b]",
+        ),
+        (
             "rollout.staleness=1",
             "rollout.staleness 1 without an importance ratio: the traces are of older weights; set "
             "objective.old_logprobs=recompute and objective.importance_cap=2",
@@ -145,6 +149,14 @@ def test_config_file(text, said, refused, tmp_path):
 def test_settings(override, said, refused, tmp_path):
     assert said in refused(override)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_ratio_of_t_end_without_the_other_special_tokens(refused):
+    line = refused("rollout.stop_tokens=think_end", "objective.trace_covers=z_and_end")
+    assert line.endswith(
+        "rollout.stop_tokens think_end with objective.trace_covers z_and_end: t_end is scored "
+        "among all tokens; set objective.trace_covers=z"
+    )
 
 
 def test_no_config_file(refused, tmp_path):

@@ -27,6 +27,8 @@ STEP = (
     "evaluation.examples=0",
 )
 MINI_BATCH = 16
+THINK_END = 5
+"""Of the quickstart's tokenizer, whose six special tokens come first."""
 
 
 def one_step(tiny_config, tmp_path, *overrides) -> tuple[Policy, RunConfig, dict[str, float]]:
@@ -82,3 +84,17 @@ def test_sft(tiny_config, tmp_path, monkeypatch):
     assert metrics["batch/micro_batches"] == 4
     expected = np.mean([plain_sft_loss(policy, mini) for mini in minis])
     assert metrics["loss/sft"] == pytest.approx(expected, rel=2e-4)
+
+
+def test_with_think_end_alone_the_trainer_scores_what_the_sampler_drew_from(
+    tiny_config, tmp_path, monkeypatch
+):
+    """No other special token ends a trace or is part of one."""
+    minis = watch_batches(monkeypatch, rollouts, "nrt_batch")
+    _, _, metrics = one_step(tiny_config, tmp_path, "rollout.stop_tokens=think_end")
+    traces = [trace for mini in minis for group in mini for trace in group.traces]
+    special = set(range(6))
+    assert {trace.end_token for trace in traces} == {THINK_END, None}
+    assert not special & {int(token) for trace in traces for token in trace.tokens}
+    assert metrics["trace/end_other_share"] == 0
+    assert metrics["mismatch/max"] < 1e-4
