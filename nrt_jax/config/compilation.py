@@ -1,8 +1,8 @@
 """The `compilation` section: compiled programs that outlive a process."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from nrt_jax.config.load import ConfigPath, Section
 
@@ -16,3 +16,11 @@ class CompilationConfig(Section):
     setting of jax itself, such as JAX_COMPILATION_CACHE_DIR, wins."""
     cache_gb: float = Field(default=2.0, gt=0, le=1e6)
     """Gigabytes that the folder may hold; programs that were not used for longest make room."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        """An override is text, and a folder with the name of a switch is hardly meant."""
+        if str(value).lower() in ("false", "true", "no", "yes", "on", "none", "null", "0", "1"):
+            raise ValueError("must be 'auto' or 'off' or a folder")
+        return value
