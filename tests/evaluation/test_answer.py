@@ -47,7 +47,7 @@ def test_prints_trace_and_answer(run, words):
 
 
 def test_generates_alike_from_the_newest_checkpoint_and_by_its_step(run, words):
-    arguments = ("--prompt", PROMPT, "--temperature", 1, "--seed", 3)
+    arguments = ("--prompt", PROMPT, "--temperature", 5, "--seed", 3)
     newest = words("generate", run.directory, *arguments)
     assert newest == words("generate", run.checkpoints / "8", *arguments)
     drawn = {words("generate", run.directory, *arguments[:-1], seed) for seed in range(3)}
@@ -123,7 +123,7 @@ def test_no_run(verb, run, tmp_path, words):
     shutil.copytree(run.directory, empty, ignore=shutil.ignore_patterns("checkpoints"))
     other = tmp_path / "other"
     other.mkdir()
-    (other / "model.gguf").touch()
+    (other / "notes.txt").touch()
     for path, said in (
         (
             missing,
@@ -183,7 +183,7 @@ def by_hand(run: TinyRun, question: str, answer: str) -> list[float]:
         trace.append(token)
     after, base = log_c(trace), log_c([])
     reward, baseline = (
-        oracle.aggregate("ws_neg_log_p", c, base, "mean", 1e4)[0] for c in (after, base)
+        oracle.aggregate("ws_neg_log_p", c, base, "sum", 1e4)[0] for c in (after, base)
     )
     return [reward, baseline, float(np.mean(after))]
 
