@@ -171,7 +171,7 @@ def test_named_templates_are_copied(base, tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("", "must be JSON"),
+        ("", "is empty; copy or download it again"),
         ("{'a': 1}", "must be JSON"),
         ('{"eos_token_id": 1,}', "must be JSON"),
         ("[1]", "must be a JSON object"),
