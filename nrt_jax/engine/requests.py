@@ -29,7 +29,7 @@ class Request(NamedTuple):
 
     prompt_tokens: np.ndarray
     stream: int
-    """Names the prompt's random stream: together with the key it fixes every draw."""
+    """Names the prompt's random stream, an int32: together with the key it fixes every draw."""
     num_samples: int
     max_tokens: int | tuple[int, ...]
     """Limit of all samples, or one for each."""
@@ -144,9 +144,11 @@ def check(engine: Engine, request: Request, name: str = "prompt") -> None:
             f"{name}: {len(request.sampling.stop_ids)} stop tokens; a request takes {MAX_STOP_IDS}"
         )
     values = {"stream": request.stream, **request.sampling._asdict()}
-    for field in ("stream", "top_k", "min_tokens"):
-        if not 0 <= values[field] < 2**31:
-            raise InputError(f"{name}: {field} {values[field]}; it must be 0 to {2**31 - 1}")
+    for field, smallest in (("stream", -(2**31)), ("top_k", 0), ("min_tokens", 0)):
+        if not smallest <= values[field] < 2**31:
+            raise InputError(
+                f"{name}: {field} {values[field]}; it must be {smallest} to {2**31 - 1}"
+            )
     for field in ("temperature", "top_p", "min_p", "repetition_penalty"):
         if not abs(values[field]) <= LARGEST_FLOAT:  # NaN is not either
             raise InputError(f"{name}: {field} {values[field]}; it must be a finite number")

@@ -32,6 +32,7 @@ KEY = jax.random.key(0)
         (Sampling(top_k=-1), 0, "top_k -1; it must be"),
         (Sampling(min_tokens=2**31), 0, "min_tokens 2147483648; it must be"),
         (Sampling(), 2**31, "stream 2147483648; it must be"),
+        (Sampling(), -(2**31) - 1, "stream -2147483649; it must be"),
         (Sampling(temperature=float("nan")), 0, "temperature nan; it must be a finite number"),
         (Sampling(repetition_penalty=1e39), 0, "repetition_penalty 1e.39; it must be a finite"),
     ],
