@@ -3,9 +3,11 @@
 from nrt_jax.checkpoints import generation_config
 from nrt_jax.checkpoints.abstract_model import Model
 from nrt_jax.checkpoints.token_rows import token_id
+from nrt_jax.config.rollout import RolloutConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.sampling import Sampling
 
 
 def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engine:
@@ -21,6 +23,17 @@ def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engin
         stop_ids=trace_stop_ids(config, tokenizer),
         num_samples=config.rollout.traces_per_prompt if shares else 1,
         banned_ids=trace_banned_ids(config, tokenizer),
+    )
+
+
+def trace_sampling(rollout: RolloutConfig) -> Sampling:
+    """How the tokens of a trace are drawn in training."""
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
     )
 
 

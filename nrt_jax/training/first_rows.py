@@ -34,8 +34,8 @@ from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
+from nrt_jax.engine.make import trace_sampling
 from nrt_jax.engine.requests import Request
-from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.weight_sync import WeightTransfer
 from nrt_jax.errors import InputError
 from nrt_jax.training.answer_logprobs import AnswerLogprobs, Context
@@ -132,13 +132,7 @@ class Trial:
 
     def _trace_lengths(self, params: dict[str, Any]) -> list[int]:
         rollout, start = self.config.rollout, self.tokenizer.think_start_id
-        sampling = Sampling(
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            repetition_penalty=rollout.repetition_penalty,
-        )
+        sampling = trace_sampling(rollout)
         requests = [
             Request(
                 prompt_tokens=example.trace_prompt(start),

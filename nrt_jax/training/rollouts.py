@@ -18,8 +18,8 @@ from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import Generate, generate, generate_and_score
+from nrt_jax.engine.make import trace_sampling
 from nrt_jax.engine.requests import Request
-from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.weight_sync import EngineWeights
 from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.advantages import zero_std
@@ -102,13 +102,7 @@ class Sampler:
             stream=stream,
             num_samples=rollout.traces_per_prompt,
             max_tokens=min(rollout.max_trace_tokens, longest_trace),
-            sampling=Sampling(
-                temperature=rollout.temperature,
-                top_p=rollout.top_p,
-                top_k=rollout.top_k,
-                min_p=rollout.min_p,
-                repetition_penalty=rollout.repetition_penalty,
-            ),
+            sampling=trace_sampling(rollout),
             suffix_tokens=suffix,
             score_samples=self._scores_traces,
         )
@@ -122,8 +116,11 @@ def random_streams(examples: Sequence[TokenizedExample]) -> list[int]:
     times, streams = Counter(), []
     for example in examples:
         row = example.example.index
-        again = np.random.SeedSequence((row, times[row])).generate_state(1)[0] >> 1
-        streams.append(row if not times[row] else -1 - int(again))
+        if times[row]:
+            again = np.random.SeedSequence((row, times[row])).generate_state(1)[0] >> 1
+            streams.append(-1 - int(again))
+        else:
+            streams.append(row)
         times[row] += 1
     return streams
 
