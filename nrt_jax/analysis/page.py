@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from nrt_jax.analysis.curves import DARK, GLYPHS, LIGHT, PANELS, cycle, panel_svg
 from nrt_jax.analysis.problems import OUTCOMES, problem_rows
 from nrt_jax.analysis.run_records import RunRecord
-from nrt_jax.analysis.seeds import SeedGroup, flat_config, leaves
+from nrt_jax.analysis.seeds import SeedGroup, flat_config
 from nrt_jax.analysis.summary import (
     WINDOW,
     arrow,
@@ -23,6 +23,7 @@ from nrt_jax.analysis.summary import (
     problems_text,
     spread,
 )
+from nrt_jax.config.load import flat
 
 PHASES = {
     "warmup": "warming up",
@@ -100,9 +101,9 @@ def _hidden(char: str) -> bool:
 
 def config_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Settings that differ between the runs, with the value of each run."""
-    flat = [_texts(flat_config(record)) for record in records]
-    keys = dict.fromkeys(key for config in flat for key in config)
-    rows = [(key, [config.get(key, "not set") for config in flat]) for key in keys]
+    configs = [_texts(flat_config(record)) for record in records]
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = [(key, [config.get(key, "not set") for config in configs]) for key in keys]
     return [
         (key, values)
         for key, values in rows
@@ -191,10 +192,10 @@ def _phases(runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[float | None
 
 def _versions(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
     """Versions by name; one value where all runs agree."""
-    flat = [_texts(leaves(record.versions)) for record in records]
+    saved = [_texts(flat(record.versions)) for record in records]
     rows = []
-    for key in dict.fromkeys(key for versions in flat for key in versions):
-        values = [versions.get(key, "not saved") for versions in flat]
+    for key in dict.fromkeys(key for versions in saved for key in versions):
+        values = [versions.get(key, "not saved") for versions in saved]
         name = key.removeprefix("packages.").replace("_", " ").replace("nrt jax", "nrt-jax")
         rows.append((name, values[:1] if len(set(values)) == 1 else values))
     return rows

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nrt_jax.analysis.run_records import RunRecord
+from nrt_jax.config.load import flat
 
 IGNORED = ("run_dir", "seed", "data.seed")
 """Settings in which the runs of one group may differ."""
@@ -51,16 +52,7 @@ def run_labels(groups: Sequence[SeedGroup]) -> dict[str, str]:
 
 def flat_config(record: RunRecord) -> dict[str, Any]:
     """Every setting of a run by its dotted name."""
-    return leaves(record.config.model_dump(mode="json"))
-
-
-def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested mappings by their dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        flat |= leaves(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+    return flat(record.config.model_dump(mode="json"))
 
 
 def _fits(record: RunRecord, group: Sequence[RunRecord]) -> bool:

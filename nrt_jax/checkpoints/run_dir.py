@@ -16,7 +16,7 @@ import nrt_jax
 from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
 from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.checkpoints.json_files import read_json
-from nrt_jax.config.load import dump_config
+from nrt_jax.config.load import dump_config, flat
 from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.errors import InputError
 
@@ -161,17 +161,6 @@ def _check_same(saved: Path, config: RunConfig) -> None:
                 f"{saved}: {key} is {before.get(key)!r} in this run and {now.get(key)!r} now; "
                 f"set it back to continue the run, or choose another run_dir"
             )
-
-
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The values of nested dictionaries by dotted key."""
-    values: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            values |= flat(value, f"{prefix}{key}.")
-        else:
-            values[prefix + key] = value
-    return values
 
 
 def _versions() -> dict[str, Any]:

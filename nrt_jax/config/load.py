@@ -104,6 +104,17 @@ def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str]
         raise InputError(_describe(error, schema, layer, name)) from None
 
 
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested dictionaries by dotted key."""
+    values: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            values |= flat(value, f"{prefix}{key}.")
+        else:
+            values[prefix + key] = value
+    return values
+
+
 def dump_config(config: Section) -> str:
     """The whole config as YAML that load_config reads back to an equal config."""
     values = config.model_dump(mode="json")
