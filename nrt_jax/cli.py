@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from nrt_jax.config.run import RunConfig
     from nrt_jax.engine.generate import Generate
 
+log = logging.getLogger(__name__)
+
 _WRONG_PATH = {
     *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EEXIST, errno.ENOTEMPTY),
@@ -310,7 +312,11 @@ def _train(args: argparse.Namespace) -> int:
         from nrt_jax.training.loop import train
 
         args.interrupts.at_leaving = lambda: how_to_continue(config.run_dir)
-        train(config, stop, generate, allow_changed=args.allow_changed)
+        try:
+            train(config, stop, generate, allow_changed=args.allow_changed)
+        except SystemExit:
+            log.info("stopped; %s", how_to_continue(config.run_dir))
+            raise
     return INTERRUPTED if stop.interrupted else 0
 
 

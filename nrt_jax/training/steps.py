@@ -41,7 +41,7 @@ def steps(run: Run, stop: StopRequest) -> Iterator[int]:
 
 def _next_time(step: int) -> str:
     if not step:
-        return "nothing is saved, and the same command starts the run anew"
+        return "nothing is saved yet, and the same command starts the run anew"
     return "the same command continues the run"
 
 

@@ -108,7 +108,8 @@ def stop_at(run: TinyRun, moment: Callable[[], bool], *more: int) -> str:
 def test_stopped_by_sigterm(method, new_run, reference):
     whole = reference(*method)
     run = new_run(*method)
-    stop_at(run, run.begun)
+    said = stop_at(run, run.begun)
+    assert "stopped; nothing is saved yet, and the same command starts the run anew" in said
     assert run.steps == []
     stop_at(run, lambda: (run.directory / "samples.jsonl").exists())
     # The line that the evaluation before left would be taken for that of the next start.
@@ -117,8 +118,10 @@ def test_stopped_by_sigterm(method, new_run, reference):
     # The signal may come before the first step begins; a step that has begun is finished and saved.
     step = max(run.steps, default=0)
     assert step in (0, 1)
-    next_time = "the same command continues the run" if step else "nothing is saved, and the same"
-    assert f"stopped after step {step}; {next_time}" in said
+    if step:
+        assert "stopped after step 1; the same command continues the run" in said
+    else:
+        assert "; nothing is saved yet, and the same command starts the run anew" in said
     stop_at(run, lambda: run.evaluating(3), signal.SIGTERM, signal.SIGTERM)
     # No save is due at step 3.
     assert max(run.steps) == 3
