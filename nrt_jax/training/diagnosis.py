@@ -169,15 +169,9 @@ def answer_figures(scored: Sequence[Scored], objective: ObjectiveConfig) -> Figu
     entropies = np.concatenate([entropy for of_p in scored for entropy in of_p.entropies])
     figures = {"trace/entropy": Estimate(float(entropies.mean()) if len(entropies) else 0.0)}
     figures |= reward_figures(scored, objective)
-    by_context = {
-        "direct": [float(of_p.direct_A.mean()) for of_p in scored],
-        "empty": [float(of_p.empty_A.mean()) for of_p in scored],
-        "own": [float(of_p.own_KA.mean()) for of_p in scored],
-    }
+    by_context = logprobs_by_question(scored)
     differences = [("empty", "direct"), ("own", "empty")]
-    shuffled = [float(p.shuffled_KA.mean()) for p in scored if p.shuffled_KA is not None]
-    if shuffled:
-        by_context["shuffled"] = shuffled
+    if "shuffled" in by_context:
         differences += [("shuffled", "empty"), ("own", "shuffled")]
     for name, values in by_context.items():
         figures[f"logprob/{name}"] = mean_over_questions(values)
@@ -185,6 +179,20 @@ def answer_figures(scored: Sequence[Scored], objective: ObjectiveConfig) -> Figu
         gain = np.asarray(by_context[name]) - np.asarray(by_context[other])
         figures[f"logprob/{name}_minus_{other}"] = mean_over_questions(gain.tolist())
     return figures | {"weight/format_share": Estimate(format_weight_share(scored))}
+
+
+def logprobs_by_question(scored: Sequence[Scored]) -> dict[str, list[float]]:
+    """Mean logprob of each question's answer after each context, over tokens and traces, in nats.
+
+    "shuffled" is left out where all questions are the same.
+    """
+    by_context = {
+        "direct": [float(of_p.direct_A.mean()) for of_p in scored],
+        "empty": [float(of_p.empty_A.mean()) for of_p in scored],
+        "own": [float(of_p.own_KA.mean()) for of_p in scored],
+    }
+    shuffled = [float(p.shuffled_KA.mean()) for p in scored if p.shuffled_KA is not None]
+    return by_context | ({"shuffled": shuffled} if shuffled else {})
 
 
 def reward_figures(scored: Sequence[Scored], objective: ObjectiveConfig) -> Figures:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from nrt_jax.config.run import RunConfig
@@ -183,6 +183,8 @@ class Diagnosis(NamedTuple):
     traces_per_prompt: int
     figures: Figures
     findings: list[Finding]
+    by_question: Mapping[str, list[float]] = {}
+    """logprobs_by_question: from two of these on the same rows comes a paired difference."""
 
     @property
     def stops(self) -> list[Finding]:

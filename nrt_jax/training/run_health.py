@@ -17,6 +17,7 @@ from nrt_jax.training.diagnosis import (
     Estimate,
     ScoreAnswers,
     answer_figures,
+    logprobs_by_question,
     score_groups,
     trace_figures,
 )
@@ -82,7 +83,14 @@ def diagnose(
     figures = trace_figures(groups, tokenizer) | answer_figures(scored, config.objective)
     figures |= {name: Estimate(share) for name, share in (gradient_shares or {}).items()}
     findings = examine(figures, config)
-    return Diagnosis(name, len(scored), len(groups[0].traces), figures, findings)
+    return Diagnosis(
+        name=name,
+        questions=len(scored),
+        traces_per_prompt=len(groups[0].traces),
+        figures=figures,
+        findings=findings,
+        by_question=logprobs_by_question(scored),
+    )
 
 
 def _tell_start(diagnosis: Diagnosis, config: RunConfig) -> None:

@@ -14,6 +14,7 @@ from nrt_jax.training.diagnosis import (
     Scored,
     answer_figures,
     format_weight_share,
+    logprobs_by_question,
     mean_over_questions,
     score_groups,
     shuffled_donors,
@@ -158,6 +159,9 @@ SCORED = [
 def test_the_figures_of_two_questions_by_hand():
     """In units of log 2: direct -1 and -2, empty -1.5 and -3, own -1.5 and -4, others' -2, -3.5."""
     figures = answer_figures(SCORED, ObjectiveConfig(scheme="logp"))
+    for context, values in logprobs_by_question(SCORED).items():
+        assert len(values) == len(SCORED)
+        assert np.mean(values) == pytest.approx(figures[f"logprob/{context}"].value), context
     unit = math.log(2)
     means = {
         "logprob/direct": -1.5,
