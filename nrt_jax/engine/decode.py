@@ -125,7 +125,8 @@ def _draw(
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
     logits_BV = _without_early_stops(state, decoding)
     if decoding.is_banned_V.any():
-        logits_BV = jnp.where(decoding.is_banned_V[None], -jnp.inf, logits_BV)
+        is_banned_BV = decoding.is_banned_V[None] & state.sampling.obeys_bans_B[:, None]
+        logits_BV = jnp.where(is_banned_BV, -jnp.inf, logits_BV)
     token_B, logprob_B = sample(logits_BV, state.seen_BV, keys_B, state.sampling)
     stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] & ~state.sampling.ignores_eos_B
     stopped_B |= jnp.any(state.sampling.stop_ids == token_B[:, None], axis=1)

@@ -102,6 +102,7 @@ def slot_sampling(settings: Sequence[Sampling]) -> SlotSampling:
         stop_ids=stop_rows,
         ignores_eos_B=column("ignores_eos", np.bool_),
         min_tokens_B=column("min_tokens", np.int32),
+        obeys_bans_B=column("obeys_bans", np.bool_),
     )
 
 

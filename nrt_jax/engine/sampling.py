@@ -32,6 +32,8 @@ class Sampling(NamedTuple):
     """Only `stop_ids` and the limit end the sequence, not the engine's stop tokens."""
     min_tokens: int = 0
     """No token that would end the sequence is drawn before this many others."""
+    obeys_bans: bool = True
+    """The engine's `banned_ids` are not drawn: False for an answer where traces ban tokens."""
 
 
 class SlotSampling(NamedTuple):
@@ -45,6 +47,7 @@ class SlotSampling(NamedTuple):
     stop_ids: Int[Array, "B stops"]
     ignores_eos_B: Bool[Array, "B"]
     min_tokens_B: Int[Array, "B"]
+    obeys_bans_B: Bool[Array, "B"]
 
 
 def sample(

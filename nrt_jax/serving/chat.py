@@ -109,7 +109,10 @@ class Chat:
         if self.served.reasons:
             # What the client says of an end is for the answer.
             sampling = sampling._replace(
-                stop_ids=self.served.trace_stop_ids, ignores_eos=False, min_tokens=0
+                stop_ids=self.served.trace_stop_ids,
+                ignores_eos=False,
+                min_tokens=0,
+                obeys_bans=True,
             )
         request = Request(self.prompt, 0, n, limit, sampling)
         first = call.submit(request, self.body.drawn_seed)

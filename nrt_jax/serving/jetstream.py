@@ -143,7 +143,11 @@ class JetStreamEngine(_engine_api.Engine):
         true_length: int,
     ) -> Prefilled:
         """Run one prompt, or the next part after a prefix."""
-        greedy = Start(jax.random.key(0), self._engine.max_new_tokens, Sampling(temperature=0.0))
+        greedy = Start(
+            jax.random.key(0),
+            self._engine.max_new_tokens,
+            Sampling(temperature=0.0, obeys_bans=False),
+        )
         start, self._announced = self._announced or greedy, None
         prefix = self._engine.prefill(
             params=params,

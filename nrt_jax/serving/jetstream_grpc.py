@@ -91,7 +91,9 @@ class _Service(orchestrator.LLMOrchestrator):
             max_tokens=request.max_tokens,
             return_channel=channel,
             prefill_content=tokens,
-            start=Start(jax.random.key(0), request.max_tokens, Sampling(temperature=0.0)),
+            start=Start(
+                jax.random.key(0), request.max_tokens, Sampling(temperature=0.0, obeys_bans=False)
+            ),
         )
         loop = asyncio.get_running_loop()
         timer = loop.call_later(self._timeout_s, channel.set_exception, TimeoutError())

@@ -93,6 +93,7 @@ class SamplingFields(_Body):
             keeps_stop=self.include_stop_str_in_output,
             skips_special=self.skip_special_tokens,
             min_tokens=self.min_tokens,
+            obeys_bans=False,
         )
 
     @property

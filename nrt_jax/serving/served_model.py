@@ -14,7 +14,12 @@ from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
-from nrt_jax.engine.make import answer_stop_ids, make_engine, trace_stop_ids
+from nrt_jax.engine.make import (
+    answer_stop_ids,
+    make_engine,
+    trace_banned_ids,
+    trace_stop_ids,
+)
 from nrt_jax.engine.sampling import MAX_STOP_IDS
 from nrt_jax.errors import InputError
 from nrt_jax.serving.logprobs import TokenTexts
@@ -98,8 +103,13 @@ class ServedModel:
             longest_prompt=self.limits.context,
             new_tokens=self.limits.new,
             stop_ids=answer_stop_ids(self.opened.config, self.tokenizer),
+            # Those of the traces; an answer does not obey them.
+            banned_ids=self._banned_ids(),
             top_logprobs=top_logprobs,
         )
+
+    def _banned_ids(self) -> frozenset[int]:
+        return trace_banned_ids(self.opened.config, self.tokenizer) if self.reasons else frozenset()
 
 
 def open_served(path: Path, config: ServingConfig, overrides: Sequence[str] = ()) -> ServedModel:

@@ -9,6 +9,7 @@ from flax import nnx
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.requests import Request
+from nrt_jax.engine.sampling import Sampling
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import make_mesh, param_shardings
@@ -62,6 +63,17 @@ def test_banned_tokens_are_never_drawn_and_the_others_share_their_probability(te
                 )
             ]
             np.testing.assert_allclose(logprobs(trace), expected, atol=1e-4)
+
+
+def test_a_request_may_draw_what_the_others_are_banned_from():
+    banned = frozenset(range(0, 64, 2))
+    requests = [r._replace(sampling=Sampling(obeys_bans=i % 2 == 0)) for i, r in enumerate(MIXED)]
+    mixed = sample(engine(banned_ids=banned), params(), requests)
+    obeying = sample(engine(banned_ids=banned), params(), MIXED)
+    free = sample(engine(), params(), MIXED)
+    for i, group in enumerate(mixed):
+        expected = free[i] if i % 2 else obeying[i]
+        assert list(map(ids, group)) == list(map(ids, expected)), i
 
 
 def test_sliding_window_and_a_full_cache():

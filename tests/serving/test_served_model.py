@@ -4,11 +4,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import transformers
 
 from nrt_jax.config.serving import ServingConfig
 from nrt_jax.data.row_tokens import RowTokenizer
+from nrt_jax.engine.generate import generate
+from nrt_jax.engine.requests import Request
+from nrt_jax.engine.sampling import Sampling
 from nrt_jax.errors import InputError
 from nrt_jax.serving.chat import Chat
 from nrt_jax.serving.protocol import ApiError
@@ -117,6 +121,22 @@ def test_limits(served):
 def test_too_many_stop_tokens(served):
     with pytest.raises(InputError, match=r"rollout.stop_tokens: 17 tokens .* 16 are the most"):
         with_rollout(served, stop_tokens=list("abcdefghijklmnopq"))
+
+
+def test_a_run_whose_traces_only_t_end_ends_is_served_so(served):
+    """The answers draw the tokens that are banned from traces."""
+    engine = with_rollout(served, stop_tokens="think_end").engine(2)
+    others = served.tokenizer.special_ids - {served.tokenizer.think_end_id}
+    question = np.asarray(
+        [*served.chat_prompt([{"role": "user", "content": "1"}]), served.tokenizer.think_start_id],
+        np.int32,
+    )
+    for in_trace in (True, False):
+        hot = Sampling(temperature=1e3, obeys_bans=in_trace)
+        requests = [Request(question, stream, 2, NEW, hot) for stream in range(12)]
+        groups = generate(engine, served.opened.params, requests, jax.random.key(0))
+        ends = {trace.end_token for group in groups for trace in group}
+        assert bool(ends & others) is not in_trace
 
 
 def test_an_engine_decodes_as_the_run_does(served):
