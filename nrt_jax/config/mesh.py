@@ -21,6 +21,11 @@ class MeshConfig(Section):
     """Shards of the heads, the feed-forward and the vocabulary."""
     context: int = Field(default=1, ge=-1)
     """Shards of the tokens of every row in training; it does not speed up rollouts."""
+    dcn_data: int = Field(default=-1, ge=-1)
+    """Slices along `data`, where the devices are several slices with a slower network between them;
+    -1 for as many as divide `data`."""
+    dcn_fsdp: int = Field(default=-1, ge=-1)
+    """Slices along `fsdp`; -1 for those that `data` leaves."""
 
 
 def parse_mesh(text: str) -> MeshConfig:

@@ -1,5 +1,6 @@
 """The sharding of every array: one table from logical axes to mesh axes."""
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -15,6 +17,8 @@ from jaxtyping import Array
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
 from nrt_jax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),
@@ -32,9 +36,10 @@ LOGICAL_TO_MESH: dict[str, str | tuple[str, ...] | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """Mesh of all devices with the axes data, fsdp, tensor, context.
+    """Mesh of all devices with the axes data, fsdp, tensor, context, laid out by `lay_devices`.
 
-    Raises InputError when the sizes do not multiply to the number of devices.
+    Raises InputError when the sizes do not multiply to the number of devices, and when the slices
+    do not divide over data and fsdp.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [getattr(config, axis) for axis in MESH_AXES]
@@ -48,7 +53,57 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
             f"the sizes must multiply to {len(devices)} (-1 takes what is left)"
         )
     shape = [len(devices) // known if size == -1 else size for size in sizes]
-    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES)
+    slices = len({_slice_index(device) for device in devices})
+    return Mesh(lay_devices(shape, _slices_of_axes(config, shape, slices), devices), MESH_AXES)
+
+
+def lay_devices(
+    shape: Sequence[int], slices: Sequence[int], devices: Sequence[Any]
+) -> np.ndarray[Any, np.dtype[np.object_]]:
+    """The devices as an array in which neighbours along an axis are near each other.
+
+    TPU chips of a slice are laid along the physical axes of their torus, those of the last mesh
+    axes nearest. `slices` are the slices along each axis, between which the network is slower than
+    within them: the blocks of an axis, one per slice, follow each other. Other devices keep their
+    order, and so do TPU chips that do not form a box.
+    """
+    try:
+        if math.prod(slices) == 1:
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        within = [size // blocks for size, blocks in zip(shape, slices, strict=True)]
+        return mesh_utils.create_hybrid_device_mesh(
+            within, slices, devices, allow_split_physical_axes=True
+        )
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        log.warning("mesh: the devices keep their order: %s", error)
+        return np.asarray(devices).reshape(shape)
+
+
+def _slices_of_axes(config: MeshConfig, shape: Sequence[int], slices: int) -> list[int]:
+    """Slices along each mesh axis; data takes as many as it can where the config leaves it open."""
+    sizes = dict(zip(MESH_AXES, shape, strict=True))
+    data, fsdp = config.dcn_data, config.dcn_fsdp
+    if data == -1:
+        data = math.gcd(sizes["data"], slices if fsdp == -1 else slices // max(1, fsdp))
+    if fsdp == -1:
+        fsdp = slices // max(1, data)
+    said = f"dcn_data={data}, dcn_fsdp={fsdp}"
+    if data * fsdp != slices:
+        raise InputError(
+            f"mesh: {said} must multiply to {slices}, the slices of the devices (-1 takes them)"
+        )
+    for axis, blocks in (("data", data), ("fsdp", fsdp)):
+        if sizes[axis] % blocks:
+            raise InputError(
+                f"mesh: {said}: {blocks} slices do not divide {axis}={sizes[axis]}; "
+                f"data * fsdp must be a multiple of the {slices} slices"
+            )
+    return [data, fsdp, 1, 1]
+
+
+def _slice_index(device: Any) -> int:
+    """Which slice a device belongs to: a TPU slice, or GPUs with one fast network."""
+    return getattr(device, "slice_index", 0)
 
 
 def spread_mesh(architecture: Architecture) -> Mesh:
