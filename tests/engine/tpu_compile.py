@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +51,34 @@ COPIES = 8
 STEPS = 16
 
 
+class Programs(NamedTuple):
+    """An engine, its weights and its state in shapes, and its programs not compiled."""
+
+    engine: Engine
+    params: Any
+    state: Any
+    prefill: jax.stages.Lowered
+    """Of one prompt."""
+    decode: jax.stages.Lowered
+    """Of STEPS steps."""
+
+
 def main(shape: str, mesh_axes: str) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
-    mesh = make_mesh(parse_mesh(mesh_axes), topology.devices)
+    programs = lowered(shape, make_mesh(parse_mesh(mesh_axes), topology.devices))
+    report = {
+        "form": type(programs.engine._decoding.cache).__name__,
+        "kernel": "ragged_paged_attention_kernel" in programs.decode.as_text(),
+        "weight_bytes": bytes_per_chip(programs.params),
+        "cache_bytes": bytes_per_chip(programs.state.layers),
+        "prefill": costs(programs.prefill),
+        "decode": costs(programs.decode),
+    }
+    print(json.dumps(report))
+
+
+def lowered(shape: str, mesh: Mesh) -> Programs:
+    """The programs of an engine of this shape on a mesh."""
     a = Architecture(**SHAPES[shape], head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling())
     decoder = abstract_decoder(a, dtype=jnp.bfloat16)
     params = abstract_params(mesh, decoder, jnp.bfloat16)
@@ -78,15 +103,7 @@ def main(shape: str, mesh_axes: str) -> None:
     decode = jax.jit(engine.generate, static_argnums=(2, 3), donate_argnums=1).lower(
         params, state, STEPS, COPIES
     )
-    report = {
-        "form": type(engine._decoding.cache).__name__,
-        "kernel": "ragged_paged_attention_kernel" in decode.as_text(),
-        "weight_bytes": bytes_per_chip(params),
-        "cache_bytes": bytes_per_chip(state.layers),
-        "prefill": costs(prefill),
-        "decode": costs(decode),
-    }
-    print(json.dumps(report))
+    return Programs(engine, params, state, prefill, decode)
 
 
 def abstract_state(engine: Engine, mesh: Mesh) -> Any:

@@ -9,9 +9,8 @@ the FLOPs of a loop's body once, such as those of the scan over the layers, and 
 import json
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from nrt_jax.checkpoints.train_state import abstract_state, state_shardings
+from nrt_jax.checkpoints.train_state import TrainState, abstract_state, state_shardings
 from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.config.objective import ObjectiveConfig
@@ -53,9 +52,29 @@ CHUNK_TOKENS = 512
 KERNELS = ("splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv")
 
 
+class Programs(NamedTuple):
+    """A training step of an architecture on a mesh, in shapes, and its programs not compiled."""
+
+    params: Any
+    state: TrainState
+    score: jax.stages.Lowered
+    add: jax.stages.Lowered
+    apply: jax.stages.Lowered
+
+
 def main(shape: str, mesh_axes: str) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
-    mesh = make_mesh(parse_mesh(mesh_axes), topology.devices)
+    programs = lowered(shape, make_mesh(parse_mesh(mesh_axes), topology.devices))
+    report = {
+        "parameter_bytes": bytes_per_chip(programs.params),
+        "moment_bytes": bytes_per_chip(programs.state.opt_state),
+    }
+    report |= {name: compiled(getattr(programs, name)) for name in ("score", "add", "apply")}
+    print(json.dumps(report))
+
+
+def lowered(shape: str, mesh: Mesh) -> Programs:
+    """Scoring, the gradient of a micro-batch with frozen scores, and the update."""
     a = Architecture(**SHAPES[shape], head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling())
     decoder = abstract_decoder(
         a,
@@ -78,22 +97,19 @@ def main(shape: str, mesh_axes: str) -> None:
 
     batch = abstract_batch(mesh)
     scorer = jax.jit(frozen_logprobs_fn(settings, several_updates=True, reference=None))
-    score, score_costs = compiled(lambda: scorer.lower(params, batch))
     scores = jax.tree.map(
-        lambda leaf, sharding: leaf.update(sharding=sharding),
+        lambda leaf: leaf.update(sharding=batch_sharding(mesh)),
         jax.eval_shape(scorer, params, batch),
-        score.output_shardings,
     )
     update = Update(loss_fn, optimizer, shardings)
     total = abstract_total(loss_fn, params, (batch, scores), mesh)
-    report = {
-        "parameter_bytes": bytes_per_chip(params),
-        "moment_bytes": bytes_per_chip(state.opt_state),
-        "score": score_costs,
-        "add": compiled(lambda: update.add.lower(params, total, (batch, scores)))[1],
-        "apply": compiled(lambda: update.apply.lower(state, total))[1],
-    }
-    print(json.dumps(report))
+    return Programs(
+        params,
+        state,
+        score=scorer.lower(params, batch),
+        add=update.add.lower(params, total, (batch, scores)),
+        apply=update.apply.lower(state, total),
+    )
 
 
 def abstract_batch(mesh: Mesh) -> NrtBatch:
@@ -112,16 +128,17 @@ def abstract_total(loss_fn: Any, params: Any, batch: Any, mesh: Mesh) -> Total:
     return Total(gradient, metrics)
 
 
-def compiled(lower: Callable[[], Any]) -> tuple[jax.stages.Compiled, dict[str, Any]]:
-    """A program, and what it takes."""
+def compiled(program: jax.stages.Lowered) -> dict[str, Any]:
+    """What a program takes."""
     start = time.perf_counter()
-    program = lower().compile()
+    executable = program.compile()
     seconds = time.perf_counter() - start
-    memory, costs, text = program.memory_analysis(), program.cost_analysis(), program.as_text()
+    memory, costs = executable.memory_analysis(), executable.cost_analysis()
+    text = executable.as_text()
     assert memory is not None
     assert costs is not None
     assert text is not None
-    return program, {
+    return {
         "compile_seconds": round(seconds, 1),
         "argument_bytes": memory.argument_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
