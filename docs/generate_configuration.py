@@ -78,7 +78,7 @@ def _row(key: str, dotted: str, field: FieldInfo, inner: type[Section] | None) -
     values, default = _values(field.annotation, field.metadata), _default(field)
     if inner is not None:
         values = f"[section](#{dotted.replace('.', '')})" + values.removeprefix("section")
-        default = default if default in ("required", "`null`") else "–"
+        default = "–" if isinstance(field.default, Section) else default
     cells = (f"`{key}`", values, default, _one_line(field.description))
     # A pipe ends a cell even inside code, such as that of <|think_start|>.
     escaped = [cell.replace("|", "\\|") for cell in cells]

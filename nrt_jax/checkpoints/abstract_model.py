@@ -3,6 +3,7 @@
 `init_params` then gives the weights before the first update.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.models.attention_backend import choose_backend
+from nrt_jax.models.decode_mesh import DecodeLoad, decode_mesh
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
 
@@ -84,23 +86,51 @@ def engine_model(config: RunConfig, model: Model) -> Model:
     Its definition takes any number of rows; they need not divide over the mesh. Raises InputError
     for a rollout.mesh that does not cover the rollouts' devices, or does not divide the weights.
     """
-    rollout = config.rollout
-    mesh = model.mesh
-    dtype = jnp.dtype(config.model.dtype) if rollout.dtype is None else jnp.dtype(rollout.dtype)
+    dtype = jnp.dtype(config.rollout.dtype or config.model.dtype)
     try:
-        if rollout.mesh is not None or rollout.devices is not None:
-            mesh = make_mesh(rollout.mesh or MeshConfig(), _devices(rollout)[1])
+        mesh = _engine_mesh(config, model, dtype)
         engine = _on_mesh(config.model, model.architecture, mesh, dtype)
     except InputError as error:
         raise InputError(f"rollout.{error}") from None
-    if rollout.dtype is None:
-        return engine
 
     def cast(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The scales of the norms are few, and the norms compute in float32.
         return leaf if path[-1].key == "scale" else leaf.update(dtype=dtype)
 
     return replace(engine, target=jax.tree_util.tree_map_with_path(cast, engine.target))
+
+
+def _engine_mesh(config: RunConfig, model: Model, dtype: jnp.dtype) -> Mesh:
+    """The mesh of the rollouts; that of training itself where the two are equal."""
+    rollout = config.rollout
+    devices, sizes = _devices(rollout)[1], rollout.mesh
+    if sizes is None and rollout.devices is None:
+        return model.mesh
+    if sizes == "auto":
+        load = _decode_load(config, model, dtype)
+        sizes = decode_mesh(model.architecture, load, len(devices))
+    mesh = make_mesh(sizes or MeshConfig(), devices)
+    return model.mesh if mesh == model.mesh else mesh
+
+
+def _decode_load(config: RunConfig, model: Model, dtype: jnp.dtype) -> DecodeLoad:
+    """What the rollouts ask of their devices, beside the state of training if they share these."""
+    a, rollout, weights = model.architecture, config.rollout, jax.tree.leaves(model.target)
+    cache_dtype = jnp.dtype(rollout.cache_dtype or dtype)
+    tokens = rollout.slots * (config.data.max_prompt_tokens + rollout.max_trace_tokens)
+    of_token = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim
+    free = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if free is not None and rollout.devices is None:
+        copies = 1 if config.optimizer.offload else 3  # the weights, and AdamW's two moments
+        free -= copies * sum(4 * math.prod(w.sharding.shard_shape(w.shape)) for w in weights)
+    return DecodeLoad(
+        slots=rollout.slots,
+        weights=sum(weight.size for weight in weights),
+        vocab_rows=model.target["embedding"].shape[0],
+        weight_bytes=dtype.itemsize,
+        cache_bytes=tokens * of_token * cache_dtype.itemsize,
+        free_bytes=free,
+    )
 
 
 def _devices(rollout: RolloutConfig) -> tuple[list[Any], list[Any]]:

@@ -50,10 +50,12 @@ class RolloutConfig(Section):
     """Implementation of the attention in the engine. xla; pallas: the platform's kernel (TPU or
     GPU); auto: that kernel if it supports the model, else xla."""
     dtype: Literal["float32", "bfloat16"] | None = None
-    """Dtype of the engine's weights and computation; null to compute in model.dtype from the
-    weights of training."""
-    mesh: MeshConfig | None = None
-    """Mesh of the engine's devices; null for that of training or, with `devices`, for data=-1."""
+    """Dtype of the engine's weights and computation; null for model.dtype. Weights in another dtype
+    than those of training are cast once per update."""
+    mesh: MeshConfig | Literal["auto"] | None = "auto"
+    """Mesh of the engine's devices. auto: groups of devices that shard the weights by `tensor`,
+    replicated over the rest, of the size that decodes `slots` sequences fastest and fits the
+    memory; null: that of training or, with `devices`, data=-1."""
     devices: int | None = Field(default=None, ge=1)
     """Number of devices, the last ones, for rollouts alone; null to share all with training."""
     staleness: int = Field(default=0, ge=0, le=1)

@@ -51,6 +51,8 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
         with timer("update"):
             # The update consumes the weights; the engines take theirs before it.
             weights_metrics = run.engines.weights(progress).metrics
+            if not config.rollout.staleness:
+                run.engines.release_weights()
             minis = [run.policy.to_device(mini.micro_batches) for mini in batches]
         health = check_health(
             run,

@@ -92,6 +92,10 @@ class Engines:
             self._weights = self.transfer(progress.state.params, progress.step)
         return self._weights
 
+    def release_weights(self) -> None:
+        """Free the weights, whose copies would take memory while an update runs."""
+        self._weights = None
+
 
 @dataclass(frozen=True)
 class Run:
@@ -245,6 +249,8 @@ def _make_engines(
     traces = None if answerer is None else answerer.trace_engine
     if traces is None and config.method == "nrt":
         traces = trace_engine(config, model, tokenizer)
+    shape = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items() if size > 1)
+    log.info("the engine's mesh: %s", shape or "one device")
     transfer = WeightTransfer(model.target, outlives_update=config.rollout.staleness > 0)
     return Engines(traces=traces, answerer=answerer, transfer=transfer)
 

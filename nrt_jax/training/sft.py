@@ -36,6 +36,7 @@ def train_sft(run: Run, stop: StopRequest) -> None:
             ]
             plans = [packer.plan([sft_lengths(e) for e in mini]) for mini in minis]
         updates = []
+        run.engines.release_weights()
         with timer("update"):
             for mini, of_mini in zip(minis, plans, strict=True):
                 batches = [run.policy.to_device(sft_batch(mini, plan)) for plan in of_mini]
