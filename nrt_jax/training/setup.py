@@ -173,6 +173,8 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
             kept_up_to = progress.step
         run_dir.describe(config, progress.inputs, first.new_rows)
         _log_bad_rows(dataset)
+        if on_engines.mesh is not model.mesh:
+            log.info("rollouts: mesh %s", dict(on_engines.mesh.shape))
         memory.log_parts()
         logger = opened.enter_context(_open_logger(config, kept_up_to))
         yield Run(
@@ -249,8 +251,6 @@ def _make_engines(
     traces = None if answerer is None else answerer.trace_engine
     if traces is None and config.method == "nrt":
         traces = trace_engine(config, model, tokenizer)
-    shape = ", ".join(f"{axis}={size}" for axis, size in model.mesh.shape.items() if size > 1)
-    log.info("the engine's mesh: %s", shape or "one device")
     transfer = WeightTransfer(model.target, outlives_update=config.rollout.staleness > 0)
     return Engines(traces=traces, answerer=answerer, transfer=transfer)
 
