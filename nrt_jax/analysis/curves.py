@@ -41,6 +41,14 @@ PANELS = (
     Panel("Entropy of the trace (SFT: of the answer)", "nats per token", "policy/entropy"),
 )
 
+WARMUP = Panel(
+    "Warm-up: log P of the answer, of t_start dashed",
+    "nats per token",
+    "warmup/answer_logprob",
+    "warmup/start_logprob",
+)
+"""Over the steps up to 0, of runs that begin with a warm-up."""
+
 # Okabe and Ito's hues, darkened for contrast with white or lightened for contrast with black. Lines
 # differ by their markers as well.
 LIGHT = ("#0072b2", "#c24a00", "#00785a", "#9c3f80", "#6b6b6b", "#8a6100", "#000000")
@@ -110,7 +118,8 @@ def panel_svg(panel: Panel, groups: Sequence[SeedGroup]) -> str:
 
 def series(record: RunRecord, metric: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, as means over windows if there are more than MAX_POINTS."""
-    rows = record.evaluations if metric.startswith("eval/") else record.training
+    by_prefix = {"eval": record.evaluations, "warmup": record.warmup}
+    rows = by_prefix.get(metric.split("/")[0], record.training)
     rows = [row for row in rows if metric in row]
     width = -(-len(rows) // MAX_POINTS) if rows else 1
     windows = [rows[start : start + width] for start in range(0, len(rows), width)]

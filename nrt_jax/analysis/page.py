@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from nrt_jax.analysis.curves import DARK, GLYPHS, LIGHT, PANELS, cycle, panel_svg
+from nrt_jax.analysis.curves import DARK, GLYPHS, LIGHT, PANELS, WARMUP, cycle, panel_svg
 from nrt_jax.analysis.problems import OUTCOMES, problem_rows
 from nrt_jax.analysis.run_records import RunRecord
 from nrt_jax.analysis.seeds import SeedGroup, flat_config
@@ -44,6 +44,8 @@ ENDINGS = {
 def render_page(groups: Sequence[SeedGroup], summary: dict[str, Any]) -> str:
     """The whole page. Every text of a model, the data or a config is escaped."""
     records = [record for group in groups for record in group.records]
+    warmed_up = any(record.warmup for record in records)
+    panels = [*PANELS, WARMUP] if warmed_up else PANELS
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("nrt_jax", "analysis"),
         autoescape=True,
@@ -73,7 +75,7 @@ def render_page(groups: Sequence[SeedGroup], summary: dict[str, Any]) -> str:
         glyphs=GLYPHS,
         light=LIGHT,
         dark=DARK,
-        panels=[(panel.title, Markup(panel_svg(panel, groups))) for panel in PANELS],
+        panels=[(panel.title, Markup(panel_svg(panel, groups))) for panel in panels],
         samples=problem_rows(groups),
         outcomes=OUTCOMES,
         phases=_phases(summary["runs"]),

@@ -9,10 +9,11 @@ import matplotlib.image
 import pytest
 
 from nrt_jax.analysis.curves import MAX_POINTS, PANELS, band, panel_svg, series
-from nrt_jax.analysis.page import config_differences, visible
+from nrt_jax.analysis.page import config_differences, render_page, visible
 from nrt_jax.analysis.report import write_report
 from nrt_jax.analysis.run_records import read_runs
 from nrt_jax.analysis.seeds import group_by_seed
+from nrt_jax.analysis.summary import summarise
 from tests.analysis.conftest import MakeRun, sample
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -203,6 +204,17 @@ def test_svg_takes_its_colours_from_the_page(make_run: MakeRun):
     assert "#f" not in svg.replace("#fff", "")
     assert "no traces in these runs" in panel_svg(PANELS[1], runs[1:])
     assert "no traces in these runs" not in panel_svg(PANELS[1], runs)
+
+
+def test_a_warmup_has_a_panel_of_its_own(make_run: MakeRun):
+    cold, warm = read_runs([make_run("cold"), make_run("warm")])
+    names = ("warmup/answer_logprob", "warmup/start_logprob")
+    warm.warmup[:] = [{"step": step, **dict.fromkeys(names, step - 3.0)} for step in (-1, 0)]
+    assert series(warm, "warmup/answer_logprob") == ([-1, 0], [-4.0, -3.0])
+    for runs, panels in (([cold], len(PANELS)), ([cold, warm], len(PANELS) + 1)):
+        groups = group_by_seed(runs)
+        page = Page(render_page(groups, summarise(groups)))
+        assert page.tags.count("svg") == panels
 
 
 @pytest.mark.parametrize("count", [1, 9])
