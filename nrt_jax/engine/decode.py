@@ -21,6 +21,22 @@ from nrt_jax.engine.sampling import most_probable, sample
 from nrt_jax.models.decoder import Decoder
 
 
+class TokenSets(NamedTuple):
+    """Tokens with a meaning of their own; arguments, so that engines with others share programs."""
+
+    is_stop_V: Bool[Array | np.ndarray, "V"]
+    """The tokens that end any sequence."""
+    is_banned_V: Bool[Array | np.ndarray, "V"]
+    """The tokens that are never drawn; the others share their probability."""
+
+
+def token_sets(vocab_size: int, stop_ids: frozenset[int], banned_ids: frozenset[int]) -> TokenSets:
+    """The sets as masks over the vocabulary."""
+    is_stop_V, is_banned_V = np.zeros((2, vocab_size), bool)
+    is_stop_V[sorted(stop_ids)] = is_banned_V[sorted(banned_ids)] = True
+    return TokenSets(is_stop_V, is_banned_V)
+
+
 class Decoding(NamedTuple):
     """What is the same in every step."""
 
@@ -28,10 +44,6 @@ class Decoding(NamedTuple):
     shards: int
     num_samples: int
     """K: most slots that share one prompt slot."""
-    is_stop_V: Bool[np.ndarray, "V"]
-    """The tokens that end any sequence."""
-    is_banned_V: Bool[np.ndarray, "V"]
-    """The tokens that are never drawn; the others share their probability."""
     top_logprobs: int
     """Most probable tokens that are reported for each token drawn."""
     dtype: DTypeLike
@@ -85,7 +97,12 @@ def insert_samples(
 
 
 def decode_steps(
-    decoder: Decoder, state: DecodeState, enough: Int[Array, ""], steps: int, decoding: Decoding
+    decoder: Decoder,
+    state: DecodeState,
+    enough: Int[Array, ""],
+    token_sets: TokenSets,
+    steps: int,
+    decoding: Decoding,
 ) -> tuple[DecodeState, Sampled]:
     """Up to `steps` tokens in every slot, until none is active or `enough` sequences ended."""
     layers = decoder.split_layers() if decoding.unstacks_once else None
@@ -98,7 +115,7 @@ def decode_steps(
 
     def step(carry: tuple[DecodeState, Sampled]) -> tuple[DecodeState, Sampled]:
         state, sampled = carry
-        token_B, sampled = _draw(state, sampled, decoding)
+        token_B, sampled = _draw(state, sampled, token_sets, decoding)
         weights = decoder.split_layers() if layers is None else layers
         return _run(decoder, weights, state, token_B, sampled.done_B, decoding), sampled
 
@@ -119,16 +136,15 @@ def _nothing_sampled(steps: int, slots: int, top: int) -> Sampled:
 
 
 def _draw(
-    state: DecodeState, sampled: Sampled, decoding: Decoding
+    state: DecodeState, sampled: Sampled, token_sets: TokenSets, decoding: Decoding
 ) -> tuple[Int[Array, "B"], Sampled]:
     """A token for every slot, and whether it ends the sequence."""
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
-    logits_BV = _without_early_stops(state, decoding)
-    if decoding.is_banned_V.any():
-        is_banned_BV = decoding.is_banned_V[None] & state.sampling.obeys_bans_B[:, None]
-        logits_BV = jnp.where(is_banned_BV, -jnp.inf, logits_BV)
+    logits_BV = _without_early_stops(state, token_sets.is_stop_V)
+    is_banned_BV = token_sets.is_banned_V[None] & state.sampling.obeys_bans_B[:, None]
+    logits_BV = jnp.where(is_banned_BV, -jnp.inf, logits_BV)
     token_B, logprob_B = sample(logits_BV, state.seen_BV, keys_B, state.sampling)
-    stopped_B = jnp.asarray(decoding.is_stop_V)[token_B] & ~state.sampling.ignores_eos_B
+    stopped_B = token_sets.is_stop_V[token_B] & ~state.sampling.ignores_eos_B
     stopped_B |= jnp.any(state.sampling.stop_ids == token_B[:, None], axis=1)
     stopped_B |= state.generated_B + 1 >= state.limit_B
     i = sampled.steps
@@ -147,14 +163,14 @@ def _draw(
     )
 
 
-def _without_early_stops(state: DecodeState, decoding: Decoding) -> Float[Array, "B V"]:
+def _without_early_stops(state: DecodeState, is_stop_V: Bool[Array, "V"]) -> Float[Array, "B V"]:
     """The logits, -inf for stop tokens of sequences that have fewer tokens than min_tokens."""
     sampling = state.sampling
     early_B1 = (state.generated_B < sampling.min_tokens_B)[:, None]
 
     def remove(logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
         B, V = logits_BV.shape
-        is_stop_BV = jnp.asarray(decoding.is_stop_V)[None] & ~sampling.ignores_eos_B[:, None]
+        is_stop_BV = is_stop_V[None] & ~sampling.ignores_eos_B[:, None]
         # A stop id of -1 stands for none; indices out of range are dropped.
         own_ids = jnp.where(sampling.stop_ids < 0, V, sampling.stop_ids)
         is_stop_BV = is_stop_BV.at[jnp.arange(B)[:, None], own_ids].set(True, mode="drop")

@@ -18,6 +18,8 @@ from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
 from nrt_jax.models.sharding import partition_spec
 
 SMALLEST_BUCKET = 16
+SMALLEST_OWN_TOKENS = 32
+"""Capacity of a slot for tokens of its own at first."""
 
 
 def bucket(length: int) -> int:
@@ -25,9 +27,16 @@ def bucket(length: int) -> int:
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
-def padded(tokens: np.ndarray) -> Int[np.ndarray, "S"]:
-    """The tokens as int32, followed by zeros up to a bucket."""
-    return np.pad(tokens.astype(np.int32), (0, bucket(len(tokens)) - len(tokens)))
+def quarter_bucket(length: int) -> int:
+    """Smallest multiple of a quarter of the bucket that is at least `length`: 192 for 161."""
+    step = max(SMALLEST_BUCKET, bucket(length) // 4)
+    return -(-length // step) * step
+
+
+def padded(tokens: np.ndarray, capacity: int | None = None) -> Int[np.ndarray, "S"]:
+    """The tokens as int32, followed by zeros up to a capacity, or to a bucket without one."""
+    capacity = bucket(len(tokens)) if capacity is None else capacity
+    return np.pad(tokens.astype(np.int32), (0, capacity - len(tokens)))
 
 
 class SlotRequests(NamedTuple):

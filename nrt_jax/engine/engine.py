@@ -6,7 +6,7 @@ Letters: those of decode_state.py; A tokens of a suffix.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import jax
@@ -20,8 +20,9 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.rollout import AttentionKernel
 from nrt_jax.engine import prefill, score
 from nrt_jax.engine.attention_kernels import kv_cache
-from nrt_jax.engine.decode import Decoding, decode_steps, insert_samples
+from nrt_jax.engine.decode import Decoding, decode_steps, insert_samples, token_sets
 from nrt_jax.engine.decode_state import (
+    SMALLEST_OWN_TOKENS,
     DecodeState,
     Sampled,
     SlotMoves,
@@ -30,13 +31,14 @@ from nrt_jax.engine.decode_state import (
     empty_state,
     move_slots,
     padded,
+    quarter_bucket,
     resize_slot_map,
     sizes_of,
     state_shardings,
 )
 from nrt_jax.engine.kv_cache import Sizes, shards_of
 from nrt_jax.engine.prefill import Prefix
-from nrt_jax.engine.programs import Programs, layer_by_layer
+from nrt_jax.engine.programs import Programs, layer_by_layer, with_decoder
 from nrt_jax.models.sharding import replicated
 
 
@@ -53,6 +55,10 @@ class Engine:
     kernel, or (auto) the kernel where it supports the model. `top_logprobs` most probable tokens
     are reported for each token drawn. Tokens of `banned_ids` are never drawn: each draw is from the
     rest of the distribution, renormalised, as are its logprobs.
+
+    With `one_size` all prompts are padded to the longest and slots hold the longest sequence from
+    the start: one program each for prefill, insert and decode, for small limits. Engines with the
+    same `programs` share those of equal settings and shapes.
     """
 
     def __init__(
@@ -72,6 +78,8 @@ class Engine:
         prefill_chunk: int | None = None,
         top_logprobs: int = 0,
         banned_ids: frozenset[int] = frozenset(),
+        one_size: bool = False,
+        programs: Programs | None = None,
     ):
         self._definition, self._architecture, self._mesh = definition, architecture, mesh
         self._cache_dtype = dtype if cache_dtype is None else cache_dtype
@@ -81,26 +89,33 @@ class Engine:
             cache=kv_cache(attention, platform, mesh, architecture, self._cache_dtype),
             shards=shards,
             num_samples=min(num_samples, self._slots // shards),
-            is_stop_V=np.isin(np.arange(architecture.vocab_size), sorted(stop_ids)),
-            is_banned_V=np.isin(np.arange(architecture.vocab_size), sorted(banned_ids)),
             top_logprobs=top_logprobs,
             dtype=dtype,
             unstacks_once=platform == "cpu",
         )
-        self._max_prompt, self._max_new_tokens = bucket(max_prompt_tokens), max_new_tokens
-        self._prefill_chunk = None if prefill_chunk is None else bucket(prefill_chunk)
-        self._stop_ids = stop_ids
-        self._programs = Programs(mesh)
-        self.compiled = self._programs.compiled
+        self._max_prompt, self.max_new_tokens = bucket(max_prompt_tokens), max_new_tokens
+        """Most tokens that can follow the longest prompt."""
+        self._longest_prompt = quarter_bucket(max_prompt_tokens)
+        self.prefill_chunk = None if prefill_chunk is None else bucket(prefill_chunk)
+        """Longest part of a prompt that one prefill takes; None for no limit."""
+        self.one_size = one_size
+        """Whether prompts and slots have one capacity, and the number of slots does not change."""
+        self.stop_ids = stop_ids
+        """The tokens that end any sequence."""
+        self._token_sets = token_sets(architecture.vocab_size, stop_ids, banned_ids)
+        self.programs = Programs(mesh) if programs is None else programs
+        """Its compiled programs, and those of the engines that it shares them with."""
+        fixed = self._decoding._replace(cache=type(self._decoding.cache), num_samples=0)
+        settings = (definition, architecture, self._slots, *map(str, (*fixed, self._cache_dtype)))
+        self._number = self.programs.engine_number(settings)
+        self.compiled = self.programs.compiled
         """Number of compiled programs by kind."""
 
+    def _program(self, kind: str, *shapes: Any, make: Callable[[], Callable]) -> Callable:
+        return self.programs.get(kind, self._number, *shapes, make=make)
+
     def _with_decoder(self, function: Callable, **fixed: Any) -> Callable:
-        """`function(decoder, ...)` as a function of the decoder's weights."""
-
-        def with_params(params: Any, *args: Any) -> Any:
-            return function(nnx.merge(self._definition, params), *args, **fixed)
-
-        return with_params
+        return with_decoder(self._definition, function, **fixed)
 
     # Prefill
 
@@ -123,7 +138,7 @@ class Engine:
             )
         tokens_S, everywhere = jnp.asarray(padded_tokens), replicated(self._mesh)
         if existing_prefix is None:
-            run_prompt = self._programs.get(
+            run_prompt = self._program(
                 "prefill",
                 len(tokens_S),
                 make=lambda: jax.jit(
@@ -131,7 +146,7 @@ class Engine:
                 ),
             )
             return run_prompt(params, tokens_S, true_length)
-        run_next_part = self._programs.get(
+        run_next_part = self._program(
             "prefill_part",
             existing_prefix.k_LSHd.shape[1],
             len(tokens_S),
@@ -145,7 +160,7 @@ class Engine:
 
     def empty_prefix(self, capacity: int) -> Prefix:
         """A prefix of no tokens, to be continued up to `capacity` of them."""
-        make = self._programs.get(
+        make = self._program(
             "empty_prefix",
             capacity,
             make=lambda: jax.jit(
@@ -167,12 +182,12 @@ class Engine:
 
         def make() -> Callable:
             return jax.jit(
-                partial(insert_samples, decoding=self._decoding),
+                wraps(insert_samples)(partial(insert_samples, decoding=self._decoding)),
                 donate_argnums=(1, 2),
                 out_shardings=jax.tree.map(lambda x: x.sharding, (state, prompts)),
             )
 
-        program = self._programs.get(
+        program = self._program(
             "insert",
             len(state.active_B),
             jax.tree.structure(prompts[0]),
@@ -186,7 +201,7 @@ class Engine:
 
     def release(self, decode_state: DecodeState, release_B: Bool[np.ndarray, "B"]) -> DecodeState:
         """Stop the sequences of some slots; the state passed in is consumed."""
-        program = self._programs.get(
+        program = self._program(
             "release",
             len(release_B),
             make=lambda: jax.jit(
@@ -204,8 +219,9 @@ class Engine:
 
         A dispatch ends early when no slot is active, or when `enough` sequences ended in it.
         """
-        program = self._programs.get(
+        program = self._program(
             "generate",
+            self.num_samples,
             len(decode_state.active_B),
             sizes_of(decode_state),
             steps,
@@ -218,7 +234,8 @@ class Engine:
                 ),
             ),
         )
-        return program(params, decode_state, self._slots if enough is None else enough)
+        enough = self._slots if enough is None else enough
+        return program(params, decode_state, np.int32(enough), self._token_sets)
 
     # Logprobs of given tokens
 
@@ -236,8 +253,9 @@ class Engine:
         and values are read from the cache (Eq. 3's c_i for the tokens t_end y*). The state does not
         change. Padding belongs at the end of a row.
         """
-        program = self._programs.get(
+        program = self._program(
             "suffix_logprobs",
+            self.num_samples,
             len(decode_state.active_B),
             sizes_of(decode_state),
             tokens_rows_A.shape,
@@ -256,7 +274,7 @@ class Engine:
         For n tokens: logprobs [n - 1] in nats, ids [n - 1, top], their logprobs [n - 1, top].
         """
         tokens_S = padded(tokens)
-        program = self._programs.get(
+        program = self._program(
             "prompt_logprobs",
             len(tokens_S),
             top,
@@ -286,7 +304,7 @@ class Engine:
             shardings = state_shardings(self._mesh, jax.eval_shape(empty))
             return jax.jit(empty, out_shardings=shardings)
 
-        return self._programs.get("init", sizes, make=make)()
+        return self._program("init", self.num_samples, sizes, make=make)()
 
     def resize(self, decode_state: DecodeState, sizes: Sizes) -> DecodeState:
         """The same sequences in caches of other sizes; what does not fit is cut off.
@@ -296,8 +314,9 @@ class Engine:
         if sizes == sizes_of(decode_state):
             return decode_state
         cache, shards = self._decoding.cache, self.shards
-        program = self._programs.get(
+        program = self._program(
             "resize",
+            self.num_samples,
             len(decode_state.active_B),
             sizes_of(decode_state),
             sizes,
@@ -313,8 +332,9 @@ class Engine:
     def move_slots(self, decode_state: DecodeState, moves: SlotMoves) -> DecodeState:
         """The same sequences in other slots, more or fewer; the state passed in is consumed."""
         cache, shards = self._decoding.cache, self.shards
-        program = self._programs.get(
+        program = self._program(
             "move_slots",
+            self.num_samples,
             len(decode_state.active_B),
             sizes_of(decode_state),
             len(moves.from_B),
@@ -333,7 +353,20 @@ class Engine:
     @property
     def largest_sizes(self) -> Sizes:
         """A prompt slot for every slot, for the longest prompt, and max_new_tokens after it."""
-        return Sizes(self._slots, self._max_prompt, bucket(self._max_new_tokens))
+        prompt_tokens = self._longest_prompt if self.one_size else self._max_prompt
+        return Sizes(self._slots, prompt_tokens, bucket(self.max_new_tokens))
+
+    @property
+    def smallest_own_tokens(self) -> int:
+        """Capacity of a slot for tokens of its own at first."""
+        most = self.largest_sizes.own_tokens
+        return most if self.one_size else min(SMALLEST_OWN_TOKENS, most)
+
+    def prompt_capacity(self, length: int) -> int:
+        """Tokens that a prompt of `length` tokens is padded to."""
+        if self.one_size and length <= self._longest_prompt:
+            return self._longest_prompt
+        return bucket(length)
 
     @property
     def max_concurrent_decodes(self) -> int:
@@ -356,24 +389,9 @@ class Engine:
         return self._max_prompt
 
     @property
-    def prefill_chunk(self) -> int | None:
-        """Longest part of a prompt that one prefill takes; None for no limit."""
-        return self._prefill_chunk
-
-    @property
-    def max_new_tokens(self) -> int:
-        """Most tokens that can follow the longest prompt."""
-        return self._max_new_tokens
-
-    @property
     def top_logprobs(self) -> int:
         """Most probable tokens that are reported for each token drawn."""
         return self._decoding.top_logprobs
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """The tokens that end any sequence."""
-        return self._stop_ids
 
     @property
     def mesh(self) -> Mesh:

@@ -7,13 +7,29 @@ from nrt_jax.config.rollout import RolloutConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.programs import Programs
 from nrt_jax.engine.sampling import Sampling
 
+ONE_SIZE_PROMPT, ONE_SIZE_NEW = 256, 128
+"""Limits in tokens up to which the programs of more sizes cost more time than they save."""
 
-def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engine:
-    """An engine for traces: prompts `x t_start`, up to the longest trace."""
-    # JetStream prefills each sample and inserts it alone, so none of its slots share a prompt.
-    shares = config.rollout.driver == "loop"
+
+def trace_engine(
+    config: RunConfig,
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    num_samples: int | None = None,
+    programs: Programs | None = None,
+) -> Engine:
+    """An engine for traces: prompts `x t_start`, up to the longest trace.
+
+    Without `num_samples` for those of training, whose groups share a prompt.
+    """
+    if num_samples is None:
+        # JetStream prefills each sample and inserts it alone: none of its slots share a prompt.
+        shares = config.rollout.driver == "loop"
+        num_samples = config.rollout.traces_per_prompt if shares else 1
     return make_engine(
         config,
         model,
@@ -21,8 +37,9 @@ def trace_engine(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Engin
         longest_prompt=config.data.max_prompt_tokens + 1,
         new_tokens=config.rollout.max_trace_tokens,
         stop_ids=trace_stop_ids(config, tokenizer),
-        num_samples=config.rollout.traces_per_prompt if shares else 1,
+        num_samples=num_samples,
         banned_ids=trace_banned_ids(config, tokenizer),
+        programs=programs,
     )
 
 
@@ -77,12 +94,15 @@ def make_engine(
     num_samples: int = 1,
     top_logprobs: int = 0,
     banned_ids: frozenset[int] = frozenset(),
+    programs: Programs | None = None,
 ) -> Engine:
     """An engine for a run's weights that decodes as the run's config says; sizes in tokens.
 
+    It shares the compiled programs that fit it with the other engines of `programs`.
     Raises InputError when `rollout.attention` names a kernel that does not support the model here.
     """
     rollout = config.rollout
+    longest_part = min(ONE_SIZE_PROMPT, rollout.prefill_chunk or ONE_SIZE_PROMPT)
     return Engine(
         model.definition,
         model.architecture,
@@ -98,4 +118,6 @@ def make_engine(
         prefill_chunk=rollout.prefill_chunk,
         top_logprobs=top_logprobs,
         banned_ids=banned_ids,
+        one_size=longest_prompt <= longest_part and new_tokens <= ONE_SIZE_NEW,
+        programs=programs,
     )

@@ -2,11 +2,12 @@
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import wraps
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from nrt_jax.engine.decode_state import DecodeState, state_shardings
@@ -33,10 +34,22 @@ def launched_in_order(program: Callable, mesh: Mesh) -> Callable:
     return launch
 
 
+def with_decoder(definition: nnx.GraphDef, function: Callable, **fixed: Any) -> Callable:
+    """`function(decoder, ...)` as a function of the decoder's weights, with the same name."""
+
+    def with_params(params: Any, *args: Any) -> Any:
+        return function(nnx.merge(definition, params), *args, **fixed)
+
+    # By which compilations are counted.
+    with_params.__name__ = function.__name__
+    return with_params
+
+
 class Programs:
     """Compiles each program once for every combination of shapes, and counts them.
 
-    Several threads may call the programs of one mesh, even of several engines.
+    Several threads may call the programs of one mesh, even of several engines. Engines that share
+    an object share the programs for equal settings and shapes.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -44,6 +57,11 @@ class Programs:
         self._programs: dict[tuple, Callable] = {}
         self.compiled: Counter[str] = Counter()
         """Programs by kind."""
+        self._engines: dict[Any, int] = {}
+
+    def engine_number(self, settings: Hashable) -> int:
+        """A number for the settings that an engine's programs are compiled for, short as a key."""
+        return self._engines.setdefault(settings, len(self._engines))
 
     def get(self, kind: str, *shapes: Any, make: Callable[[], Callable]) -> Callable:
         """The program of this kind for these shapes; `make` is called where there is none."""

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from nrt_jax.engine.decode_state import bucket, slot_sampling
+from nrt_jax.engine.decode_state import slot_sampling
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
 from nrt_jax.engine.prefill import Prefix
@@ -19,8 +19,6 @@ from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
 from nrt_jax.errors import InputError
 from nrt_jax.types import SuffixLogprobs
 
-SMALLEST_OWN_TOKENS = 32
-"""Capacity of a slot for tokens of its own at first."""
 LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
@@ -89,13 +87,15 @@ class Job:
 
 def first_sizes(engine: Engine, requests: Sequence[Request]) -> Sizes:
     """Cache sizes to start with, for full groups of these requests or of the engine's samples."""
-    samples = min([engine.num_samples, *(max(1, request.num_samples) for request in requests)])
+    samples = engine.num_samples
+    if not engine.one_size:
+        samples = min([samples, *(max(1, request.num_samples) for request in requests)])
     longest = max((len(request.prompt_tokens) for request in requests), default=1)
     per_shard = engine.max_concurrent_decodes // engine.shards
     return Sizes(
         -(-per_shard // samples) * engine.shards,
-        bucket(longest),
-        min(SMALLEST_OWN_TOKENS, engine.largest_sizes.own_tokens),
+        engine.prompt_capacity(longest),
+        engine.smallest_own_tokens,
     )
 
 

@@ -26,7 +26,6 @@ from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
 from nrt_jax.engine.prefill import Prefix
 from nrt_jax.engine.requests import (
-    SMALLEST_OWN_TOKENS,
     Event,
     Job,
     Request,
@@ -225,7 +224,7 @@ class Scheduler:
         return self._engine.prefill(
             params=self._params,
             existing_prefix=prefix,
-            padded_tokens=padded(tokens),
+            padded_tokens=padded(tokens, self._engine.prompt_capacity(len(tokens))),
             true_length=len(tokens),
         )
 
@@ -272,7 +271,7 @@ class Scheduler:
         free = len(self._table) - self.slots_in_use
         if self.waiting > free and len(self._table) < most:
             self._move_to(most // shards)
-        elif not self._waiting:
+        elif not self._waiting and not self._engine.one_size:
             busiest, wanted = self._table.most_in_a_shard, most // shards
             while wanted > 1 and wanted // 4 >= busiest:
                 wanted = max(1, wanted // 4)
@@ -306,7 +305,8 @@ class Scheduler:
             min(limit, length + in_flight + self._steps) for length, limit in self._running()
         )
         wanted = min(
-            max(SMALLEST_OWN_TOKENS, bucket(longest)), self._engine.largest_sizes.own_tokens
+            max(self._engine.smallest_own_tokens, bucket(longest)),
+            self._engine.largest_sizes.own_tokens,
         )
         sizes = sizes_of(self._state)
         if wanted > sizes.own_tokens or 4 * wanted <= sizes.own_tokens:

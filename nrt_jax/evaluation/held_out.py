@@ -22,6 +22,7 @@ from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate, generate_and_score
 from nrt_jax.engine.make import answer_stop_ids, make_engine, trace_engine
+from nrt_jax.engine.programs import Programs
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.errors import InputError
@@ -130,12 +131,19 @@ class Answerer:
         return [trace for (trace,) in groups]
 
 
-def make_answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answerer:
-    """What evaluation and `nrt-jax generate` answer with: NRT reasons first, SFT does not."""
-    reasons = config.method == "nrt"
+def make_answerer(
+    config: RunConfig, model: Model, tokenizer: Tokenizer, programs: Programs | None = None
+) -> Answerer:
+    """What evaluation and `nrt-jax generate` answer with: NRT reasons first, SFT does not.
+
+    Its engines, and the others of `programs`, share what is compiled for equal sizes.
+    """
+    programs = Programs(model.mesh) if programs is None else programs
+    traces, reasons = None, config.method == "nrt"
     longest = config.data.max_prompt_tokens
     if reasons:
         longest += config.rollout.max_trace_tokens + 2
+        traces = trace_engine(config, model, tokenizer, num_samples=1, programs=programs)
     answer_tokens = config.evaluation.max_answer_tokens
     answer_engine = make_engine(
         config,
@@ -144,11 +152,12 @@ def make_answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answ
         longest_prompt=longest,
         new_tokens=answer_tokens,
         stop_ids=answer_stop_ids(config, tokenizer),
+        programs=programs,
     )
     scores = reasons and config.evaluation.score_references
     return Answerer(
         tokenizer=tokenizer,
-        trace_engine=trace_engine(config, model, tokenizer) if reasons else None,
+        trace_engine=traces,
         answer_engine=answer_engine,
         max_trace_tokens=config.rollout.max_trace_tokens,
         max_answer_tokens=answer_tokens,
@@ -160,7 +169,11 @@ def make_answerer(config: RunConfig, model: Model, tokenizer: Tokenizer) -> Answ
 
 
 def evaluation_answerer(
-    config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
+    config: RunConfig,
+    model: Model,
+    tokenizer: Tokenizer,
+    dataset: Dataset,
+    programs: Programs | None = None,
 ) -> Answerer | None:
     """The answerer of a training's evaluations; None when there is nothing to evaluate.
 
@@ -168,7 +181,7 @@ def evaluation_answerer(
     """
     if not config.evaluation.examples or not dataset.eval:
         return None
-    answerer = make_answerer(config, model, tokenizer)
+    answerer = make_answerer(config, model, tokenizer, programs)
     check_references(answerer.extract, dataset.eval)
     return answerer
 

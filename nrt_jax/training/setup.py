@@ -28,6 +28,7 @@ from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.make import trace_engine, trace_stop_ids
+from nrt_jax.engine.programs import Programs
 from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import Answerer, evaluation_answerer
@@ -246,11 +247,12 @@ def _first_progress(
 def _make_engines(
     config: RunConfig, model: Model, tokenizer: Tokenizer, dataset: Dataset
 ) -> Engines:
-    answerer = evaluation_answerer(config, model, tokenizer, dataset)
-    # Training and evaluation sample traces with one engine, whose programs are compiled once.
-    traces = None if answerer is None else answerer.trace_engine
-    if traces is None and config.method == "nrt":
-        traces = trace_engine(config, model, tokenizer)
+    # Engines of training, warm-up and evaluation share the programs that fit them.
+    programs = Programs(model.mesh)
+    answerer = evaluation_answerer(config, model, tokenizer, dataset, programs)
+    traces = None
+    if config.method == "nrt":
+        traces = trace_engine(config, model, tokenizer, programs=programs)
     transfer = WeightTransfer(model.target, outlives_update=config.rollout.staleness > 0)
     return Engines(traces=traces, answerer=answerer, transfer=transfer)
 

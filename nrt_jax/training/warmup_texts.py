@@ -117,16 +117,19 @@ def sample_texts(run: Run, examples: Sequence[TokenizedExample]) -> list[Trace]:
         )
         for place, (example, prompt) in enumerate(zip(examples, prompts, strict=True))
     ]
+    # No shorter than those of the traces, so that both are padded alike.
+    longest = max([config.data.max_prompt_tokens + 1, *map(len, prompts)])
     think_ids = frozenset({tokenizer.think_start_id, tokenizer.think_end_id})
     engine = make_engine(
         config,
         engine_model(config, run.policy.model),
         slots=rollout.slots,
-        longest_prompt=max(map(len, prompts)),
+        longest_prompt=longest,
         new_tokens=warmup.max_tokens,
         stop_ids=tokenizer.special_ids - think_ids,
         num_samples=warmup.texts_per_prompt,
         banned_ids=think_ids,
+        programs=None if run.engines.traces is None else run.engines.traces.programs,
     )
     key = jax.random.fold_in(jax.random.key(config.seed), WARMUP_STREAM)
     params = run.engines.weights(run.progress).params
