@@ -49,7 +49,7 @@ from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer, equal_keys
-from nrt_jax.training.update import Update
+from nrt_jax.training.update import Update, UpdateRule
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
 TRACES, NEW_TOKENS, EOS = 8, 128, 2
@@ -102,8 +102,7 @@ def measure(assets: Path, steps: int, micro_prompts: int) -> dict[str, float]:
         lambda params, batch: nrt_loss(
             params, *batch, sequences=len(texts) * TRACES, settings=settings
         ),
-        optimizer,
-        shardings,
+        UpdateRule(optimizer, shardings),
     )
     packer = Packer(Layout(micro_prompts, equal_keys=equal_keys(architecture)))
     rollouts, updates, tokens = [], [], 0

@@ -4,6 +4,7 @@ import logging
 import os
 import tempfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,23 @@ _MIN_COMPILE_S = 0.1
 """Programs that compile faster are not kept: reading them would save little."""
 _COMPILE = "/jax/core/compile/backend_compile_duration"
 """jax reports the start of a compilation as a scalar of this name, and its end as a duration."""
+MODEL_PROGRAMS = frozenset(
+    {
+        "run_prompt",
+        "run_next_part",
+        "insert_samples",
+        "decode_steps",
+        "suffix_logprobs",
+        "prompt_logprobs",
+        "add_micro_batch",
+        "apply_update",
+        "answer_logprobs",
+        "under_sampling_policy",
+        "under_reference",
+    }
+)
+"""Names of the functions that run the model, its update, or the engine's state: their programs grow
+with the model, and all others take a moment."""
 _PROGRAM, _TIME = "-cache", "-atime"
 """Endings of jax's two files of a cached program, written in this order."""
 
@@ -83,6 +101,8 @@ class CompileWatch:
     def __init__(self) -> None:
         self.programs = 0
         """Programs so far, those that the cache had included."""
+        self.by_name: Counter[str] = Counter()
+        """The same by the name of the function."""
         self.seconds = 0.0
         """Time that they took, read from the cache or compiled."""
         self.to_come = 0
@@ -98,6 +118,11 @@ class CompileWatch:
             jax.monitoring.register_event_duration_secs_listener(self._end)
         self._listens = True
 
+    @property
+    def model_programs(self) -> int:
+        """Those of MODEL_PROGRAMS."""
+        return sum(self.by_name[name] for name in MODEL_PROGRAMS)
+
     def take(self) -> float:
         """Seconds since the last call."""
         seconds = self.seconds - self._taken
@@ -108,9 +133,11 @@ class CompileWatch:
         if event == _COMPILE:
             self._change(compiling=True)
 
-    def _end(self, event: str, seconds: float | int, **_: object) -> None:
+    def _end(self, event: str, seconds: float | int, fun_name: str = "", **_: object) -> None:
         if event == _COMPILE:
             self.programs += 1
+            # jax says jit(name).
+            self.by_name[fun_name.removeprefix("jit(").removesuffix(")")] += 1
             self.seconds += seconds
             self._change(compiling=False)
 

@@ -4,6 +4,7 @@ Both directions handle one tensor at a time, so that no host ever holds a model.
 Letters: V vocabulary, L layers.
 """
 
+import math
 from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,9 @@ from nrt_jax.errors import InputError
 # Constants of the architecture that old Llama exports store beside the weights.
 _CONSTANT = ".rotary_emb.inv_freq"
 _ROWS_AT_ONCE = 8192
+_WHOLE_BYTES = 2**28
+"""A weight of at most so many bytes, all layers together, is put together on the host where there
+is one device: then nothing is compiled."""
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -85,6 +89,9 @@ def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeS
     assert isinstance(want.sharding, NamedSharding), "the target says where each weight goes"
     shape = want.shape[1:] if row.stacked else want.shape
     in_file = row._replace(shape=shape).file_shape()
+    nbytes = math.prod(want.shape) * want.dtype.itemsize
+    if want.sharding.mesh.size == 1 and nbytes <= _WHOLE_BYTES:
+        return jax.device_put(_read_on_host(row, of_layers, want), want.sharding)
     sharding = NamedSharding(want.sharding.mesh, row.file_spec(want.sharding.spec))
 
     def convert(tensor: Array) -> Array:
@@ -113,6 +120,21 @@ def _read_leaf(row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeS
         # Wait: otherwise tensors on their way to the device would pile up on the host.
         stack = put(stack, load(tensor), n).block_until_ready()
     return stack
+
+
+def _read_on_host(
+    row: Weight, of_layers: list[StoredTensor], want: jax.ShapeDtypeStruct
+) -> np.ndarray:
+    """One array of the params, filled tensor by tensor."""
+    weight = np.empty(want.shape, want.dtype)
+    shape = want.shape[1:] if row.stacked else want.shape
+    in_file = row._replace(shape=shape).file_shape()
+    for n, tensor in enumerate(of_layers):
+        values = _read_padded(tensor, in_file, (slice(None),) * len(in_file))
+        if want.dtype == jnp.float16 and tensor.dtype != jnp.float16:
+            _check_range(tensor.name, float(np.max(np.abs(values.astype(np.float32)))))
+        weight[n if row.stacked else ...] = row.from_file(values, shape)
+    return weight
 
 
 def _load(tensor: StoredTensor, shape: tuple[int, ...], sharding: NamedSharding) -> Array:

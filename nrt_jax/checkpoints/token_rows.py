@@ -5,8 +5,9 @@ Letters: V vocabulary.
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def copy_token_rows(params: dict, rows: Mapping[int, int]) -> dict:
     for token in (*rows.keys(), *rows.values()):
         if not 0 <= token < vocab_size:
             raise InputError(f"token id {token}: must be in 0..{vocab_size - 1}, the vocabulary")
-    targets, sources = jnp.asarray([*rows.keys()], int), jnp.asarray([*rows.values()], int)
+    targets, sources = (np.asarray([*ids], np.int32) for ids in (rows.keys(), rows.values()))
     copied = params | {"embedding": _copy(params["embedding"], targets, sources, 0)}
     if "head" in params:
         copied["head"] = _copy(params["head"], targets, sources, 1)
@@ -137,15 +138,22 @@ def copy_token_rows(params: dict, rows: Mapping[int, int]) -> dict:
 
 def _copy(
     weight: Float[Array, "..."],
-    targets: Int[Array, "tokens"],
-    sources: Int[Array, "tokens"],
+    targets: Int[np.ndarray, "tokens"],
+    sources: Int[np.ndarray, "tokens"],
     dim: int,
 ) -> Array:
-    def copy(weight: Array) -> Array:
-        rows = jnp.take(weight, sources, axis=dim)
-        return weight.at[(slice(None),) * dim + (targets,)].set(rows)
+    return _program(_copy_rows, weight.sharding)(weight, targets, sources, dim)
 
-    return jax.jit(copy, out_shardings=weight.sharding)(weight)
+
+def _copy_rows(weight: Array, targets: Array, sources: Array, dim: int) -> Array:
+    rows = jnp.take(weight, sources, axis=dim)
+    return weight.at[(slice(None),) * dim + (targets,)].set(rows)
+
+
+@cache
+def _program(function: Callable[..., Array], sharding: Any) -> Callable[..., Array]:
+    """The function of a weight, other arrays and a dim, compiled once per sharding and shapes."""
+    return jax.jit(function, static_argnums=3, out_shardings=sharding)
 
 
 def _with_mean_row(params: dict, target: int, sources: Sequence[int]) -> dict:
@@ -161,11 +169,12 @@ def _with_mean_row(params: dict, target: int, sources: Sequence[int]) -> dict:
 def _set_mean(
     weight: Float[Array, "..."], share_V: Float[np.ndarray, "V"], target: int, dim: int
 ) -> Array:
-    def set_mean(weight: Array) -> Array:
-        # Contractions over the vocabulary, so that rows stay on the devices that hold them.
-        row = jnp.tensordot(jnp.asarray(share_V), weight, (0, dim))
-        norm = jnp.linalg.norm(weight, axis=1 - dim) @ jnp.asarray(share_V)
-        row *= norm / jnp.linalg.norm(row)
-        return weight.at[(slice(None),) * dim + (target,)].set(row)
+    return _program(_set_mean_row, weight.sharding)(weight, share_V, np.int32(target), dim)
 
-    return jax.jit(set_mean, out_shardings=weight.sharding)(weight)
+
+def _set_mean_row(weight: Array, share_V: Array, target: Array, dim: int) -> Array:
+    # Contractions over the vocabulary, so that rows stay on the devices that hold them.
+    row = jnp.tensordot(share_V, weight, (0, dim))
+    norm = jnp.linalg.norm(weight, axis=1 - dim) @ share_V
+    row *= norm / jnp.linalg.norm(row)
+    return weight.at[(slice(None),) * dim + (target,)].set(row)

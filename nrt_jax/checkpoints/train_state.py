@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
@@ -52,7 +53,7 @@ def init_state(
     """State before the first update."""
 
     def zero(sharding: Any) -> Int[Array, ""]:
-        return jax.device_put(jnp.zeros((), jnp.int32), sharding)
+        return jax.device_put(np.zeros((), np.int32), sharding)
 
     return TrainState(
         params=params,

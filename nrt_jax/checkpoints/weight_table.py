@@ -4,8 +4,9 @@ Letters: V vocabulary, D model dim, F feed-forward, H key/value heads, d head di
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
@@ -55,7 +56,7 @@ class Weight(NamedTuple):
         assert not any((*rest_in, *rest_out)), f"{self.name}: an inner dim is split by {spec}"
         return PartitionSpec(first_out, first_in)
 
-    def from_file(self, tensor: Shaped[Array, "..."], shape: tuple[int, ...]) -> Array:
+    def from_file(self, tensor: Shaped[Array | np.ndarray, "..."], shape: tuple[int, ...]) -> Any:
         """A tensor of the files in the layout of the params, with shape `shape` there."""
         return (tensor.T if self.in_dims else tensor).reshape(shape)
 

@@ -19,9 +19,10 @@ class TrainConfig(Section):
     packing: bool = True
     """Pack several short completions, and prompts, into one row; false for a row each. Changes no
     result."""
-    batch_shapes: int = Field(default=16, ge=2)
+    batch_shapes: int = Field(default=16, ge=1)
     """Most shapes of micro-batches, each of which is a compiled program. Shapes are chosen from the
-    lengths of the batches; the last of them holds the longest groups that the limits allow."""
+    lengths of the batches; the last of them holds the longest groups that the limits allow. 1 pads
+    most, which costs less than compiling in a short run."""
     max_skipped_updates: int = Field(default=10, ge=1)
     """The run stops after this many non-finite gradients in a row."""
     diagnosis_prompts: int = Field(default=64, ge=0)

@@ -136,7 +136,7 @@ class Engine:
             raise ValueError(
                 f"true_length {true_length} exceeds the {len(padded_tokens)} padded tokens"
             )
-        tokens_S, everywhere = jnp.asarray(padded_tokens), replicated(self._mesh)
+        tokens_S, everywhere = padded_tokens, replicated(self._mesh)
         if existing_prefix is None:
             run_prompt = self._program(
                 "prefill",

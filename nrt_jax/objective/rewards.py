@@ -81,7 +81,7 @@ class GroupRewards(NamedTuple):
 def score_rewards(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -> GroupRewards:
     """R of groups, from logprobs of y* after each trace and after the empty trace."""
     rewards = score_log_rewards(scores, objective)
-    return GroupRewards(*(np.asarray(rewards_of(objective.scheme, x)) for x in rewards))
+    return GroupRewards(*(np.asarray(_rewards_of(objective.scheme, x)) for x in rewards))
 
 
 def score_log_rewards(scores: Sequence[SuffixLogprobs], objective: ObjectiveConfig) -> GroupRewards:
@@ -98,6 +98,7 @@ def score_log_rewards(scores: Sequence[SuffixLogprobs], objective: ObjectiveConf
     return GroupRewards(np.asarray(rewards.log_reward_PK), np.asarray(rewards.log_baseline_P))
 
 
+_rewards_of = partial(jax.jit, static_argnames="scheme")(rewards_of)
 _compute_rewards = partial(jax.jit, static_argnames="objective")(compute_rewards)
 
 

@@ -8,11 +8,13 @@ one more context. With x = (x1 x2 x3), z = (z1 z2), y* = (y1 eos):
     input       x3       t_start  z1     z2     t_end  y1
     target      t_start  z1       z2     t_end  y1     eos
 
-Letters: P prompts, C contexts per prompt, B rows, S tokens of a prompt, W tokens of a row,
-A answer tokens, T trace tokens.
+A pack holds several prompts in one row and completions of them in another, as in packing.py.
+Letters: B packs, S tokens of a row of prompts, W tokens of a row of completions, A answer tokens,
+T trace tokens; p is the index of an example, c that of a context.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,8 +31,9 @@ from nrt_jax.training.batch import CompletionRows, PromptRows
 from nrt_jax.training.forward import NrtSettings, row_logprobs
 from nrt_jax.types import TokenizedExample
 
-PROMPTS_PER_SHAPE = 32
-"""Prompts that share one shape, and so one compiled program; the longest of them sets it."""
+SHORTEST_ROW = 256
+"""Tokens of the rows, unless a prompt or an answer with its context has more: scores of short texts
+and of somewhat longer ones share one compiled program."""
 
 
 class Context(NamedTuple):
@@ -58,13 +61,12 @@ class ContextLogprobs(NamedTuple):
 
 
 class AnswerLogprobs(NamedTuple):
-    """Scores answers after contexts, with one compiled program per shape."""
+    """Scores answers after contexts, in packs of one row of prompts and one of completions."""
 
     settings: NrtSettings
     mesh: Mesh
-    prompts: int
-    """Prompts whose activations exist at once; a multiple of the devices that rows are
-    split over."""
+    packs: int
+    """Packs whose activations exist at once; a multiple of the devices that rows are split over."""
 
     def __call__(
         self,
@@ -72,89 +74,118 @@ class AnswerLogprobs(NamedTuple):
         examples: Sequence[TokenizedExample],
         contexts: Sequence[Sequence[Context]],
     ) -> list[list[ContextLogprobs]]:
-        """The logprobs of every example's answer after each of its contexts, which are C for all.
+        """The logprobs of every example's answer after each of its contexts."""
+        S, W = self._sizes(examples, contexts)
+        scored: list[list[Any]] = [[None] * len(of_example) for of_example in contexts]
+        packs = _pack(examples, contexts, S, W)
+        for start in range(0, len(packs), self.packs):
+            chosen = packs[start : start + self.packs]
+            arrays = _arrays(chosen, examples, contexts, (self.packs, S, W))
+            arrays = jax.device_put(arrays, batch_sharding(self.mesh))
+            result = jax.device_get(answer_logprobs(params, *arrays, settings=self.settings))
+            for row, pack in enumerate(chosen):
+                for p, c, first in pack.places:
+                    context, answer = contexts[p][c], len(examples[p].answer_tokens)
+                    # The target of input i is token i + 1, and the first input is x's last token.
+                    y, z = first + len(context.tokens), first + len(context.before)
+                    scored[p][c] = ContextLogprobs(
+                        answer_A=result.logprob_BT[row, y : y + answer],
+                        entropy_T=result.entropy_BT[row, z : z + len(context.trace)],
+                    )
+        return scored
 
-        Prompts of similar length share a shape.
-        """
-        rows = [_Rows(e, of_e) for e, of_e in zip(examples, contexts, strict=True)]
-        order = sorted(range(len(rows)), key=lambda p: -rows[p].longest)
-        scored: dict[int, list[ContextLogprobs]] = {}
-        for start in range(0, len(order), PROMPTS_PER_SHAPE):
-            alike = order[start : start + PROMPTS_PER_SHAPE]
-            S, W = self._sizes([rows[p] for p in alike])
-            for first in range(0, len(alike), self.prompts):
-                members = alike[first : first + self.prompts]
-                arrays = _arrays([rows[p] for p in members], self.prompts, S, W)
-                arrays = jax.device_put(arrays, batch_sharding(self.mesh))
-                result = jax.device_get(_logprobs(params, *arrays, settings=self.settings))
-                for i, p in enumerate(members):
-                    scored[p] = rows[p].cut(result, i)
-        return [scored[p] for p in range(len(rows))]
-
-    def _sizes(self, rows: Sequence["_Rows"]) -> tuple[int, int]:
+    def _sizes(
+        self, examples: Sequence[TokenizedExample], contexts: Sequence[Sequence[Context]]
+    ) -> tuple[int, int]:
+        """Tokens of a pack's row of prompts, and of its row of completions."""
         shards = self.mesh.shape["context"]
-        prompt = max(len(row.example.prompt_tokens) - 1 for row in rows)
-        longest = max(row.longest for row in rows)
-        # A prompt of one token leaves none for its row, which must not be empty.
-        S, W = (-(-padded_length(max(1, n)) // shards) * shards for n in (prompt, longest))
+        prompt = max(len(example.prompt_tokens) - 1 for example in examples)
+        completion = max(
+            len(context.tokens) + len(example.answer_tokens)
+            for example, of_example in zip(examples, contexts, strict=True)
+            for context in of_example
+        )
+        S, W = (
+            -(-padded_length(max(SHORTEST_ROW, n)) // shards) * shards for n in (prompt, completion)
+        )
         return S, W
 
 
-class _Rows(NamedTuple):
-    """The rows of one prompt."""
+@dataclass
+class _Pack:
+    """One row of prompts and one of completions."""
 
-    example: TokenizedExample
-    contexts: Sequence[Context]
+    prompts: dict[int, int] = field(default_factory=dict)
+    """First token of each example's prompt, by the example's index."""
+    places: list[tuple[int, int, int]] = field(default_factory=list)
+    """Example, context, and first token of its row."""
+    prompt_used: int = 0
+    used: int = 0
 
-    @property
-    def longest(self) -> int:
-        """Inputs of the longest row."""
-        context = max(len(context.tokens) for context in self.contexts)
-        return context + len(self.example.answer_tokens)
-
-    def cut(self, result: TokenLogprobs, prompt: int) -> list[ContextLogprobs]:
-        """The values of these rows, which are those of the micro-batch's prompt number `prompt`."""
-        cut, answer = [], len(self.example.answer_tokens)
-        for c, context in enumerate(self.contexts):
-            row, length = prompt * len(self.contexts) + c, len(context.tokens)
-            # The target of input i is token i + 1, and the first input is the last token of x.
-            z = len(context.before)
-            cut.append(
-                ContextLogprobs(
-                    answer_A=result.logprob_BT[row, length : length + answer],
-                    entropy_T=result.entropy_BT[row, z : z + len(context.trace)],
-                )
-            )
-        return cut
+    def add(self, p: int, c: int, prompt: int, completion: int, sizes: tuple[int, int]) -> bool:
+        """Add a completion of so many tokens, and its prompt where it is new; False for no room."""
+        more = 0 if p in self.prompts else prompt
+        if self.prompt_used + more > sizes[0] or self.used + completion > sizes[1]:
+            return False
+        if p not in self.prompts:
+            self.prompts[p] = self.prompt_used
+        self.places.append((p, c, self.used))
+        self.prompt_used, self.used = self.prompt_used + more, self.used + completion
+        return True
 
 
-def _arrays(rows: Sequence[_Rows], P: int, S: int, W: int) -> tuple[PromptRows, CompletionRows]:
-    """The prompts and rows of a micro-batch; P is at least their number."""
-    C = len(rows[0].contexts)
-    prompts = PromptRows(*[np.zeros((P, S), np.int32) for _ in range(3)])
-    ids = partial(np.zeros, (P * C, W), np.int32)
-    completions = CompletionRows(ids(), ids(), ids(), ids(), ids(), np.zeros((P * C, W), bool))
-    for p, (example, contexts) in enumerate(rows):
-        *before, last = example.prompt_tokens.tolist()
-        at = (p, slice(0, len(before)))
-        prompts.tokens_packs_S[at] = before
-        prompts.positions_packs_S[at] = np.arange(len(before))
-        prompts.segments_packs_S[at] = 1
-        for c, context in enumerate(contexts):
-            tokens = np.concatenate([[last], context.tokens, example.answer_tokens])
-            at = (p * C + c, slice(0, len(tokens) - 1))
-            completions.inputs_BW[at], completions.targets_BW[at] = tokens[:-1], tokens[1:]
-            completions.positions_BW[at] = len(before) + np.arange(len(tokens) - 1)
-            completions.segments_BW[at] = completions.prompts_BW[at] = 1
-            z = len(context.before)
-            completions.trace_BW[p * C + c, z : z + len(context.trace)] = True
-    return prompts, completions
+def _pack(
+    examples: Sequence[TokenizedExample], contexts: Sequence[Sequence[Context]], S: int, W: int
+) -> list[_Pack]:
+    """Every completion in the first pack that has room, in order."""
+    packs: list[_Pack] = []
+    for p, (example, of_example) in enumerate(zip(examples, contexts, strict=True)):
+        for c, context in enumerate(of_example):
+            # The last token of x is the first input of the completion.
+            prompt = len(example.prompt_tokens) - 1
+            lengths = (prompt, len(context.tokens) + len(example.answer_tokens))
+            if not any(pack.add(p, c, *lengths, (S, W)) for pack in packs):
+                packs.append(_Pack())
+                assert packs[-1].add(p, c, *lengths, (S, W)), "the sizes hold the longest"
+    return packs
+
+
+def _arrays(
+    packs: Sequence[_Pack],
+    examples: Sequence[TokenizedExample],
+    contexts: Sequence[Sequence[Context]],
+    sizes: tuple[int, int, int],
+) -> tuple[PromptRows, CompletionRows]:
+    """The rows of at most `sizes[0]` packs, of S and of W tokens."""
+    B, S, W = sizes
+    prompts = PromptRows(*[np.zeros((B, S), np.int32) for _ in range(3)])
+    ids = partial(np.zeros, (B, W), np.int32)
+    rows = CompletionRows(ids(), ids(), ids(), ids(), ids(), np.zeros((B, W), bool))
+    for b, pack in enumerate(packs):
+        segments = {p: i for i, p in enumerate(pack.prompts, start=1)}
+        for p, start in pack.prompts.items():
+            before = examples[p].prompt_tokens[:-1]
+            at = (b, slice(start, start + len(before)))
+            prompts.tokens_packs_S[at] = before
+            prompts.positions_packs_S[at] = np.arange(len(before))
+            prompts.segments_packs_S[at] = segments[p]
+        for i, (p, c, first) in enumerate(pack.places, start=1):
+            x, context = examples[p].prompt_tokens, contexts[p][c]
+            tokens = np.concatenate([x[-1:], context.tokens, examples[p].answer_tokens])
+            at = (b, slice(first, first + len(tokens) - 1))
+            rows.inputs_BW[at], rows.targets_BW[at] = tokens[:-1], tokens[1:]
+            rows.positions_BW[at] = len(x) - 1 + np.arange(len(tokens) - 1)
+            rows.segments_BW[at], rows.prompts_BW[at] = i, segments[p]
+            z = first + len(context.before)
+            rows.trace_BW[b, z : z + len(context.trace)] = True
+    return prompts, rows
 
 
 @partial(jax.jit, static_argnames="settings")
-def _logprobs(
+def answer_logprobs(
     params: Any, prompts: PromptRows, rows: CompletionRows, *, settings: NrtSettings
 ) -> TokenLogprobs:
+    """log pi of every target of the rows, and the entropy there, as [B, W]."""
     decoder = nnx.merge(settings.definition, params)
     _, prefix = decoder.hidden(*prompts)
     return row_logprobs(decoder, settings, prefix, rows)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -20,7 +21,7 @@ from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.rewards import score_log_rewards
 from nrt_jax.training.answer_logprobs import Context, ContextLogprobs
-from nrt_jax.training.loss_metrics import reward_means
+from nrt_jax.training.loss_metrics import host_reward_means
 from nrt_jax.types import Group, SuffixLogprobs, TokenizedExample
 
 ScoreAnswers = Callable[
@@ -202,7 +203,8 @@ def reward_figures(scored: Sequence[Scored], objective: ObjectiveConfig) -> Figu
     """
     suffixes = [SuffixLogprobs(of_p.own_KA, of_p.empty_A) for of_p in scored]
     rewards, every = score_log_rewards(suffixes, objective), np.ones(len(scored), bool)
-    means = reward_means(rewards.reward_PK, rewards.baseline_P, every, objective)
+    means = host_reward_means(rewards.reward_PK, rewards.baseline_P, every, objective=objective)
+    means = jax.device_get(means)
     several = rewards.reward_PK.shape[1] > 1
     names = ["reward/above_baseline_share", *(["reward/zero_std_share"] if several else [])]
     return {name: Estimate(float(means[name][0] / means[name][1])) for name in names}

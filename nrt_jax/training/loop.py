@@ -37,8 +37,10 @@ def train(
         else:
             train_nrt(run, stop, generate)
     log.info(
-        "compiled %d programs in %.1f of %.1f s, those read from the cache included",
-        WATCH.programs,
+        "compiled %d programs of the model and %d small ones in %.1f of %.1f s, those read from "
+        "the cache included",
+        WATCH.model_programs,
+        WATCH.programs - WATCH.model_programs,
         WATCH.seconds,
         time.perf_counter() - start,
     )

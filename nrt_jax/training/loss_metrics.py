@@ -4,6 +4,7 @@ Letters: P prompts, K traces per prompt, T predicted tokens of a completion, A a
 """
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -94,6 +95,10 @@ def reward_means(
     if logs:
         means["reward/log_mean"] = (masked_sum(log_reward_PK, kept_P1), traces)
     return means
+
+
+host_reward_means = partial(jax.jit, static_argnames="objective")(reward_means)
+"""`reward_means` for values on the host, as one program instead of one per operation."""
 
 
 def _zero_signals(rewards: Rewards, groups: GroupArrays) -> SumAndCount:

@@ -25,6 +25,7 @@ from nrt_jax.training.setup import Policy, Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
 from nrt_jax.training.warmup import warm_up
+from nrt_jax.training.warmup_optimizer import SCHEDULED
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,12 @@ def make_step_functions(
         return nrt_loss(params, *batch, sequences=sequences, settings=settings)
 
     return StepFunctions(
-        update=Update(loss_fn, policy.optimizer, policy.shardings, on_compiled),
+        update=Update(
+            loss_fn,
+            policy.update_rule,
+            on_compiled,
+            rates=SCHEDULED if config.warmup.updates else None,
+        ),
         frozen_logprobs=frozen_logprobs_fn(
             settings,
             several_updates=train.batch_prompts > train.mini_batch_prompts,

@@ -229,8 +229,7 @@ class Packer:
             return best
         if self._one_shape_left:
             # The last shape must hold whatever comes.
-            assert self.layout.largest is not None, "a bound needs the largest group there can be"
-            best = self._fill(left, _one_group_per_pack([self.layout.largest], self.layout))
+            best = self._fill(left, self._shape_for_all(left))
             assert best.packs, "no group is larger than the largest"
         else:
             best = min((*known, *self._candidates(left)), key=self._cost)
@@ -251,12 +250,16 @@ class Packer:
         return TOLERATED_PADDING + (1 - TOLERATED_PADDING) * (len(self.shapes) / most) ** 3
 
     def _cost(self, plan: Plan) -> float:
-        """Work per token that is not padding: positions, weighted by the keys that each sees."""
-        shape, keys = plan.shape, self.layout.equal_keys
+        """Work per token that is not padding."""
+        return self._cost_of_shape(plan.shape) / ((1 - plan.padding) * plan.slots)
+
+    def _cost_of_shape(self, shape: Shape) -> float:
+        """Work of a micro-batch: positions, weighted by the keys that each sees."""
+        keys = self.layout.equal_keys
         S, W, E = shape.prompt_tokens, shape.row_tokens, shape.baseline_tokens
         cost = S * (1 + S / keys) + shape.rows * W * (1 + (S + W) / keys)
         cost += E * (1 + (S + E) / keys) / 3  # no backward pass
-        return (cost * shape.packs + MICRO_BATCH_COST) / ((1 - plan.padding) * plan.slots)
+        return cost * shape.packs + MICRO_BATCH_COST
 
     def _fill(self, left: dict[int, Lengths], shape: Shape) -> Plan:
         """The groups that fit, the first of all among them; no packs if that one does not fit.
@@ -289,15 +292,45 @@ class Packer:
             return
         limit = alone if layout.largest is None else _one_group_per_pack([layout.largest], layout)
         for shape in _shared(first, layout, alone._replace(groups=len(left))):
-            fits = min(
-                limit.packs * limit.pack_tokens // shape.pack_tokens,
-                limit.packs * limit.pack_scores // shape.pack_scores,
-            )
-            most = fits // layout.shards
-            for packs in {most, (most + 1) // 2, min(most, 1)}:
-                plan = self._fill(left, shape._replace(packs=packs * layout.shards))
+            for packs in self._pack_counts(shape, limit):
+                plan = self._fill(left, shape._replace(packs=packs))
                 if plan.packs:
                     yield self._trimmed(plan)
+
+    def _pack_counts(self, shape: Shape, limit: Shape) -> set[int]:
+        """Numbers of packs, up to the memory of `limit`."""
+        fits = min(
+            limit.packs * limit.pack_tokens // shape.pack_tokens,
+            limit.packs * limit.pack_scores // shape.pack_scores,
+        )
+        most = fits // self.layout.shards
+        return {packs * self.layout.shards for packs in (most, (most + 1) // 2, min(most, 1))}
+
+    def _cost_of_all(self, left: dict[int, Lengths], shape: Shape) -> float:
+        """Cost of all groups in micro-batches of this shape; infinite where one does not fit."""
+        count, rest = 0, left
+        while taken := self._fill(rest, shape).groups:
+            rest = {p: lengths for p, lengths in rest.items() if p not in taken}
+            count += 1
+        return math.inf if rest else count * self._cost_of_shape(shape)
+
+    def _shape_for_all(self, left: dict[int, Lengths]) -> Shape:
+        """Holds the largest group: one group per pack or, for a first shape, at the least cost."""
+        layout = self.layout
+        assert layout.largest is not None, "a bound needs the largest group there can be"
+        alone = _one_group_per_pack([layout.largest], layout)
+        if not layout.packing or self.shapes:
+            return alone
+        shapes, K = [alone], len(layout.largest.completions)
+        for shape in _shared(list(left.values()), layout, alone._replace(groups=len(left))):
+            rows = max(shape.rows, -(-K // (shape.row_tokens // alone.row_tokens)))
+            shape = shape._replace(
+                rows=rows,
+                prompt_tokens=max(shape.prompt_tokens, alone.prompt_tokens),
+                baseline_tokens=max(shape.baseline_tokens, alone.baseline_tokens),
+            )
+            shapes += [shape._replace(packs=packs) for packs in self._pack_counts(shape, alone)]
+        return min(shapes, key=lambda shape: self._cost_of_all(left, shape))
 
     def _trimmed(self, plan: Plan) -> Plan:
         """Without empty packs."""

@@ -6,6 +6,7 @@ Letters: P prompts, K traces per prompt.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from nrt_jax.evaluation.held_out import end_name
 from nrt_jax.objective.advantages import zero_std
 from nrt_jax.objective.rewards import GroupRewards, score_log_rewards
 from nrt_jax.training.batch import NrtBatch, group_lengths, nrt_batch
-from nrt_jax.training.loss_metrics import reward_means
+from nrt_jax.training.loss_metrics import host_reward_means
 from nrt_jax.training.packing import Packer, Plan
 from nrt_jax.training.setup import SAMPLING_STREAM
 from nrt_jax.types import Group, SuffixLogprobs, TokenizedExample
@@ -147,7 +148,9 @@ def make_batches(
     if config.rollout.drop_zero_std_groups:
         objective = config.objective
         logs = SCHEMES[objective.scheme].positive
-        kept_P = ~np.asarray(zero_std(*_rewards(groups, objective), objective.estimator, logs=logs))
+        kept_P = ~np.asarray(
+            _zero_std(*_rewards(groups, objective), objective.estimator, logs=logs)
+        )
     size = config.train.mini_batch_prompts
     think = {"think_start": tokenizer.think_start_id, "think_end": tokenizer.think_end_id}
     return [
@@ -172,6 +175,9 @@ def mini_batch(
     return MiniBatch([nrt_batch(chosen, plan, **how) for plan in plans], plans, kept)
 
 
+_zero_std = partial(jax.jit, static_argnames=("estimator", "logs"))(zero_std)
+
+
 def _rewards(groups: Sequence[Group], objective: ObjectiveConfig) -> GroupRewards:
     """log R of groups under the weights that drew their traces."""
     scores = []
@@ -184,8 +190,7 @@ def _rewards(groups: Sequence[Group], objective: ObjectiveConfig) -> GroupReward
 
 def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dict[str, float]:
     """Lengths and ends of the traces, the age of the weights that drew them, the share of dropped
-    groups, the tokens of the answers (once per question), and how many programs the engine has
-    compiled so far.
+    groups, and the tokens of the answers (once per question).
 
     Where groups are scored when they are sampled, `reward/` is over all groups by these scores.
     """
@@ -195,10 +200,10 @@ def rollout_metrics(sampler: Sampler, groups: Sequence[Group], step: int) -> dic
     metrics = _trace_metrics(groups, sampler.tokenizer)
     metrics["rollout/staleness"] = float(staleness)
     metrics["data/answer_tokens"] = float(sum(len(g.example.answer_tokens) for g in groups))
-    metrics["speed/programs"] = float(sum(sampler.engine.compiled.values()))
     if config.rollout.drop_zero_std_groups:
         rewards = _rewards(groups, config.objective)
-        means = reward_means(*rewards, np.ones(len(groups), bool), config.objective)
+        every = np.ones(len(groups), bool)
+        means = jax.device_get(host_reward_means(*rewards, every, objective=config.objective))
         metrics |= {name: float(total / count) for name, (total, count) in means.items()}
         metrics["rollout/dropped_share"] = metrics["reward/zero_std_share"]
     return metrics

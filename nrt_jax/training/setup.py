@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -36,10 +37,12 @@ from nrt_jax.models.sharding import batch_sharding
 from nrt_jax.training.first_rows import FirstParams, first_params
 from nrt_jax.training.logger import MetricsWriter
 from nrt_jax.training.memory import DeviceMemory
-from nrt_jax.training.optimizer import make_optimizer
+from nrt_jax.training.optimizer import make_optimizer, make_schedule
 from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
 from nrt_jax.training.progress import Progress, restore_progress
 from nrt_jax.training.trackers import wanted as wanted_trackers
+from nrt_jax.training.update import UpdateRule
+from nrt_jax.training.warmup_optimizer import warmup_optimizer
 from nrt_jax.training.warmup_progress import restore_warmup
 from nrt_jax.types import TokenizedExample
 
@@ -59,6 +62,11 @@ class Policy:
     shardings: TrainState
     reference_params: Any | None = None
     """Weights before the first step, for a KL term; None without one."""
+
+    @cached_property
+    def update_rule(self) -> UpdateRule:
+        """What applies a gradient, in the warm-up and after it."""
+        return UpdateRule(self.optimizer, self.shardings)
 
     def to_device(self, batch: Any) -> Any:
         """Shard a batch of NumPy arrays over the mesh by prompts."""
@@ -130,7 +138,7 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
         held_out=dataset.eval[: config.evaluation.examples],
         packer=Packer(packing_layout(config, model)),
     )
-    optimizer = make_optimizer(config.optimizer, config.train.updates)
+    optimizer = _run_optimizer(config, tokenizer)
     offload = config.optimizer.offload
     shardings = state_shardings(optimizer, model.target, model.mesh, offload=offload)
     target = abstract_state(optimizer, model.target, shardings)
@@ -188,6 +196,15 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
             logger=logger,
             memory=memory,
         )
+
+
+def _run_optimizer(config: RunConfig, tokenizer: Tokenizer) -> optax.GradientTransformation:
+    """The optimizer of all updates of the run; states have the same structure with a warm-up."""
+    updates = config.train.updates
+    if not config.warmup.updates:
+        return make_optimizer(config.optimizer, updates)
+    tokens = tokenizer.think_start_id, tokenizer.think_end_id
+    return warmup_optimizer(config.optimizer, make_schedule(config.optimizer, updates), tokens)
 
 
 def training_batches(config: RunConfig, examples: Sequence[TokenizedExample]) -> BatchIterator:

@@ -58,7 +58,7 @@ def make_sft_update(run: Run) -> Callable[..., Any]:
     def loss_fn(params: Any, batch: tuple[SftBatch, Array]) -> tuple[Array, Metrics]:
         return sft_loss_of_rows(params, *batch, policy.model.definition, chunk_tokens)
 
-    update = Update(loss_fn, policy.optimizer, policy.shardings, run.memory.add_program)
+    update = Update(loss_fn, policy.update_rule, run.memory.add_program)
 
     def update_mini_batch(state: TrainState, batches: list[SftBatch], answer_tokens: int) -> Any:
         total = np.float32(answer_tokens)

@@ -1,7 +1,7 @@
 """One update: sum the gradients of micro-batches, apply AdamW, skip what is not finite."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -65,16 +65,23 @@ def add_micro_batch(loss_fn: LossFn, params: Any, total: Total, batch: Any) -> T
 
 
 def apply_update(
-    state: TrainState, total: Total, *, optimizer: optax.GradientTransformation, moments: Any
+    state: TrainState,
+    gradient: Any,
+    rates: Any = None,
+    *,
+    optimizer: optax.GradientTransformation,
+    moments: Any,
 ) -> tuple[TrainState, dict[str, Array]]:
     """New state and metrics; a gradient that is not finite changes neither weights nor moments.
 
-    `moments` are the shardings that the optimizer's state is used in, if it is stored in others.
+    `rates` is an argument of the optimizer, unless it is None. `moments` are the shardings that the
+    optimizer's state is used in, if it is stored in others.
     """
-    norm = optax.tree.norm(total.gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
     kept = state.opt_state if moments is None else jax.device_put(state.opt_state, moments)
-    changes, opt_state = optimizer.update(total.gradient, kept, state.params)
+    more = {} if rates is None else {"rates": rates}
+    changes, opt_state = optimizer.update(gradient, kept, state.params, **more)
     proposed = (optax.apply_updates(state.params, changes), opt_state)
     current = (state.params, kept)
     params, opt_state = jax.tree.map(partial(jnp.where, finite), proposed, current)
@@ -86,12 +93,29 @@ def apply_update(
         state.skipped + skipped,
         (state.skipped_in_row + 1) * skipped,
     )
-    summary = summarise(total.metrics)
-    summary["loss/total"] = sum(total.metrics.sums.values(), start=jnp.zeros(()))
-    summary["update/gradient_norm"] = norm
-    summary["update/skipped"] = new_state.skipped
-    summary["update/skipped_in_row"] = new_state.skipped_in_row
-    return new_state, summary
+    return new_state, {
+        "update/gradient_norm": norm,
+        "update/skipped": new_state.skipped,
+        "update/skipped_in_row": new_state.skipped_in_row,
+    }
+
+
+@jax.jit
+def _summary(metrics: Metrics) -> dict[str, Array]:
+    total = sum(metrics.sums.values(), start=jnp.zeros(()))
+    return summarise(metrics) | {"loss/total": total}
+
+
+class UpdateRule:
+    """What applies a summed gradient: one program for all updates of a run, whatever their loss."""
+
+    def __init__(self, optimizer: optax.GradientTransformation, shardings: TrainState):
+        apply = wraps(apply_update)(
+            partial(apply_update, optimizer=optimizer, moments=_on_devices(shardings))
+        )
+        self.shardings = shardings
+        self.apply = jax.jit(apply, donate_argnums=0, out_shardings=(shardings, None))
+        self.programs: dict[Any, jax.stages.Compiled] = {}
 
 
 def _on_devices(shardings: TrainState) -> Any | None:
@@ -104,24 +128,25 @@ def _on_devices(shardings: TrainState) -> Any | None:
 class Update:
     """An update from one or several micro-batches, whose shapes may differ.
 
-    One program per shape adds a micro-batch's gradient to the sum, and another applies the sum.
-    Calls return before the devices are done. `on_compiled` is called with each program before it
-    runs.
+    One program per shape adds a micro-batch's gradient to the sum, and that of the rule applies the
+    sum. Calls return before the devices are done. `on_compiled` is called with each program before
+    it runs. `rates` are the optimizer's, where its rates are an argument.
     """
 
     def __init__(
         self,
         loss_fn: LossFn,
-        optimizer: optax.GradientTransformation,
-        shardings: TrainState,
+        rule: UpdateRule,
         on_compiled: Callable[[str, jax.stages.Compiled], None] | None = None,
+        *,
+        rates: Any = None,
     ):
-        sums = Total(shardings.params, None)
-        apply = partial(apply_update, optimizer=optimizer, moments=_on_devices(shardings))
-        self._zero = jax.jit(partial(zero_total, loss_fn), out_shardings=sums)
-        self.add = jax.jit(partial(add_micro_batch, loss_fn), donate_argnums=1, out_shardings=sums)
-        self.apply = jax.jit(apply, donate_argnums=0, out_shardings=(shardings, None))
+        self._loss_fn, self._rule, self._rates = loss_fn, rule, rates
+        self._sums = Total(rule.shardings.params, None)
+        add = wraps(add_micro_batch)(partial(add_micro_batch, loss_fn))
+        self.add = jax.jit(add, donate_argnums=1, out_shardings=self._sums)
         self._norm = jax.jit(optax.tree.norm)
+        self._zeros: Callable[[], Total] | None = None
         self._on_compiled = on_compiled
         self._programs: dict[Any, jax.stages.Compiled] = {}
 
@@ -132,27 +157,40 @@ class Update:
 
         The update consumes `state`: its buffers are reused.
         """
-        keys = {("a micro-batch", _shapes(batch)) for batch in batches} | {("the update", ())}
-        WATCH.to_come = len(keys - self._programs.keys())
+        keys = {("a micro-batch", _shapes(batch)) for batch in batches}
+        WATCH.to_come = len(keys - self._programs.keys()) + (not self._rule.programs)
         total = self._zero(state.params, batches[0])
         for batch in batches:
-            total = self._run(self.add, "a micro-batch", batch, state.params, total, batch)
-        return self._run(self.apply, "the update", None, state, total)
+            total = self._add(state.params, total, batch)
+        rule, args = self._rule, (state, total.gradient, self._rates)
+        state, metrics = self._run(rule.programs, rule.apply, ("the update", ()), *args)
+        return state, _summary(total.metrics) | metrics
 
     def gradient_norm(self, params: Any, batch: Any) -> Float[Array, ""]:
         """Norm of one micro-batch's gradient, by the program that adds it to an update's sum."""
-        zero = self._zero(params, batch)
-        return self._norm(self._run(self.add, "a micro-batch", batch, params, zero, batch).gradient)
+        return self._norm(self._add(params, self._zero(params, batch), batch).gradient)
 
-    def _run(self, function: Any, name: str, batch: Any, *args: Any) -> Any:
-        """Run the function's program for these shapes, which the first call compiles."""
-        key = (name, _shapes(batch))
-        if key not in self._programs:
+    def _zero(self, params: Any, batch: Any) -> Total:
+        """Sums over no micro-batch, whose shapes do not depend on those of the batch."""
+        if self._zeros is None:
+            shapes = jax.eval_shape(partial(zero_total, self._loss_fn), params, batch)
+            zeros = partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+            self._zeros = jax.jit(zeros, out_shardings=self._sums)
+        return self._zeros()
+
+    def _add(self, params: Any, total: Total, batch: Any) -> Total:
+        key = ("a micro-batch", _shapes(batch))
+        return self._run(self._programs, self.add, key, params, total, batch)
+
+    def _run(self, programs: dict, function: Any, key: tuple[str, Any], *args: Any) -> Any:
+        """Run the function's program for this name and shapes, which the first call compiles."""
+        if key not in programs:
             WATCH.to_come -= 1
-            self._programs[key] = function.lower(*args).compile()
+            programs[key] = function.lower(*args).compile()
             if self._on_compiled is not None:
-                self._on_compiled(f"{name}, program {len(self._programs)}", self._programs[key])
-        return self._programs[key](*args)
+                number = len(self._programs) + len(self._rule.programs)
+                self._on_compiled(f"{key[0]}, program {number}", programs[key])
+        return programs[key](*args)
 
 
 def _shapes(batch: Any) -> tuple[tuple[int, ...], ...]:

@@ -31,7 +31,7 @@ from nrt_jax.training.warmup_batch import (
     warmup_lengths,
     warmup_loss,
 )
-from nrt_jax.training.warmup_optimizer import Rates, only_rows, warmup_optimizer
+from nrt_jax.training.warmup_optimizer import Rates, only_rows
 from nrt_jax.training.warmup_progress import (
     open_warmup_checkpoints,
     remove_warmup_checkpoints,
@@ -148,8 +148,7 @@ class StageUpdate:
             definition = policy.model.definition
             return warmup_loss(trained(params), rows, weights, total, definition, chunk_tokens)
 
-        optimizer = warmup_optimizer(config.optimizer, rates, tuple(self._think.values()))
-        self._update = Update(loss_fn, optimizer, policy.shardings, on_compiled)
+        self._update = Update(loss_fn, policy.update_rule, on_compiled, rates=rates.as_arrays())
 
     def __call__(
         self, state: TrainState, planned: PlannedUpdate
@@ -173,15 +172,11 @@ class StageUpdate:
 def plan_updates(
     config: RunConfig, policy: Policy, updates: Sequence[list[WarmupRow]]
 ) -> list[PlannedUpdate]:
-    """Pack the rows of every update, in the fewest shapes: each is a program per stage.
-
-    The update with the longest row is planned first, so that its shape can hold all rows.
-    """
+    """Pack the rows of every update, in one shape: each is a program per stage."""
     lengths = [[warmup_lengths(row) for row in rows] for rows in updates]
     longest = [max(row.completions[0] for row in rows) for rows in lengths]
     layout = packing_layout(config, policy.model)
-    packer = Packer(layout._replace(most_shapes=2, largest=Lengths(0, (max(longest),), 0)))
-    packer.plan(lengths[int(np.argmax(longest))])
+    packer = Packer(layout._replace(most_shapes=1, largest=Lengths(0, (max(longest),), 0)))
     plans = map(packer.plan, lengths)
     return [PlannedUpdate(rows, plan) for rows, plan in zip(updates, plans, strict=True)]
 

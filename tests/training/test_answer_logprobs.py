@@ -52,10 +52,11 @@ def expected(example, context) -> tuple[list[float], list[float]]:
     return answer, [-float(np.exp(row) @ row) for row in of_trace]
 
 
-@pytest.mark.parametrize("per_shape", [2, 32])
-def test_every_answer_after_every_context(per_shape, monkeypatch):
-    """Three micro-batches, the last of them not full; with 2 prompts per shape, of several."""
-    monkeypatch.setattr(answer_logprobs, "PROMPTS_PER_SHAPE", per_shape)
+@pytest.mark.parametrize("shortest", [1, 256])
+def test_every_answer_after_every_context(shortest, monkeypatch):
+    """One pack holds all; in short rows several do, in micro-batches the last of which is not full,
+    and contexts of one prompt are in more than one pack."""
+    monkeypatch.setattr(answer_logprobs, "SHORTEST_ROW", shortest)
     examples, contexts = examples_and_contexts()
     scored = scorer(2)(PARAMS, examples, contexts)
     entropies = 0
@@ -70,9 +71,10 @@ def test_every_answer_after_every_context(per_shape, monkeypatch):
 
 def test_one_shape_compiles_one_program():
     examples, contexts = examples_and_contexts()
-    answer_logprobs._logprobs.clear_cache()
+    answer_logprobs.answer_logprobs.clear_cache()
+    scorer(2)(PARAMS, examples[:2], contexts[:2])
     scorer(2)(PARAMS, examples, contexts)
-    assert answer_logprobs._logprobs._cache_size() == 1
+    assert answer_logprobs.answer_logprobs._cache_size() == 1
 
 
 def test_rows_are_split_over_a_mesh():

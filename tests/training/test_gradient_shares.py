@@ -11,7 +11,7 @@ from nrt_jax.models.sharding import make_mesh
 from nrt_jax.training.frozen_logprobs import frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss, terms_of
 from nrt_jax.training.nrt import StepFunctions
-from nrt_jax.training.update import Update
+from nrt_jax.training.update import Update, UpdateRule
 from tests.training import worlds
 
 DEFINITION, PARAMS = worlds.tiny_decoder()
@@ -25,7 +25,7 @@ def step_functions(settings) -> StepFunctions:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     optimizer = optax.sgd(0.1)
     return StepFunctions(
-        update=Update(loss_fn, optimizer, state_shardings(optimizer, PARAMS, mesh)),
+        update=Update(loss_fn, UpdateRule(optimizer, state_shardings(optimizer, PARAMS, mesh))),
         frozen_logprobs=frozen_logprobs_fn(settings, several_updates=False, reference=None),
         terms=terms_of(settings.objective),
     )

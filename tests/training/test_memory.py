@@ -27,7 +27,7 @@ from nrt_jax.training.memory import (
 )
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.update import Update
+from nrt_jax.training.update import Update, UpdateRule
 from tests.training import worlds
 
 DEFINITION, PARAMS = worlds.tiny_decoder()
@@ -58,7 +58,7 @@ def after_updates(state: TrainState, shardings: TrainState, seeds) -> TrainState
     def loss_fn(params, batch):
         return nrt_loss(params, *batch, sequences=16, settings=settings)
 
-    update = Update(loss_fn, OPTIMIZER, shardings)
+    update = Update(loss_fn, UpdateRule(OPTIMIZER, shardings))
     mesh = jax.tree.leaves(shardings.params)[0].mesh
     layout = Layout(8, mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"])
     for seed in seeds:
@@ -148,8 +148,7 @@ def test_programs_are_told_of_once_with_what_they_take(caplog):
         lambda params, batch: nrt_loss(
             params, *batch, sequences=16, settings=worlds.settings(DEFINITION)
         ),
-        OPTIMIZER,
-        shardings,
+        UpdateRule(OPTIMIZER, shardings),
         memory.add_program,
     )
     batch = (worlds.random_batch(4, 2), FrozenLogprobs())

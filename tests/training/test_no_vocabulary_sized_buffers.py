@@ -28,7 +28,7 @@ from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
 from nrt_jax.training.sft import sft_loss_of_rows
-from nrt_jax.training.update import LossFn, Total, Update, zero_total
+from nrt_jax.training.update import LossFn, Total, Update, UpdateRule, zero_total
 from tests.training import worlds
 
 CHUNK = 32
@@ -90,7 +90,7 @@ def add_program(world: World, loss_fn: LossFn, batch: Any) -> jax.stages.Compile
     shardings = state_shardings(optimizer, world.params, world.mesh)
     metrics = jax.eval_shape(partial(zero_total, loss_fn), world.params, batch).metrics
     total = Total(world.params, metrics)
-    add = Update(loss_fn, optimizer, shardings).add
+    add = Update(loss_fn, UpdateRule(optimizer, shardings)).add
     return add.lower(world.params, total, batch).compile(COMPILER)
 
 

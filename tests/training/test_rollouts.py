@@ -197,9 +197,9 @@ def test_the_engines_weights_are_the_trainings_own(opened):
     assert run.engines.traces.mesh is run.policy.model.mesh
 
 
-def test_training_and_evaluation_share_an_engine(opened):
+def test_training_and_evaluation_share_compiled_programs(opened):
     run = opened("evaluation.examples=1")
-    assert run.engines.traces is run.engines.answerer.trace_engine
+    assert run.engines.traces.programs is run.engines.answerer.trace_engine.programs
 
 
 def test_a_mesh_and_a_dtype_of_their_own(opened):

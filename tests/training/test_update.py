@@ -17,7 +17,7 @@ from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Layout, Packer
-from nrt_jax.training.update import Metrics, Update
+from nrt_jax.training.update import Metrics, Update, UpdateRule
 from tests.training import worlds
 
 DEFINITION, PARAMS = worlds.tiny_decoder()
@@ -37,7 +37,7 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone():
     optimizer = optax.adam(0.1)
     mesh = one_device()
     shardings = state_shardings(optimizer, params, mesh)
-    update = Update(linear_loss, optimizer, shardings)
+    update = Update(linear_loss, UpdateRule(optimizer, shardings))
     state = init_state(optimizer, params, shardings)
     good, bad = jnp.ones(2), jnp.asarray([1.0, np.nan])
     state, _ = update(state, [good])
@@ -66,7 +66,7 @@ def two_steps(mesh, layout: Layout):
     def loss_fn(params, batch):
         return nrt_loss(params, *batch, sequences=16, settings=settings)
 
-    update, packer = Update(loss_fn, optimizer, shardings), Packer(layout)
+    update, packer = Update(loss_fn, UpdateRule(optimizer, shardings)), Packer(layout)
     state = init_state(optimizer, params, shardings)
     losses = []
     for seed in (0, 1):

@@ -32,7 +32,7 @@ from nrt_jax.training.frozen_logprobs import frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.optimizer import make_optimizer
 from nrt_jax.training.packing import Plan, Shape
-from nrt_jax.training.update import Total, Update, zero_total
+from nrt_jax.training.update import Total, Update, UpdateRule, zero_total
 from tests.engine.tpu_compile import SHAPES, bytes_per_chip
 from tests.training import worlds
 
@@ -101,14 +101,15 @@ def lowered(shape: str, mesh: Mesh) -> Programs:
         lambda leaf: leaf.update(sharding=batch_sharding(mesh)),
         jax.eval_shape(scorer, params, batch),
     )
-    update = Update(loss_fn, optimizer, shardings)
+    rule = UpdateRule(optimizer, shardings)
+    update = Update(loss_fn, rule)
     total = abstract_total(loss_fn, params, (batch, scores), mesh)
     return Programs(
         params,
         state,
         score=scorer.lower(params, batch),
         add=update.add.lower(params, total, (batch, scores)),
-        apply=update.apply.lower(state, total),
+        apply=rule.apply.lower(state, total.gradient),
     )
 
 
