@@ -24,8 +24,10 @@ for name, value in {
     # Compiled programs outlive a test: the same small models are compiled again and again.
     "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".pytest_cache" / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-    # Most programs of the tests run once: LLVM's optimisations cost more than they save.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    # Most programs of the tests run once: what makes code fast costs more than it saves. The older
+    # emitters of loops compile three times as fast, and one part per program needs one LLVM module.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",
 }.items():
     os.environ.setdefault(name, value)
 
