@@ -68,8 +68,8 @@ def smollm2() -> Path:
 def bounded_memory_maps() -> Iterator[None]:
     """Forget compiled programs before they are too many.
 
-    Each maps memory some 250 times, and a process that asks Linux for more than 65,530 maps is
-    aborted inside XLA.
+    Each maps memory three times and the large ones thirty times, and a process that asks Linux for
+    more than 65,530 maps is aborted inside XLA.
     """
     yield
     maps = Path("/proc/self/maps")

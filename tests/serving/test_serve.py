@@ -49,7 +49,7 @@ def serving(
         yield process, int(found[3]), found[4]
     finally:
         process.process.kill()
-        process.process.wait()
+        process.process.join()
 
 
 def connect(port: int, body: dict) -> http.client.HTTPConnection:

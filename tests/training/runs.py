@@ -1,9 +1,11 @@
 """Tiny runs in processes of their own: started, watched, killed, and compared file by file."""
 
 import json
+import logging
+import multiprocessing
 import os
+import resource
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ import orbax.checkpoint as ocp
 import yaml
 from flax import nnx
 
+from nrt_jax import cli
 from nrt_jax.checkpoints import hf_weights
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
@@ -119,55 +122,82 @@ class Outcome:
         return lines[0].removeprefix("nrt-jax: error: ")
 
 
+FORKS = multiprocessing.get_context("forkserver")
+"""A server that has imported what `train` needs, and forks: a start costs no seconds of imports."""
+FORKS.set_forkserver_preload(["nrt_jax.training.loop", __name__])
+
+ENVIRONMENT = {
+    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".pytest_cache" / "compiled_by_runs"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+}
+"""Of the processes that tests start, besides that of the tests."""
+
+
+def run_verb(
+    arguments: list[str], folder: Path, environment: dict[str, str], file_bytes: int | None
+) -> None:
+    """What a process does: `nrt-jax` with its output in files, so that no pipe fills up."""
+    os.chdir(REPOSITORY)
+    for name, stream in {"out": sys.stdout, "err": sys.stderr}.items():
+        with (folder / name).open("w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    # A library that logs while it is imported sets a handler; `nrt-jax` sets its own before that.
+    logging.getLogger().handlers.clear()
+    os.environ.update(environment)
+    for name in environment.keys() & {name.upper() for name in jax.config.values}:
+        # jax read its own when it was imported.
+        jax.config.update(name.lower(), yaml.safe_load(environment[name]))
+    if file_bytes is not None:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, most))
+    sys.exit(cli.main(arguments))
+
+
 @dataclass
 class Process:
-    """`python -m nrt_jax`, with its output in files, so that no pipe fills up."""
+    """`nrt-jax` in a process of its own."""
 
     arguments: list[str]
     folder: Path
     environment: dict[str, str] = field(default_factory=dict)
+    file_bytes: int | None = None
+    """Files of at most this size: the system then refuses to write, as when the disk is full."""
 
     def __post_init__(self) -> None:
-        environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(REPOSITORY / ".pytest_cache" / "compiled_by_runs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
-        with (self.folder / "out").open("w") as out, (self.folder / "err").open("w") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "nrt_jax", *self.arguments],
-                stdout=out,
-                stderr=err,
-                stdin=subprocess.DEVNULL,
-                cwd=REPOSITORY,
-                env=environment | self.environment,
-            )
+        for name in ("out", "err"):
+            (self.folder / name).touch()
+        self.process = FORKS.Process(
+            target=run_verb,
+            args=(self.arguments, self.folder, ENVIRONMENT | self.environment, self.file_bytes),
+            daemon=True,
+        )
+        self.process.start()
 
     def wait_until(self, moment: Callable[[], bool]) -> bool:
         """Return at `moment`, as near as polling comes; False when the process ended before."""
         deadline = time.monotonic() + PATIENCE_S
-        while self.process.poll() is None:
+        while self.process.is_alive():
             if moment():
                 return True
             if time.monotonic() > deadline:
                 self.process.kill()
                 raise TimeoutError(f"{self.arguments}: {self.end()}")
-            time.sleep(0.0005)
+            time.sleep(0.002)
         return False
 
     def signal(self, number: int) -> None:
-        self.process.send_signal(number)
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
 
     def end(self) -> Outcome:
         """Wait for the end."""
-        try:
-            status = self.process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
+        self.process.join(PATIENCE_S)
+        if self.process.is_alive():
             self.process.kill()
-            raise
+            raise TimeoutError(f"{self.arguments}: runs after {PATIENCE_S:.0f} s")
         return Outcome(
-            status,
+            self.process.exitcode,
             (self.folder / "out").read_text("utf-8"),
             (self.folder / "err").read_text("utf-8"),
         )
@@ -181,13 +211,14 @@ class TinyRun:
     directory: Path
     overrides: tuple[str, ...] = ()
 
-    def start(self, *overrides: str, **environment: str) -> Process:
+    def start(self, *overrides: str, file_bytes: int | None = None, **environment: str) -> Process:
         arguments = ["train", str(self.config), f"run_dir={self.directory}"]
         log = tempfile.mkdtemp(prefix="log-", dir=self.directory.parent)
-        return Process([*arguments, *self.overrides, *overrides], Path(log), environment)
+        arguments += [*self.overrides, *overrides]
+        return Process(arguments, Path(log), environment, file_bytes)
 
-    def train(self, *overrides: str, **environment: str) -> Outcome:
-        return self.start(*overrides, **environment).end()
+    def train(self, *overrides: str, file_bytes: int | None = None, **environment: str) -> Outcome:
+        return self.start(*overrides, file_bytes=file_bytes, **environment).end()
 
     def trained(self, *overrides: str) -> Outcome:
         outcome = self.train(*overrides)

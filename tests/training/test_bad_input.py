@@ -1,7 +1,6 @@
 """What the user did wrong, as `nrt-jax train` says it: one line, and nothing saved is harmed."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -383,23 +382,12 @@ def test_gradients_that_are_not_finite(new_run):
 # --- full disks -----------------------------------------------------------------------------------
 
 
-def limited(run: TinyRun, size: int):
-    """Train with files of at most `size` bytes: the system then refuses to write, as when full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        process = run.start()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    return process.end()
-
-
 def test_no_room_for_metrics(new_run, reference):
     whole = reference(*SFT)
     metrics = whole.directory / "metrics.jsonl"
     run = new_run(*SFT, "checkpoint.every_steps=8", "logging.tensorboard=false")
     room = metrics.stat().st_size - 100
-    outcome = limited(run, room)
+    outcome = run.train(file_bytes=room)
     assert outcome.status == 1
     assert outcome.error.startswith(f"{run.directory / metrics.name}: File too large; make room or")
     # Full to the last byte, most likely in the midst of a line.
@@ -416,7 +404,7 @@ def test_no_room_for_a_checkpoint(new_run, reference):
     kept = run.steps[-2:]  # the kill may have come before an older one was removed
     whole_files = (run.checkpoints / str(kept[0])).rglob("*")
     largest = max(path.stat().st_size for path in whole_files if path.is_file())
-    outcome = limited(run, largest // 2)
+    outcome = run.train(file_bytes=largest // 2)
     assert outcome.status == 1
     last = outcome.err.splitlines()[-1]
     assert last.startswith(f"nrt-jax: error: {run.checkpoints}: a checkpoint could not be written")
