@@ -11,7 +11,7 @@ INSTALLED := .venv/.installed-$(REQUIREMENTS)
 INSTALLED_TEST := .venv/.installed-test
 
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-test demo test test-slow lint format figures docs lock clean
+.PHONY: help venv venv-test demo test test-slow lint style types format figures docs lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,17 +25,28 @@ demo: venv  ## the quickstart: a tiny model learns to reason, in minutes on a CP
 	$(BIN)/nrt-jax train quickstart/nrt
 	$(BIN)/nrt-jax report runs/quickstart/sft runs/quickstart/nrt --out runs/quickstart
 
-test: lint  ## linters, type checks, import contracts, and the tests that are not slow
-	$(BIN)/python -m pytest -n 2 -m "not slow" $(PYTEST_ARGS)
+# A worker begins with one half of the tests, in their order, so that few fixtures are made twice.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The type checker takes one core for half a minute: it runs beside the tests and is printed after them.
+test: style  ## linters, type checks, import contracts, and the tests that are not slow
+	@types=$$(mktemp); $(MAKE) --no-print-directory types >$$types 2>&1 & checker=$$!; \
+	  $(PYTEST) -m "not slow" $(PYTEST_ARGS); tested=$$?; \
+	  wait $$checker; checked=$$?; \
+	  cat $$types; rm $$types; exit $$((tested | checked))
 
 test-slow: venv-test  ## the slow tests
-	$(BIN)/python -m pytest -n 2 -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
-lint: venv-test  ## linters, type checks and import contracts
+lint: style types  ## linters, type checks and import contracts
+
+style: venv-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/basedpyright
 	$(BIN)/lint-imports
+
+types: venv-test
+	$(BIN)/basedpyright
 
 format: venv-test  ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix
