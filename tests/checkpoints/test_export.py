@@ -20,7 +20,7 @@ from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params
 from tests.models.tiny import mesh, read
-from tests.training.runs import Process, TinyRun, write_model
+from tests.training.runs import Process, TinyRun
 
 NEW_NAMES = ("data.think_start=<think>", "data.think_end=</think>")
 
@@ -217,14 +217,3 @@ def test_the_model_card_says_what_the_model_is(run_with_new_tokens, tmp_path, wo
     ):
         assert said in body
     assert str(tmp_path) not in body
-
-
-def test_a_tokenizer_of_another_model_is_refused(tmp_path, tiny_config, new_run):
-    """Only think tokens may go beyond the rows that the checkpoint has."""
-    write_model(tmp_path / "small", vocab_size=20)
-    outcome = new_run("method=sft", f"model.path={tmp_path / 'small'}").train()
-    assert outcome.status == 2
-    assert (
-        "has 25 tokens, the model's vocab_size is 20; use the tokenizer of the model"
-        in outcome.error
-    )

@@ -80,6 +80,7 @@ def test_plain(kind, add_bos, load, config, tmp_path):
         assert apply(opening, chat) == [*ids, tokenizer.think_start_id]
 
 
+@pytest.mark.slow
 def test_the_template_of_llama(load, config, tmp_path):
     """As its directory has it, and as transformers applies that without us."""
     tokenizer, reference = load("llama")

@@ -20,10 +20,6 @@ from tests.data.made_tokenizers import KINDS, MULTILINGUAL, save, write_made_tok
 
 WORDS = ["hello", "world", "a", "b", "##s", "##ing", "##.", "##'", ".", ",", "?", "!"]
 WORDS += ["don", "it", "'", "s", "m", "ve", "re", "n", "t", "n't", "'s"]
-THINK = {
-    "llama3_1": ("<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
-    "mistral_v3_fast": ("[control_12]", "[control_13]"),
-}
 
 
 def write_word_pieces(directory: Path, *, cleans: bool) -> Path:
@@ -54,13 +50,12 @@ def write_metaspace(directory: Path) -> Path:
 
 @pytest.fixture(
     scope="module",
-    params=[*KINDS, "metaspace", "words", "cleaned words", "llama3_1", "mistral_v3_fast"],
+    params=[*KINDS, "metaspace", "words", "cleaned words", "llama", "mistral"],
 )
 def tokenizer(request, tmp_path_factory) -> Tokenizer:
     kind, directory = request.param, tmp_path_factory.mktemp("made") / "tokenizer"
-    if kind in THINK:
-        data = request.getfixturevalue("shared_data")
-        return Tokenizer.load(data / "tokenizers" / kind, *THINK[kind])
+    if kind in ("llama", "mistral"):
+        return request.getfixturevalue(kind)
     if kind == "metaspace":
         return Tokenizer.load(write_metaspace(directory))
     if "words" in kind:

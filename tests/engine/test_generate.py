@@ -170,7 +170,13 @@ def test_no_two_draws_share_their_noise():
     assert len({tuple(row) for row in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), SETTINGS)
+@pytest.mark.parametrize(
+    ("temperature", "top_p"),
+    [
+        pytest.param(*pair, marks=() if pair in ((1.0, 1.0), (0.7, 0.9)) else pytest.mark.slow)
+        for pair in SETTINGS
+    ],
+)
 def test_traces_follow_the_models_distribution(temperature, top_p):
     """First tokens, and pairs of tokens, of a model with three tokens."""
     start, a = np.asarray([1, 0, 2], np.int32), THREE_TOKENS

@@ -54,8 +54,15 @@ def form(request):
         yield FORMS[request.param]
 
 
-@pytest.mark.parametrize("axes", MESHES, ids=str)
-@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize(
+    ("axes", "window"),
+    [
+        pytest.param(axes, window, marks=pytest.mark.slow if bool(axes) is bool(window) else ())
+        for axes in MESHES
+        for window in (None, 100)
+    ],
+    ids=str,
+)
 def test_attention_is_the_softmax_over_prompt_and_own_tokens(form, axes, window):
     """The prompts are 200, 101 and 1 tokens: with full pages and tails, and without."""
     world = busy_world(form(mesh(**axes), window), SIZES, longest=200, slots=16, window=window)
@@ -73,7 +80,10 @@ def test_the_window_ends_inside_the_own_tokens(form):
     close(*outputs, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 16, 63, 64, 65, 128, 256])
+@pytest.mark.parametrize(
+    "length",
+    [1, 63, 64, 65, 256, *(pytest.param(n, marks=pytest.mark.slow) for n in (16, 128))],
+)
 def test_prompts_that_end_with_a_page_or_beside_its_end(form, length):
     world = busy_world(form(mesh()), SIZES, longest=length)
     for _ in range(3):

@@ -17,6 +17,10 @@ VARIANTS = {
     "window": architecture(**WINDOW),
 }
 variants = pytest.mark.parametrize("a", VARIANTS.values(), ids=VARIANTS.keys())
+positions_and_masks = pytest.mark.parametrize(
+    "a", [VARIANTS["llama3"], VARIANTS["window"]], ids=["llama3", "window"]
+)
+"""Which row continues which prompt is no matter of the head."""
 forward = nnx.jit(lambda model, *inputs: model(*inputs))
 
 
@@ -46,7 +50,7 @@ def test_prefill_and_decode_equal_the_full_forward(a: Architecture):
     close(prefill_and_decode(model, ids, prompt=7), forward(model, ids))
 
 
-@variants
+@positions_and_masks
 def test_branches_of_one_prefix_equal_full_sequences(a: Architecture):
     """Values and gradients; two prompts of lengths 6 and 4 (left-padded), three branches each."""
     P, R, S, T = 2, 3, 6, 5
@@ -78,7 +82,7 @@ def test_branches_of_one_prefix_equal_full_sequences(a: Architecture):
     close(nnx.to_pure_dict(actual_grad), nnx.to_pure_dict(expected_grad), 2e-5)
 
 
-@variants
+@positions_and_masks
 def test_packed_rows_equal_each_sequence_alone(a: Architecture):
     """Values and gradients; prompts of 4, 3 and 5 tokens in two rows, five branches in four.
 

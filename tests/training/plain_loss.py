@@ -39,11 +39,15 @@ class Policy(NamedTuple):
         return [plain[x - 1 + i, token] for i, token in enumerate(answer)]
 
     def _logits(self, sequence):
-        # Tokens behind the end change nothing before it, and spare a compilation per length.
-        padded = np.zeros((1, -(-len(sequence) // 32) * 32), np.int32)
-        padded[0, : len(sequence)] = sequence
-        logits = _forward(self.definition, self.params, padded)[0, : len(sequence)]
-        return np.asarray(logits, np.float64)
+        return np.asarray(logits_of(self.definition, self.params, sequence), np.float64)
+
+
+def logits_of(definition, params, sequence):
+    """Logits after each token of a sequence."""
+    # Tokens behind the end change nothing before it, and spare a compilation per length.
+    padded = np.zeros((1, -(-len(sequence) // 32) * 32), np.int32)
+    padded[0, : len(sequence)] = sequence
+    return _forward(definition, params, padded)[0, : len(sequence)]
 
 
 @partial(jax.jit, static_argnums=0)

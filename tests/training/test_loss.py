@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from nrt_jax.training.batch import NrtBatch
 from nrt_jax.training.frozen_logprobs import FrozenLogprobs, frozen_logprobs_fn
@@ -16,7 +15,7 @@ from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer
 from tests.objective import oracle
 from tests.training import worlds
-from tests.training.plain_loss import Policy, plain_loss
+from tests.training.plain_loss import Policy, logits_of, plain_loss
 from tests.training.worlds import EOS, THINK_END, THINK_START, VOCAB
 
 PROMPTS, TRACES = 4, 4
@@ -218,9 +217,7 @@ def _surrogate_by_hand(params, groups, config):
         for trace, (_, signal), A in zip(group.traces, rewarded, advantage, strict=True):
             sequence = np.concatenate([prompt, [THINK_START], trace.tokens, [THINK_END], answer])
             sequence = sequence.astype(np.int32)
-            log_pi = jax.nn.log_softmax(
-                nnx.merge(DEFINITION, params)(jnp.asarray(sequence[None]))[0]
-            )
+            log_pi = jax.nn.log_softmax(logits_of(DEFINITION, params, sequence))
             at = log_pi[jnp.arange(len(sequence) - 1), sequence[1:]]
             x, n = len(prompt), len(trace.tokens)
             weights = np.zeros(len(sequence) - 1)

@@ -88,9 +88,7 @@ def batches_of(groups: list[Group], packer: Packer) -> list[NrtBatch]:
 
 def summed(loss_fn, params, batches) -> tuple[Metrics, dict]:
     """Metrics and gradient of the sum of the micro-batches' losses, as an update adds them up."""
-    # Compiled in a third of the time, and run once.
-    quickly = {"xla_backend_optimization_level": 0}
-    add = jax.jit(partial(add_micro_batch, loss_fn), compiler_options=quickly)
+    add = jax.jit(partial(add_micro_batch, loss_fn))
     total = zero_total(loss_fn, params, batches[0])
     for batch in batches:
         total = add(params, total, batch)
