@@ -31,10 +31,9 @@ class TokenSets(NamedTuple):
 
 
 def token_sets(vocab_size: int, stop_ids: frozenset[int], banned_ids: frozenset[int]) -> TokenSets:
-    """The sets as masks over the vocabulary."""
-    is_stop_V, is_banned_V = np.zeros((2, vocab_size), bool)
-    is_stop_V[sorted(stop_ids)] = is_banned_V[sorted(banned_ids)] = True
-    return TokenSets(is_stop_V, is_banned_V)
+    """The sets as masks over the vocabulary; a tokenizer may have more tokens than the model."""
+    ids_V = np.arange(vocab_size)
+    return TokenSets(np.isin(ids_V, sorted(stop_ids)), np.isin(ids_V, sorted(banned_ids)))
 
 
 class Decoding(NamedTuple):
