@@ -93,7 +93,6 @@ class SamplingFields(_Body):
             keeps_stop=self.include_stop_str_in_output,
             skips_special=self.skip_special_tokens,
             min_tokens=self.min_tokens,
-            obeys_bans=False,
         )
 
     @property
@@ -113,6 +112,7 @@ class SamplingFields(_Body):
             stop_ids=frozenset(self.stop_token_ids),
             ignores_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
+            obeys_bans=False,
         )
 
     def check_stop_ids(self, vocab_size: int) -> None:
