@@ -50,6 +50,8 @@ def archive(kind: str) -> bytes:
         (TEXT.encode("utf-32-be"), "is text in UTF-32BE; "),
         (("[🙂" * 300).encode("utf-16-le")[:HEAD_BYTES], "is text in UTF-16LE; "),
     ],
+    # Archives hold the time, and every worker must collect the same names.
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_kinds(content, said, tmp_path):
     assert recognise(content[:HEAD_BYTES]).startswith(said)
