@@ -65,15 +65,18 @@ def smollm2() -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bounded_memory_maps() -> Iterator[None]:
-    """Forget compiled programs before they are too many.
+def bounded_memory() -> Iterator[None]:
+    """Forget compiled programs before they take too much: gigabytes, or too many maps of memory.
 
     Each maps memory three times and the large ones thirty times, and a process that asks Linux for
     more than 65,530 maps is aborted inside XLA.
     """
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > 25_000:
+    maps, sizes = Path("/proc/self/maps"), Path("/proc/self/statm")
+    if not maps.exists():
+        return
+    resident_bytes = int(sizes.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident_bytes > 3e9 or len(maps.read_bytes().splitlines()) > 25_000:
         import jax
 
         jax.clear_caches()
