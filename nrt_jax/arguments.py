@@ -98,6 +98,31 @@ def row_count(text: str) -> int:
     return int(text)
 
 
+def process_count(text: str) -> int:
+    """A number of processes or of their devices, 1 or more."""
+    if not text.isdecimal() or not 0 < int(text) < 2**20:
+        raise argparse.ArgumentTypeError(f"{text} is no number of processes; give 1 or more")
+    return int(text)
+
+
+def restart_count(text: str) -> int:
+    """A number of restarts, 0 or more."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text} is no number of restarts; give 0 or more")
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds; give more than 0")
+    return value
+
+
 def seed(text: str) -> int:
     """A seed that fits int32."""
     value = int(text) if text.isdecimal() else -1

@@ -11,12 +11,14 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import nrt_jax
+from nrt_jax import distributed
 from nrt_jax.arguments import (
     INPUTS,
     Parser,
@@ -24,7 +26,10 @@ from nrt_jax.arguments import (
     inputs,
     parse,
     path,
+    process_count,
+    restart_count,
     row_count,
+    seconds,
     seed,
     temperature,
 )
@@ -61,11 +66,15 @@ def main(argv: list[str] | None = None) -> int:
             return _run(argv, interrupts)
         except KeyboardInterrupt:
             return _interrupted(interrupts)
+        except SystemExit as stopped:
+            distributed.end_all("stopped before its first step", int(stopped.code or 0))
+            raise
         except Exception as error:
             if interrupts.seen:
                 return _interrupted(interrupts)
             status = _told(error)
             if status is None:
+                _end_others(error)
                 raise
             return status
 
@@ -78,7 +87,11 @@ def _run(argv: list[str] | None, interrupts: Interrupts) -> int:
         # The text of a model may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     leave_out_absent_tpu()
+    if hasattr(args, "process_id"):
+        place = distributed.find_place(args.coordinator, args.process_id, args.processes)
+        distributed.initialise(place, args.timeout)
     status = args.verb(args)
+    distributed.leave()
     if sys.stdout is not None:
         sys.stdout.flush()
     return status or 0
@@ -95,6 +108,14 @@ def _told(error: Exception) -> int | None:
     if isinstance(error, OSError):
         return _fail(_os_error(error), 1)
     return None
+
+
+def _end_others(error: Exception) -> None:
+    """End the other processes after a mistake of ours in this one."""
+    distributed.hear_others()
+    if distributed.process_count() > 1:
+        traceback.print_exception(error)
+        distributed.end_all(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", 1)
 
 
 def _interrupted(interrupts: Interrupts) -> int:
@@ -120,7 +141,10 @@ def _fail(message: object, status: int) -> int:
         except OSError:
             # Closed or full: the exit must not try to write the rest of the output.
             os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
-    print(f"nrt-jax: error: {' '.join(str(message).split())}", file=sys.stderr)
+    distributed.hear_others()
+    line = " ".join(str(message).split())
+    print(f"nrt-jax: error: {line}", file=sys.stderr)
+    distributed.end_all(line, status)
     return status
 
 
@@ -148,6 +172,7 @@ def _parser() -> Parser:
     _add_run_verbs(verbs)
     _add_checkpoint_verbs(verbs)
     _add_views(verbs)
+    _add_local(verbs)
     return parser
 
 
@@ -162,6 +187,7 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         metavar="INPUT,...",
         help=f"continue a run although these are not what it was trained on: {', '.join(INPUTS)}",
     )
+    _add_processes(train)
     train.set_defaults(verb=_train)
 
     diagnose = verbs.add_parser(
@@ -180,6 +206,7 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         help="held-out rows to ask; otherwise the first batch of a config, and 32 rows of a model",
     )
     diagnose.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    _add_processes(diagnose)
     diagnose.set_defaults(verb=_diagnose)
 
     generate = verbs.add_parser("generate", help="print the trace and the answer to a prompt")
@@ -201,6 +228,7 @@ def _add_run_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         metavar="ANSWER",
         help="print the reward of this answer after the trace; one for each --prompt",
     )
+    _add_processes(generate)
     generate.set_defaults(verb=_generate)
 
     serve = verbs.add_parser("serve", help="answer over HTTP like OpenAI, and over gRPC")
@@ -229,6 +257,7 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         help="devices along data, fsdp and tensor, such as fsdp=4,tensor=2; -1 for the others",
     )
     _add_dtype(import_, "as stored")
+    _add_processes(import_)
     import_.set_defaults(verb=_import)
 
     export = verbs.add_parser("export", help="write any model as a Hugging Face directory")
@@ -242,6 +271,7 @@ def _add_checkpoint_verbs(verbs: "argparse._SubParsersAction[Parser]") -> None:
         metavar="TOKEN=FROM",
         help=r"give TOKEN the embedding and head rows of FROM, such as '<|think_start|>=\n'",
     )
+    _add_processes(export)
     export.set_defaults(verb=_export)
 
 
@@ -268,6 +298,45 @@ def _add_views(verbs: "argparse._SubParsersAction[Parser]") -> None:
     show.set_defaults(verb=_config_show)
     schema = config_verbs.add_parser("schema", help="print the JSON schema")
     schema.set_defaults(verb=_config_schema)
+
+
+def _add_local(verbs: "argparse._SubParsersAction[Parser]") -> None:
+    local = verbs.add_parser(
+        "local", help="run a verb in several processes on this machine, as on several hosts"
+    )
+    local.add_argument("--processes", type=process_count, required=True, metavar="N")
+    local.add_argument(
+        "--devices-per-process", type=process_count, default=1, metavar="M", help="1 by default"
+    )
+    local.add_argument(
+        "--restarts",
+        type=restart_count,
+        default=0,
+        metavar="R",
+        help="how often all are started again after a failure, 0 by default",
+    )
+    local.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="what each process runs"
+    )
+    local.set_defaults(verb=_local)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        "one per host; not needed on Cloud TPU, SLURM, Open MPI and Kubernetes, where they find "
+        "each other",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+    group.add_argument("--processes", type=process_count, metavar="N", help="how many there are")
+    group.add_argument(
+        "--timeout",
+        type=seconds,
+        default=distributed.TIMEOUT_S,
+        metavar="SECONDS",
+        help="how long they wait for each other at the start, 300 by default",
+    )
 
 
 def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
@@ -335,7 +404,7 @@ def _diagnose(args: argparse.Namespace) -> None:
     from nrt_jax.training.health import table
     from nrt_jax.training.run_health import does_not_start
 
-    if args.out is not None:
+    if args.out is not None and distributed.is_first():
         args.out.write_text(diagnosis.to_json(), encoding="utf-8")
     print("\n".join([*table(diagnosis), *(f"- {finding.line}" for finding in diagnosis.findings)]))
     if not starts:
@@ -348,6 +417,11 @@ def _rollout_driver(config: "RunConfig") -> "Generate":
         from nrt_jax.engine.generate import generate
 
         return generate
+    if distributed.process_count() > 1:
+        raise InputError(
+            f"rollout.driver=jetstream: its threads do not take turns alike in "
+            f"{distributed.process_count()} processes; set rollout.driver=loop"
+        )
     try:
         from nrt_jax.serving.jetstream_rollouts import generate
     except ModuleNotFoundError as missing:
@@ -356,6 +430,18 @@ def _rollout_driver(config: "RunConfig") -> "Generate":
             "pip install 'nrt-jax[jetstream]', or set rollout.driver=loop"
         ) from None
     return generate
+
+
+def _local(args: argparse.Namespace) -> int:
+    from nrt_jax.local import run_local
+
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    return run_local(
+        words,
+        processes=args.processes,
+        devices=args.devices_per_process,
+        restarts=args.restarts,
+    )
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -376,6 +462,11 @@ def _generate(args: argparse.Namespace) -> None:
 def _serve(args: argparse.Namespace) -> None:
     from nrt_jax.serving.server import serve
 
+    if (place := distributed.find_place()) is not None:
+        raise InputError(
+            f"serve: this is process {place.process} of {place.processes}, and a server is one "
+            "process; start it on one host alone, without NRT_JAX_PROCESSES or a cluster's task"
+        )
     serve(args.model, args.overrides)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints import import_format
 from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.checkpoints.token_rows import RowNames, row_names, tell_new_rows, with_new_rows
@@ -138,6 +139,12 @@ def _devices(rollout: RolloutConfig) -> tuple[list[Any], list[Any]]:
     devices = jax.devices()
     if rollout.devices is None:
         return devices, devices
+    if distributed.process_count() > 1:
+        raise InputError(
+            f"rollout.devices={rollout.devices}: weights do not move between the devices of "
+            f"{distributed.process_count()} processes; set it to null, so that training and "
+            "rollouts share all devices"
+        )
     if rollout.devices >= len(devices):
         raise InputError(
             f"rollout.devices={rollout.devices}: there are {len(devices)} devices, and training "

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints.hf_config import CONFIG_FILE, GENERATION_FILE
 from nrt_jax.checkpoints.import_format import PARAMS
 from nrt_jax.config.run import RunConfig
@@ -67,6 +68,15 @@ class RunInputs:
         """The opposite of `to_json`."""
         inputs = {name: Input(**found) for name, found in saved["inputs"].items()}
         return cls(inputs, tuple(saved["allowed_changes"]))
+
+    def check_alike(self) -> None:
+        """InputError, with the name of the first that differs, unless all processes read these."""
+        parts = {
+            f"{name} ({part or found.path})": digest
+            for name, found in self.inputs.items()
+            for part, digest in found.parts.items()
+        }
+        distributed.check_same("inputs", parts, "give all hosts the same files")
 
     def with_weights(self, fingerprints: Mapping[str, int]) -> "RunInputs":
         """Also the exact fingerprints of weights that a run reads again when it continues."""

@@ -1,18 +1,23 @@
 """The files of a run directory that say what the run is."""
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
+import os
 import platform
+import socket
 import subprocess
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 
 import nrt_jax
+from nrt_jax import distributed
 from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
 from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.checkpoints.json_files import read_json
@@ -57,17 +62,50 @@ _COMPARED_BY_CONTENT = (
 )
 """Paths that may differ as long as what they lead to is the same (`RunInputs.continued`)."""
 
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "google-jetstream")
+"""Those whose versions are recorded, and compared between processes."""
+
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Make the run directory and lock it; the lock ends with the process.
+    """Make the run directory and lock it; the lock ends with process 0, which holds it.
 
-    Raises InputError when the directory cannot be written, when it holds files but no run, or when
-    another process trains in it.
+    Raises InputError when the directory cannot be written, when it holds files but no run, when
+    another run trains in it, or when it is not the same directory on all hosts.
     """
+    if distributed.is_first():
+        with _locked(directory) as lock:
+            _check_shared(directory, lock)
+            yield
+    else:
+        _check_shared(directory, None)
+        yield
+
+
+def _check_shared(directory: Path, lock: TextIO | None) -> None:
+    """InputError unless every process reads what process 0 writes into the lock."""
+    name = uuid.uuid4().hex
+    if lock is not None:
+        lock.truncate(0)
+        lock.write(name)
+        lock.flush()
+        os.fsync(lock.fileno())
+    name, path = distributed.from_first("the run directory", name), directory / LOCK_FILE
+    if not path.is_file() or path.read_text("utf-8") != name:
+        raise InputError(
+            f"run_dir {directory}: process {distributed.process_index()} on "
+            f"{socket.gethostname()} does not see what process 0 writes there; name a directory "
+            "that all hosts share"
+        )
+    distributed.wait_for_all("they share the run directory")
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[TextIO]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        foreign = sorted({entry.name for entry in directory.iterdir()} - _OF_A_NEW_RUN)
+        names = {entry.name for entry in directory.iterdir()} - _OF_A_NEW_RUN
+        foreign = sorted(name for name in names if not distributed.LOG.fullmatch(name))
         foreign += [CHECKPOINTS] if has_checkpoint(directory) else []
         if foreign and not (directory / CONFIG_FILE).exists():
             raise InputError(
@@ -87,7 +125,22 @@ def locked(directory: Path) -> Iterator[None]:
                 f"run_dir {directory}: another process trains in it; wait until it ends, or choose "
                 "another run_dir"
             ) from None
-        yield
+        yield lock
+
+
+def check_alike(config: RunConfig) -> None:
+    """InputError, with the first difference, unless all processes have this code and config."""
+    if distributed.process_count() == 1:
+        return
+    source = hashlib.sha256()
+    for file in sorted(Path(nrt_jax.__file__).parent.rglob("*.py")):
+        source.update(file.read_bytes())
+    versions = {"nrt_jax": source.hexdigest(), "python": platform.python_version()}
+    versions |= {name: _version(name) for name in _PACKAGES}
+    distributed.check_same("code", versions, "install the same on all hosts")
+    settings = flat(config.model_dump(mode="json"))
+    by_value = {key: settings[key] for key in settings if key not in _COMPARED_BY_CONTENT}
+    distributed.check_same("config", by_value, "give all processes the same config")
 
 
 def check_config(config: RunConfig) -> None:
@@ -106,8 +159,10 @@ def describe(
     """Write the config, the inputs, and the versions of packages and devices.
 
     `new_rows` is how the rows of new think tokens were chosen; without it a run with a checkpoint
-    keeps what it recorded.
+    keeps what it recorded. Process 0 writes.
     """
+    if not distributed.is_first():
+        return
     write_atomically(config.run_dir / CONFIG_FILE, dump_config(config).encode())
     new_rows = new_rows or recorded_new_rows(config.run_dir)
     versions = _versions() | ({} if new_rows is None else {NEW_ROWS: dict(new_rows)})
@@ -164,13 +219,12 @@ def _check_same(saved: Path, config: RunConfig) -> None:
 
 
 def _versions() -> dict[str, Any]:
-    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "google-jetstream")
     return {
         "nrt_jax": nrt_jax.__version__,
         "git_revision": _git_revision(),
         "python": platform.python_version(),
         "devices": [str(device) for device in jax.devices()],
-        "packages": {name: _version(name) for name in names},
+        "packages": {name: _version(name) for name in _PACKAGES},
     }
 
 

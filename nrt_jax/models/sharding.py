@@ -159,6 +159,16 @@ def abstract_params(mesh: Mesh, decoder: nnx.Module, dtype: DTypeLike | None = N
     )
 
 
+def place(tree: Any, sharding: Sharding) -> Any:
+    """Arrays on a mesh from NumPy arrays that every process has whole; each copies its shards."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    # device_put would first send the arrays around, to compare them.
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose first dim is that of prompts."""
     return NamedSharding(mesh, partition_spec(("batch",)))

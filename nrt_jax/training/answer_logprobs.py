@@ -25,7 +25,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from nrt_jax.models.logprobs import TokenLogprobs
-from nrt_jax.models.sharding import batch_sharding
+from nrt_jax.models.sharding import batch_sharding, place, replicated
 from nrt_jax.objective.rewards import padded_length
 from nrt_jax.training.batch import CompletionRows, PromptRows
 from nrt_jax.training.forward import NrtSettings, row_logprobs
@@ -81,8 +81,9 @@ class AnswerLogprobs(NamedTuple):
         for start in range(0, len(packs), self.packs):
             chosen = packs[start : start + self.packs]
             arrays = _arrays(chosen, examples, contexts, (self.packs, S, W))
-            arrays = jax.device_put(arrays, batch_sharding(self.mesh))
-            result = jax.device_get(answer_logprobs(params, *arrays, settings=self.settings))
+            arrays = place(arrays, batch_sharding(self.mesh))
+            of_rows = answer_logprobs(params, *arrays, settings=self.settings, mesh=self.mesh)
+            result = jax.device_get(of_rows)
             for row, pack in enumerate(chosen):
                 for p, c, first in pack.places:
                     context, answer = contexts[p][c], len(examples[p].answer_tokens)
@@ -181,11 +182,13 @@ def _arrays(
     return prompts, rows
 
 
-@partial(jax.jit, static_argnames="settings")
+@partial(jax.jit, static_argnames=("settings", "mesh"))
 def answer_logprobs(
-    params: Any, prompts: PromptRows, rows: CompletionRows, *, settings: NrtSettings
+    params: Any, prompts: PromptRows, rows: CompletionRows, *, settings: NrtSettings, mesh: Mesh
 ) -> TokenLogprobs:
     """log pi of every target of the rows, and the entropy there, as [B, W]."""
     decoder = nnx.merge(settings.definition, params)
     _, prefix = decoder.hidden(*prompts)
-    return row_logprobs(decoder, settings, prefix, rows)
+    logprobs = row_logprobs(decoder, settings, prefix, rows)
+    # A process reads only what its own devices hold.
+    return jax.lax.with_sharding_constraint(logprobs, replicated(mesh))

@@ -152,5 +152,21 @@ class MetricsWriter:
         self.__exit__(None, None, None)
 
 
+class SilentWriter:
+    """The writer of a process other than the first: it times the steps, and writes nothing."""
+
+    def __init__(self) -> None:
+        self.timer = PhaseTimer()
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Leave the line to process 0."""
+
+    def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        """Leave the samples to process 0."""
+
+    def sync(self) -> None:
+        """There is nothing to force to the disk."""
+
+
 def _number(value: Any) -> float | int:
     return value if isinstance(value, int) else float(value)

@@ -21,6 +21,7 @@ from nrt_jax.training.packing import Packer, packing_metrics
 from nrt_jax.training.progress import Prefetched
 from nrt_jax.training.rollouts import MiniBatch, Sampler, make_batches, rollout_metrics
 from nrt_jax.training.run_health import CollapseWatch, check_health, look_for_collapse
+from nrt_jax.training.same_tokens import check_same_groups
 from nrt_jax.training.setup import Policy, Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Update
@@ -48,6 +49,7 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
         # Prefetched in the step before or restored with the checkpoint, otherwise sampled now.
         groups = (progress.prefetched or _sample(run, sampler, step)).groups
         with timer("batch"):
+            check_same_groups(f"step {step}", groups)
             batches = make_batches(groups, run.data.packer, config, run.policy.tokenizer)
         with timer("update"):
             # The update consumes the weights; the engines take theirs before it.

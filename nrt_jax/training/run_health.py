@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints.files import write_atomically
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
@@ -95,7 +96,8 @@ def diagnose(
 
 def _tell_start(diagnosis: Diagnosis, config: RunConfig) -> None:
     """Log the diagnosis of a run's first batch, keep it in the run directory, and judge it."""
-    write_atomically(config.run_dir / DIAGNOSIS_FILE, diagnosis.to_json().encode())
+    if distributed.is_first():
+        write_atomically(config.run_dir / DIAGNOSIS_FILE, diagnosis.to_json().encode())
     for line in table(diagnosis):
         log.info("%s", line)
     for finding in diagnosis.findings:
@@ -132,6 +134,7 @@ class CollapseWatch:
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
         rows = (json.loads(line) for line in lines)
         first = next((row for row in rows if row["step"] > 0 and "trace/tokens" in row), None)
+        first = distributed.from_first("the metrics of the first step", first)
         if first is None:
             return cls()
         # The file has null where a value is no number.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints import run_dir
 from nrt_jax.checkpoints.abstract_model import (
     Model,
@@ -33,9 +34,9 @@ from nrt_jax.engine.programs import Programs
 from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import Answerer, evaluation_answerer
-from nrt_jax.models.sharding import batch_sharding
+from nrt_jax.models.sharding import batch_sharding, place
 from nrt_jax.training.first_rows import FirstParams, first_params
-from nrt_jax.training.logger import MetricsWriter
+from nrt_jax.training.logger import MetricsWriter, SilentWriter
 from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.optimizer import make_optimizer, make_schedule
 from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
@@ -70,7 +71,7 @@ class Policy:
 
     def to_device(self, batch: Any) -> Any:
         """Shard a batch of NumPy arrays over the mesh by prompts."""
-        return jax.device_put(batch, batch_sharding(self.model.mesh))
+        return place(batch, batch_sharding(self.model.mesh))
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Run:
     engines: Engines
     progress: Progress
     checkpoints: Checkpoints
-    logger: MetricsWriter
+    logger: MetricsWriter | SilentWriter
     memory: DeviceMemory
 
 
@@ -128,11 +129,14 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     over other inputs than those that it was trained on only where `allow_changed` names them.
     """
     wanted_trackers(config.logging)
+    run_dir.check_alike(config)
     tokenizer = load_tokenizer(config)
     model = abstract_model(config, tokenizer)
     on_engines = engine_model(config, model)
     _check_batch_fits(config, model.mesh, on_engines.mesh)
     dataset = load_dataset(config.data, tokenizer)
+    inputs = read_inputs(config, tokenizer, dataset.eval)
+    inputs.check_alike()
     data = Data(
         batches=training_batches(config, dataset.train),
         held_out=dataset.eval[: config.evaluation.examples],
@@ -151,13 +155,15 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
 
     def read_first() -> FirstParams:
         recorded = run_dir.recorded_new_rows(config.run_dir)
+        recorded = distributed.from_first("the rows of new think tokens", recorded)
         with memory.explained():
             return first_params(config, tokenizer, model, traces, dataset.train, recorded)
 
     # A run that goes on needs its checkpoint alone, except for a KL term.
-    goes_on = run_dir.has_checkpoint(config.run_dir) and not has_kl_term(config)
+    saved = distributed.from_first("a checkpoint", run_dir.has_checkpoint(config.run_dir))
+    goes_on = saved and not has_kl_term(config)
     first = FirstParams() if goes_on else read_first()
-    inputs = _read_inputs(config, tokenizer, dataset, first.params)
+    inputs = _with_weights(config, inputs, first.params)
     policy = Policy(
         tokenizer=tokenizer,
         model=model,
@@ -167,6 +173,7 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     )
     with ExitStack() as opened:
         opened.enter_context(run_dir.locked(config.run_dir))
+        distributed.log_to(config.run_dir)
         run_dir.check_config(config)
         checkpoints = opened.enter_context(closing(_open_checkpoints(config)))
         progress = restore_progress(
@@ -185,7 +192,10 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
         if on_engines.mesh is not model.mesh:
             log.info("rollouts: mesh %s", dict(on_engines.mesh.shape))
         memory.log_parts()
-        logger = opened.enter_context(_open_logger(config, kept_up_to))
+        logger: MetricsWriter | SilentWriter = SilentWriter()
+        if distributed.is_first():
+            logger = opened.enter_context(_open_logger(config, kept_up_to))
+        distributed.wait_for_all("the run is open")
         yield Run(
             config=config,
             policy=policy,
@@ -239,11 +249,8 @@ def has_kl_term(config: RunConfig) -> bool:
     return config.method == "nrt" and config.objective.kl_coefficient > 0
 
 
-def _read_inputs(
-    config: RunConfig, tokenizer: Tokenizer, dataset: Dataset, params: Any | None
-) -> RunInputs:
-    """Digests of what the run reads, also of the weights if every start reads them."""
-    inputs = read_inputs(config, tokenizer, dataset.eval)
+def _with_weights(config: RunConfig, inputs: RunInputs, params: Any | None) -> RunInputs:
+    """The digests of what the run reads, also of the weights if every start reads them."""
     if params is None or config.model.path is None or not has_kl_term(config):
         return inputs
     return inputs.with_weights(fingerprints(params))

@@ -17,6 +17,7 @@ from nrt_jax.objective.masked import masked_count, masked_sum
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.batch import SftBatch, sft_batch, sft_lengths
 from nrt_jax.training.packing import packing_metrics
+from nrt_jax.training.same_tokens import check_same_rows
 from nrt_jax.training.setup import Run
 from nrt_jax.training.steps import finish_step, mean_over_updates, steps
 from nrt_jax.training.update import Metrics, Update
@@ -27,9 +28,10 @@ def train_sft(run: Run, stop: StopRequest) -> None:
     config, progress, packer = run.config.train, run.progress, run.data.packer
     timer = run.logger.timer
     update = make_sft_update(run)
-    for _ in steps(run, stop):
+    for step in steps(run, stop):
         with timer("data"):
             examples = next(run.data.batches)
+            check_same_rows(f"step {step}", examples)
             minis = [
                 examples[start : start + config.mini_batch_prompts]
                 for start in range(0, config.batch_prompts, config.mini_batch_prompts)

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from nrt_jax import distributed
 from nrt_jax.compilation import WATCH
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.held_out import evaluate
@@ -21,8 +22,8 @@ def steps(run: Run, stop: StopRequest) -> Iterator[int]:
     """Yield the numbers of the remaining steps, from 1, and save after the last of them.
 
     A new run is evaluated before its first step, unless its warm-up did so; after a stop in the
-    warm-up there are no steps. After SIGTERM or Ctrl-C the current step is the last; before the
-    first step there is nothing to save, and they end the run at once.
+    warm-up there are no steps. After SIGTERM or Ctrl-C to any process the current step is the last
+    of all; before the first step there is nothing to save, and they end the run at once.
     """
     config, progress = run.config, run.progress
     last = config.train.steps
@@ -31,7 +32,7 @@ def steps(run: Run, stop: StopRequest) -> Iterator[int]:
     if not progress.step and not config.warmup.updates:
         evaluate_run(run)
     stop.wait_for_the_step()
-    while progress.step < last and not stop.requested:
+    while progress.step < last and not distributed.any_of("a stop", stop.requested):
         yield progress.step + 1
     if progress.step:
         save_run(run)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState, init_state
 from nrt_jax.compilation import WATCH
@@ -21,6 +22,7 @@ from nrt_jax.config.warmup import AllStage, RowsStage
 from nrt_jax.errors import RunFailed
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.packing import Lengths, Packer, Plan
+from nrt_jax.training.same_tokens import check_same_rows
 from nrt_jax.training.setup import Policy, Run, packing_layout
 from nrt_jax.training.steps import evaluate_run, save_run
 from nrt_jax.training.update import Update
@@ -92,7 +94,7 @@ def _take_updates(
         if progress.step == end - stage.updates - total:
             progress.state = fresh_state(run.policy, progress.state)
         while progress.step < end - total:
-            if stop.requested:
+            if distributed.any_of("a stop", stop.requested):
                 return False
             _finish_update(run, update, planned[total + progress.step])
             due = (total + progress.step) % run.config.checkpoint.every_steps == 0
@@ -105,11 +107,13 @@ def _take_updates(
 def _finish_update(run: Run, update: "StageUpdate", planned: PlannedUpdate) -> None:
     """Make one update, count it, and write its metrics."""
     progress, logger = run.progress, run.logger
+    number, rows = run.config.warmup.updates + progress.step + 1, planned.rows
+    examples, traces = [row.example for row in rows], [row.trace for row in rows]
+    check_same_rows(f"warm-up update {number}", examples, traces)
     with logger.timer("warmup"):
         progress.state, metrics = update(progress.state, planned)
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     progress.step += 1
-    number = run.config.warmup.updates + progress.step
     row = {"warmup/update": number} | metrics | row_metrics(planned.rows)
     logger.write(progress.step, row | logger.timer.take() | {"time/compile_s": WATCH.take()})
     in_row, most = int(metrics["warmup/skipped_in_row"]), run.config.train.max_skipped_updates

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Collection
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints import run_dir
 from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.checkpoints.store import Checkpoints
@@ -36,7 +37,8 @@ def restore_warmup(
 
     Raises InputError as `restore_progress` does.
     """
-    if not (config.run_dir / run_dir.WARMUP_CHECKPOINTS).is_dir():
+    exists = (config.run_dir / run_dir.WARMUP_CHECKPOINTS).is_dir()
+    if not distributed.from_first("a checkpoint of the warm-up", exists):
         return None
     checkpoints = open_warmup_checkpoints(config)
     restored = checkpoints.restore_newest(target)
@@ -54,5 +56,5 @@ def restore_warmup(
 def remove_warmup_checkpoints(config: RunConfig) -> None:
     """Remove them, once step 0 is saved; a killed process may have left them."""
     directory = config.run_dir / run_dir.WARMUP_CHECKPOINTS
-    if directory.is_dir():
+    if distributed.is_first() and directory.is_dir():
         shutil.rmtree(directory)

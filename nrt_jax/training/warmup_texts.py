@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints.abstract_model import engine_model
 from nrt_jax.checkpoints.files import write_atomically
 from nrt_jax.config.run import RunConfig
@@ -85,7 +86,7 @@ def _row(example: TokenizedExample, trace: Trace | None) -> WarmupRow:
 def _texts(run: Run, examples: Sequence[TokenizedExample]) -> list[Trace]:
     """A text per example: those of the file, or else sampled and written there."""
     path = run.config.run_dir / TEXTS_FILE
-    if path.exists():
+    if distributed.from_first("the texts of the warm-up", path.exists()):
         return _read(path, examples, run.policy.tokenizer)
     if run.progress.step > -run.config.warmup.updates:
         raise InputError(
@@ -94,7 +95,8 @@ def _texts(run: Run, examples: Sequence[TokenizedExample]) -> list[Trace]:
         )
     log.info("warm-up: the model writes %d texts", len(examples))
     traces = sample_texts(run, examples)
-    _write(path, examples, traces, run.policy.tokenizer)
+    if distributed.is_first():
+        _write(path, examples, traces, run.policy.tokenizer)
     return traces
 
 

@@ -1,0 +1,94 @@
+"""The place of a process by options, environment and cluster, and what processes agree on."""
+
+import pytest
+
+from nrt_jax import distributed
+from nrt_jax.distributed import Place, check_same, find_place
+from nrt_jax.errors import InputError, RunFailed
+
+
+def test_one_process_has_no_place():
+    assert find_place() is None
+    assert find_place(None, None, 1) is None
+    assert distributed.gather("numbers", 3) == [3]
+    assert not distributed.any_of("a stop", False)
+    check_same("config", {"seed": 0}, "nothing to mend")
+    assert distributed.is_first()
+
+
+def test_options_win_over_the_environment(monkeypatch):
+    monkeypatch.setenv("NRT_JAX_COORDINATOR", "far:1")
+    monkeypatch.setenv("NRT_JAX_PROCESS_ID", "1")
+    monkeypatch.setenv("NRT_JAX_PROCESSES", "3")
+    assert find_place() == Place("far:1", 1, 3)
+    assert find_place("[::1]:80", 2, 4) == Place("[::1]:80", 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("told", "line"),
+    [
+        (
+            ("h:1", None, 2),
+            "--coordinator h:1, --processes 2: --process-id is missing; give all three, or none",
+        ),
+        ((None, 1, 1), "--process-id 1, --processes 1: --coordinator is missing; give all"),
+        (("h:1", 2, 2), "--process-id 2: must be from 0 to 1"),
+        (("h", 0, 2), "--coordinator h: must look like HOST:PORT, such as 10.0.0.1:8476"),
+        (("h:99999", 0, 2), "--coordinator h:99999: must look like HOST:PORT"),
+    ],
+)
+def test_mistakes_in_the_options(told, line):
+    with pytest.raises(InputError) as error:
+        find_place(*told)
+    assert str(error.value).startswith(line)
+
+
+def test_mistakes_in_the_environment(monkeypatch):
+    monkeypatch.setenv("NRT_JAX_PROCESS_ID", "-1")
+    with pytest.raises(InputError, match="NRT_JAX_PROCESS_ID=-1: must be a number, as for --proc"):
+        find_place()
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "node[07-08]",
+    "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+}
+
+
+def test_slurm_is_detected(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert find_place() == Place("node07:61441", 3, 4, [1])
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert find_place() is None
+
+
+def test_one_gpu_per_slurm_task_is_refused(monkeypatch):
+    for name, value in (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"SLURM shows task 1 .* GPUs 0 alone .*launch/slurm.sh"):
+        find_place()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert find_place() is not None
+
+
+def test_the_first_difference_is_named(monkeypatch):
+    """Two processes, of which this is one; what the other exchanges is made up."""
+    theirs = {"a": 1, "b": 2, "c": 3}
+    monkeypatch.setattr(distributed._State, "place", Place("h:1", 0, 2))
+    exchanged = []
+
+    def gather(what: str, value: object) -> list[object]:
+        exchanged.append(value)
+        return [value, "another digest" if isinstance(value, str) else theirs]
+
+    monkeypatch.setattr(distributed, "gather", gather)
+    line = "step 3: b is 5 on process 0 and 2 on process 1; start anew"
+    with pytest.raises(RunFailed, match=line):
+        check_same("step 3", {"a": 1, "b": 5, "c": 4}, "start anew", RunFailed)
+    assert len(exchanged) == 2
+    monkeypatch.setattr(distributed, "gather", lambda what, value: [value, value])
+    check_same("step 3", theirs, "start anew")
