@@ -1,5 +1,6 @@
 """The files of a run directory that say what the run is."""
 
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ from nrt_jax import distributed
 from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
 from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.checkpoints.json_files import read_json
+from nrt_jax.checkpoints.lease import leased
 from nrt_jax.config.load import dump_config, flat
 from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.errors import InputError
@@ -29,7 +31,10 @@ VERSIONS_FILE, LOCK_FILE, INPUTS_FILE = "versions.json", "lock", "inputs.json"
 NEW_ROWS = "new_rows"
 """Key in the versions file."""
 CHECKPOINTS, WARMUP_CHECKPOINTS = "checkpoints", "warmup_checkpoints"
-_OF_A_NEW_RUN = {LOCK_FILE, CHECKPOINTS, CONFIG_FILE + PART_SUFFIX}
+LEASE_FILE = "lease.json"
+"""Where the folder knows no locks."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+_OF_A_NEW_RUN = {LOCK_FILE, LEASE_FILE, CHECKPOINTS, CONFIG_FILE + PART_SUFFIX}
 """Files of a run that was killed before its config was written."""
 FREE_TO_CHANGE = (
     "run_dir",
@@ -117,7 +122,7 @@ def _locked(directory: Path) -> Iterator[TextIO]:
         raise InputError(
             f"run_dir {directory}: {error.strerror}; choose a directory that you may write to"
         ) from error
-    with lock:
+    with lock, ExitStack() as held:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,6 +130,10 @@ def _locked(directory: Path) -> Iterator[TextIO]:
                 f"run_dir {directory}: another process trains in it; wait until it ends, or choose "
                 "another run_dir"
             ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            held.enter_context(leased(directory / LEASE_FILE, f"run_dir {directory}"))
         yield lock
 
 
