@@ -460,13 +460,13 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
-    from nrt_jax.serving.server import serve
-
     if (place := distributed.find_place()) is not None:
         raise InputError(
             f"serve: this is process {place.process} of {place.processes}, and a server is one "
             "process; start it on one host alone, without NRT_JAX_PROCESSES or a cluster's task"
         )
+    from nrt_jax.serving.server import serve
+
     serve(args.model, args.overrides)
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from nrt_jax import distributed
+from nrt_jax.cli import main
 from nrt_jax.distributed import Place, check_same, find_place
 from nrt_jax.errors import InputError, RunFailed
 
@@ -73,6 +74,17 @@ def test_one_gpu_per_slurm_task_is_refused(monkeypatch):
         find_place()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert find_place() is not None
+
+
+def test_a_server_is_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("NRT_JAX_COORDINATOR", "far:1")
+    monkeypatch.setenv("NRT_JAX_PROCESS_ID", "1")
+    monkeypatch.setenv("NRT_JAX_PROCESSES", "2")
+    assert main(["serve", "model"]) == 2
+    assert capsys.readouterr().err == (
+        "nrt-jax: error: serve: this is process 1 of 2, and a server is one process; start it on "
+        "one host alone, without NRT_JAX_PROCESSES or a cluster's task\n"
+    )
 
 
 def test_the_first_difference_is_named(monkeypatch):

@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from nrt_jax import distributed
 from nrt_jax.checkpoints.fingerprint import by_path, fingerprints
 from nrt_jax.checkpoints.orbax_noise import silence_abandoned_io, without_messages
 from nrt_jax.checkpoints.saved_groups import read_arrays
@@ -142,14 +143,17 @@ class Checkpoints:
 
         `target` is a TrainState, or a dict with some of its fields; then only these are read. A
         warning names each damaged checkpoint, and the one before it is tried. Returns None when
-        there is no checkpoint. Raises InputError when none of them can be read, or when the newest
-        readable one is of another model.
+        there is no checkpoint. Raises InputError when none of them can be read, when the newest
+        readable one is of another model, and for the first damaged one in several processes.
         """
         reasons: dict[int, str] = {}
-        for step in reversed(self.steps):
+        for step in reversed(distributed.from_first("the checkpoints", self.steps)):
             try:
                 restored = self._restore(step, target)
             except _Damaged as damage:
+                if distributed.process_count() > 1:
+                    # The others may have read it, and wait for this process.
+                    raise self._remove(step, damage) from damage
                 reasons[step] = str(damage)
                 continue
             for damaged, reason in reasons.items():
@@ -172,6 +176,12 @@ class Checkpoints:
                 f"{self.path(step)}: cannot be read ({damage}); "
                 f"use another of the checkpoints {self.steps}"
             ) from damage
+
+    def _remove(self, step: int, damage: _Damaged) -> InputError:
+        return InputError(
+            f"{self.path(step)}: process {distributed.process_index()} cannot read it ({damage}); "
+            "move it away, and the same command goes on from the checkpoint before it"
+        )
 
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints of later steps: they are damaged, and will be written again."""
