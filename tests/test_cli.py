@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import nrt_jax
-from nrt_jax import cli
+from nrt_jax import cli, verbs
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError, RunFailed
@@ -137,7 +137,7 @@ def test_runs_as_a_module_and_as_a_script():
             "one MODEL is required, and 0 are named: x.y=1; an",
         ),
         (("train", "run_dir=\udcff"), r"the argument 'run_dir=\udcff' is not UTF-8 text"),
-        (("train", "a\nb", "--c"), "unrecognized arguments: --c"),
+        (("train", "a\nb", "--x"), "unrecognized arguments: --x"),
     ],
 )
 def test_words(words, said, capsys):
@@ -188,7 +188,7 @@ def test_overrides_stand_anywhere_in_data_show(words, config, capsys):
 )
 def test_overrides_stand_anywhere_around_a_model(verb, words, monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, f"_{verb}", seen.append)
+    monkeypatch.setattr(verbs, verb, seen.append)
     if verb == "serve":
         words = [word for word in words if word not in ("--prompt", "a=b")]
     elif "--prompt" not in words:
@@ -202,7 +202,7 @@ def test_overrides_stand_anywhere_around_a_model(verb, words, monkeypatch):
 
 def test_a_model_with_an_equals_sign_in_its_name(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "_serve", seen.append)
+    monkeypatch.setattr(verbs, "serve", seen.append)
     model = tmp_path / "lr=1"
     model.mkdir()
     assert cli.main(["serve", "port=0", str(model)]) == 0
@@ -294,7 +294,7 @@ def test_errors_end_in_one_line(error, status, said, config, monkeypatch, capsys
     def verb(_):
         raise error
 
-    monkeypatch.setattr(cli, "_config_show", verb)
+    monkeypatch.setattr(verbs, "config_show", verb)
     assert cli.main(["config", "show", str(config)]) == status
     assert capsys.readouterr().err == f"nrt-jax: error: {said}\n"
 
@@ -303,7 +303,7 @@ def test_mistakes_of_ours_keep_their_traceback(config, monkeypatch):
     def verb(_):
         raise AssertionError("ours")
 
-    monkeypatch.setattr(cli, "_config_show", verb)
+    monkeypatch.setattr(verbs, "config_show", verb)
     with pytest.raises(AssertionError, match="ours"):
         cli.main(["config", "show", str(config)])
 

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from nrt_jax.cli import _load, _parser
+from nrt_jax.cli import _parser
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective.advantages import ESTIMATORS
+from nrt_jax.verbs import load
 from tests.conftest import REPOSITORY
 
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")]
@@ -91,7 +92,7 @@ def test_commands_are_understood(command, monkeypatch):
     args = _parser().parse_args(shlex.split(command)[1:])
     # A verb that takes a config may also take the run that the page made before.
     if hasattr(args, "config") and not args.config[0].startswith("runs/"):
-        _load(args)
+        load(args)
 
 
 @pytest.mark.parametrize("page", TEXTS)

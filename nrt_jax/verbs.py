@@ -1,0 +1,199 @@
+"""What each verb does with its arguments: call one function, and print.
+
+jax is imported by the verb that needs it, so that --help and --version answer at once.
+"""
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nrt_jax import distributed
+from nrt_jax.errors import InputError, RunFailed
+from nrt_jax.stop import INTERRUPTED, StopRequest
+
+if TYPE_CHECKING:
+    from nrt_jax.config.run import RunConfig
+    from nrt_jax.engine.generate import Generate
+
+log = logging.getLogger(__name__)
+
+
+def load(args: argparse.Namespace) -> "RunConfig":
+    from nrt_jax.config.load import load_config
+    from nrt_jax.config.run import RunConfig
+
+    # A file may have an equals sign in its path.
+    overrides = [word for word in args.config if "=" in word and not os.path.isfile(word)]
+    files = [Path(word) for word in args.config if word not in overrides]
+    if not files:
+        raise InputError(f"{' '.join(args.config)}: no config file; name one before the overrides")
+    return load_config(RunConfig, files, overrides)
+
+
+def train(args: argparse.Namespace) -> int:
+    with StopRequest() as stop:
+        args.interrupts.at_first = stop.plan
+        config = load(args)
+        generate = _rollout_driver(config)
+        from nrt_jax.checkpoints.run_dir import how_to_continue
+        from nrt_jax.training.loop import train
+
+        args.interrupts.at_leaving = lambda: how_to_continue(config.run_dir)
+        try:
+            train(config, stop, generate, allow_changed=args.allow_changed)
+        except SystemExit:
+            log.info("stopped; %s", how_to_continue(config.run_dir))
+            raise
+    return INTERRUPTED if stop.interrupted else 0
+
+
+def diagnose(args: argparse.Namespace) -> None:
+    first, *others = args.config
+    if os.path.isdir(first):
+        from nrt_jax.training.checkup import diagnose_model
+
+        diagnosis, starts = diagnose_model(Path(first), others, args.rows), True
+    else:
+        config = load(args)
+        from nrt_jax.training.checkup import diagnose_config
+
+        diagnosis = diagnose_config(config, args.rows)
+        starts = config.train.allow_cold_start or not diagnosis.stops
+    from nrt_jax.training.health import table
+    from nrt_jax.training.run_health import does_not_start
+
+    if args.out is not None and distributed.is_first():
+        args.out.write_text(diagnosis.to_json(), encoding="utf-8")
+    print("\n".join([*table(diagnosis), *(f"- {finding.line}" for finding in diagnosis.findings)]))
+    if not starts:
+        raise RunFailed(does_not_start(diagnosis))
+
+
+def _rollout_driver(config: "RunConfig") -> "Generate":
+    """What `rollout.driver` names; InputError when its package is missing."""
+    if config.rollout.driver == "loop":
+        from nrt_jax.engine.generate import generate
+
+        return generate
+    if distributed.process_count() > 1:
+        raise InputError(
+            f"rollout.driver=jetstream: its threads do not take turns alike in "
+            f"{distributed.process_count()} processes; set rollout.driver=loop"
+        )
+    try:
+        from nrt_jax.serving.jetstream_rollouts import generate
+    except ModuleNotFoundError as missing:
+        raise InputError(
+            f"rollout.driver=jetstream: the package {missing.name} is not installed; "
+            "pip install 'nrt-jax[jetstream]', or set rollout.driver=loop"
+        ) from None
+    return generate
+
+
+def local(args: argparse.Namespace) -> int:
+    from nrt_jax.local import run_local
+
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    return run_local(
+        words,
+        processes=args.processes,
+        devices=args.devices_per_process,
+        restarts=args.restarts,
+    )
+
+
+def generate(args: argparse.Namespace) -> None:
+    from nrt_jax.evaluation.answer import answer_prompts
+
+    results = answer_prompts(
+        args.model,
+        args.prompt,
+        temperature=args.temperature,
+        seed=args.seed,
+        references=args.score,
+        overrides=args.overrides,
+    )
+    for result in results:
+        print(result)
+
+
+def serve(args: argparse.Namespace) -> None:
+    if (place := distributed.find_place()) is not None:
+        raise InputError(
+            f"serve: this is process {place.process} of {place.processes}, and a server is one "
+            "process; start it on one host alone, without NRT_JAX_PROCESSES or a cluster's task"
+        )
+    from nrt_jax.serving.server import serve
+
+    serve(args.model, args.overrides)
+
+
+def import_(args: argparse.Namespace) -> None:
+    from nrt_jax.checkpoints.export import import_checkpoint
+    from nrt_jax.compilation import use_cache
+    from nrt_jax.config.compilation import CompilationConfig
+    from nrt_jax.config.mesh import parse_mesh
+
+    use_cache(CompilationConfig())
+    with _exit_on_sigterm():
+        imported = import_checkpoint(args.source, args.out, parse_mesh(args.mesh), args.dtype)
+    print(
+        f"wrote {args.out}: {imported.weights / 1e9:.3g} billion weights, "
+        f"{imported.nbytes / 1e9:.3g} GB"
+    )
+
+
+def data_show(args: argparse.Namespace) -> None:
+    config = load(args)
+    from nrt_jax.checkpoints.abstract_model import load_tokenizer
+    from nrt_jax.data.show import show_rows
+
+    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
+    reasons = config.method == "nrt"
+    tokenizer = load_tokenizer(config)
+    for line in show_rows(config.data, tokenizer, reasons=reasons, rows=args.rows, color=color):
+        print(line)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that half-written files are removed."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def export(args: argparse.Namespace) -> None:
+    from nrt_jax.checkpoints.export import export
+
+    with _exit_on_sigterm():
+        export(args.model, args.out, dtype=args.dtype, copy_rows=args.copy_row)
+    print(f"wrote {args.out}")
+
+
+def report(args: argparse.Namespace) -> None:
+    from nrt_jax.analysis.report import write_report
+
+    write_report(args.runs, args.out)
+
+
+def config_show(args: argparse.Namespace) -> None:
+    from nrt_jax.config.load import dump_config
+
+    print(dump_config(load(args)), end="")
+
+
+def config_schema(args: argparse.Namespace) -> None:
+    from nrt_jax.config.load import config_schema
+    from nrt_jax.config.run import RunConfig
+
+    print(json.dumps(config_schema(RunConfig), indent=1))
