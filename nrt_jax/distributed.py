@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 300.0
 """How long processes wait for each other at the start."""
-HEARTBEAT_S = 30
+HEARTBEAT_S = 50
 """After so long without a sign of life a host counts as dead, and all processes end."""
 COORDINATOR, PROCESS_ID, PROCESSES = (
     "NRT_JAX_COORDINATOR",
