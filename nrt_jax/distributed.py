@@ -110,27 +110,41 @@ def _detected() -> Place | None:
 
     # jax.distributed.initialize() detects the same, but starts its service for one process, too.
     kinds = [kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method]
-    cluster = next((kind for kind in kinds if kind.is_env_present()), None)
-    if cluster is None or cluster.get_process_count() == 1:
-        return None
-    _check_slurm_devices(cluster.name)
-    address, processes, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
-        None, None, None, None, cluster.name, int(TIMEOUT_S)
-    )
-    assert address is not None
-    assert processes is not None
-    assert process is not None
-    return Place(address, process, processes, None if devices is None else list(devices))
+    if "JOB_COMPLETION_INDEX" not in os.environ:
+        # A pod of no indexed job is alone; jax would ask for a package and give up.
+        kinds = [kind for kind in kinds if kind.__name__ != "K8sCluster"]
+    try:
+        cluster = next((kind for kind in kinds if kind.is_env_present()), None)
+        if cluster is None or cluster.get_process_count() == 1:
+            return None
+        _check_slurm_devices(cluster.name)
+        port, device = os.environ.get("JAX_COORDINATOR_PORT"), cluster.get_local_process_id()
+        return Place(
+            coordinator=cluster.get_coordinator_address(int(TIMEOUT_S), port),
+            process=cluster.get_process_id(),
+            processes=cluster.get_process_count(),
+            local_devices=None if device is None else [device],
+        )
+    except InputError:
+        raise
+    except Exception as error:  # of the cluster's own client
+        text = " ".join(str(error).split())
+        raise InputError(
+            f"the cluster does not say which process this is ({text}); name --coordinator, "
+            f"--process-id and --processes, or set {PROCESSES}=1 for one process alone"
+        ) from error
 
 
 def _check_slurm_devices(cluster: str) -> None:
     """InputError where SLURM shows a task one GPU, and jax would look for another of its host."""
-    local, shown = os.environ.get("SLURM_LOCALID", "0"), os.environ.get("CUDA_VISIBLE_DEVICES")
-    if cluster == "slurm" and shown and int(local) >= len(shown.split(",")):
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # Such as 8(x2),4.
+    tasks = re.match(r"\d+", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
+    if cluster == "slurm" and shown and tasks and len(shown.split(",")) < int(tasks[0]):
         raise InputError(
-            f"SLURM shows task {local} of its host the GPUs {shown} alone (--gpus-per-task or "
-            "--gpu-bind), and jax takes the one with the task's number; start with "
-            "--gpus-per-node and --ntasks-per-node instead, as launch/slurm.sh does"
+            f"SLURM runs {tasks[0]} tasks on this host and shows this one the GPUs {shown} alone "
+            "(--gpus-per-task or --gpu-bind), but jax takes the GPU with the task's number; start "
+            "with --gpus-per-node and --ntasks-per-node instead, as launch/slurm.sh does"
         )
 
 

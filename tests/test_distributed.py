@@ -68,12 +68,23 @@ def test_slurm_is_detected(monkeypatch):
 
 
 def test_one_gpu_per_slurm_task_is_refused(monkeypatch):
-    for name, value in (SLURM | {"CUDA_VISIBLE_DEVICES": "0"}).items():
+    shows_one = {"CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+    for name, value in (SLURM | shows_one).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"SLURM shows task 1 .* GPUs 0 alone .*launch/slurm.sh"):
+    line = r"SLURM runs 2 tasks on this host and shows this one the GPUs 0 alone .*launch/slurm.sh"
+    with pytest.raises(InputError, match=line):
         find_place()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert find_place() is not None
+
+
+def test_a_cluster_that_does_not_say(monkeypatch):
+    for name, value in (SLURM | {"SLURM_NTASKS": "four"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"cluster does not say which process .*PROCESSES=1"):
+        find_place()
+    monkeypatch.setenv("NRT_JAX_PROCESSES", "1")
+    assert find_place() is None
 
 
 def test_a_server_is_one_process(monkeypatch, capsys):
