@@ -72,7 +72,7 @@ class RunInputs:
     def check_alike(self) -> None:
         """InputError, with the name of the first that differs, unless all processes read these."""
         parts = {
-            f"{name} ({part or found.path})": digest
+            name + (f" ({part})" if part else ""): digest
             for name, found in self.inputs.items()
             for part, digest in found.parts.items()
         }

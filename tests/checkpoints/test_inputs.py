@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nrt_jax import distributed
 from nrt_jax.arguments import INPUTS
 from nrt_jax.checkpoints.abstract_model import load_tokenizer
 from nrt_jax.checkpoints.inputs import INPUT_NAMES, RunInputs, read_inputs
@@ -162,6 +163,17 @@ def test_an_input_that_is_new_or_gone(read):
 
 
 # --- weights -------------------------------------------------------------------------------------
+
+
+def test_other_inputs_of_another_process_are_named(folder, read, monkeypatch):
+    here = read()
+    append(" ")(folder / "train.jsonl")
+    there, told = read(), []
+    monkeypatch.setattr(distributed, "check_same", lambda what, parts, _: told.append(parts))
+    here.check_alike()
+    there.check_alike()
+    assert [name for name in told[0] if told[0][name] != told[1].get(name)] == ["data"]
+    assert "model (config.json)" in told[0]
 
 
 def test_weights_that_are_gone_are_no_change(folder, read):

@@ -3,11 +3,13 @@
 import fcntl
 import importlib.metadata
 import json
+import socket
 
 import jax
 import pytest
 
 import nrt_jax
+from nrt_jax import distributed
 from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.checkpoints.run_dir import check_config, describe, how_to_continue, load_run, locked
 from nrt_jax.config.load import dump_config, load_config
@@ -154,6 +156,28 @@ def test_one_process_at_a_time(config):
             prepare_locked(config())
         assert not (directory / "config.yaml").exists()
     prepare_locked(config())
+
+
+def test_a_directory_that_another_process_does_not_see(config, monkeypatch):
+    directory = config().run_dir
+    monkeypatch.setattr(distributed, "from_first", lambda what, name: f"not {name}")
+    with pytest.raises(InputError) as error, locked(directory):
+        pass
+    assert str(error.value) == (
+        f"run_dir {directory}: process 0 on {socket.gethostname()} does not see what process "
+        "0 writes there; name a directory that all hosts share"
+    )
+
+
+def test_the_logs_of_other_processes_are_no_foreign_files(config):
+    directory = config().run_dir
+    directory.mkdir()
+    (directory / "log.3.txt").touch()
+    with locked(directory):
+        pass
+    (directory / "log.txt").touch()
+    with pytest.raises(InputError, match=r"holds log.txt but no"), locked(directory):
+        pass
 
 
 def test_the_lock_is_the_systems(config):

@@ -24,7 +24,12 @@ SFT = (
     "evaluation.examples=0",
     "checkpoint.every_steps=1",
 )
-NRT = ("train.micro_batch_prompts=4", "train.mini_batch_prompts=4")
+NRT = (
+    "train.micro_batch_prompts=4",
+    "train.mini_batch_prompts=4",
+    "objective.kl_coefficient=0",
+    "evaluation.every_steps=8",
+)
 
 
 def start(run: TinyRun, processes: int, devices: int, *overrides: str) -> list[Process]:
