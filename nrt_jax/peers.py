@@ -42,8 +42,8 @@ class Hello(NamedTuple):
 class Ending(NamedTuple):
     """Why a process ends."""
 
-    process: int
     line: str
+    """Says which process it was."""
     status: int
 
 
@@ -229,7 +229,7 @@ class Peers:
         """End this process and all others; they print the line. The caller has printed it."""
         self._ends_itself.set()
         with self._told:
-            self._end(Ending(self.process, line, status))
+            self._end(Ending(f"process {self.process}: {line}", status))
 
     def _watch(self, connection: Connection) -> None:
         """Wait for the end of a process, and end with it unless it had done its part."""
@@ -242,7 +242,7 @@ class Peers:
             if left:
                 return
             there = f"process {connection.process} on {connection.host}"
-            ending = Ending(connection.process, f"{there} ended without a word; see its log", 1)
+            ending = Ending(f"{there} ended without a word; see its log", 1)
         else:
             ending = Ending(*message)
             if self.process == 0:
@@ -252,9 +252,8 @@ class Peers:
             # What fails alike on all processes is told by each, after it has closed its files.
             self._ends_itself.wait(GRACE_S)
         with self._told:
-            of = "" if message is None else f"process {ending.process}: "
             prefix = "nrt-jax: error: " if ending.status else "nrt-jax: "
-            print(f"{prefix}{of}{ending.line}", file=sys.stderr, flush=True)
+            print(f"{prefix}{ending.line}", file=sys.stderr, flush=True)
             self._end(ending)
 
     def _tell(self, ending: Ending) -> None:

@@ -78,7 +78,7 @@ def test_what_a_library_makes_of_it_is_one_line(error, monkeypatch, capsys):
         except KeyboardInterrupt:
             raise error from None
 
-    monkeypatch.setattr(cli, "_config_show", verb)
+    monkeypatch.setattr(cli.verbs, "config_show", verb)
     assert cli.main(["config", "show", "x.yaml"]) == INTERRUPTED == 130
     assert capsys.readouterr().err == "nrt-jax: error: interrupted\n"
 
