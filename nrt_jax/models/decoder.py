@@ -21,7 +21,7 @@ from nrt_jax.models.attention import KVPrefix, segment_positions
 from nrt_jax.models.attention_backend import Backend, row_attention
 from nrt_jax.models.logprobs import TokenLogprobs, token_logprobs
 from nrt_jax.models.project import PRODUCT, project
-from nrt_jax.models.sharding import check_rows, constrain, token_shards
+from nrt_jax.models.sharding import check_rows, constrain
 
 Remat = Literal["none", "full", "dots", "offload"]
 Attend = Callable[..., tuple[Float[Array, "B T H G d"], Any]]
@@ -293,10 +293,11 @@ class Decoder(nnx.Module):
             self.head_DV(),
             targets_BT,
             vocab_size=self.architecture.vocab_size,
-            chunk_tokens=chunk_tokens * token_shards(self.mesh),
+            chunk_tokens=chunk_tokens,
             inverse_temperature_BT=inverse_temperature_BT,
             banned_ids=banned_ids,
             banned_BT=banned_BT,
+            mesh=self.mesh,
         )
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -194,13 +194,6 @@ def check_rows(mesh: Mesh | None, rows: int, tokens: int) -> None:
         _check_divides("a row's tokens", (tokens,), PartitionSpec(spec[1]), mesh)
 
 
-def token_shards(mesh: Mesh | None) -> int:
-    """Number of devices that the tokens of a batch are sharded over."""
-    spec = partition_spec(("batch", "sequence"))
-    names = [name for axes in spec for name in ((axes,) if isinstance(axes, str) else axes)]
-    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
-
-
 def on_device(sharding: Sharding) -> bool:
     """Whether arrays of this sharding are in device memory, not in host memory."""
     return sharding.memory_kind in (None, "device")

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from benchmarks.compiled_text import collectives
 from nrt_jax.models.logprobs import TokenLogprobs, token_logprobs
 from tests.models.tiny import close, mesh, tokens
 
@@ -29,7 +30,9 @@ def plain(hidden, head, targets, temperature) -> TokenLogprobs:
     return TokenLogprobs(logprob, -(jnp.exp(log_pi) * log_pi).sum(-1))
 
 
-def chunked(hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V) -> TokenLogprobs:
+def chunked(
+    hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V, on=None
+) -> TokenLogprobs:
     return token_logprobs(
         hidden,
         head,
@@ -37,6 +40,7 @@ def chunked(hidden, head, targets, temperature, chunk_tokens=16, vocab_size=V) -
         vocab_size=vocab_size,
         chunk_tokens=chunk_tokens,
         inverse_temperature_BT=1 / temperature,
+        mesh=on,
     )
 
 
@@ -206,31 +210,45 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_on_a_mesh_scores_are_the_same_and_no_logits_move(sizes):
-    """Rows over data and fsdp, tokens over context, the head over fsdp and tensor."""
-    rows, width = 4, 104
+@pytest.mark.parametrize(
+    ("sizes", "by_hand"), [*((sizes, True) for sizes in MESHES), (MESHES[-1], False)], ids=str
+)
+def test_on_a_mesh_scores_are_the_same_and_no_logits_move(sizes, by_hand):
+    """Rows over data and fsdp, tokens over context, the head over fsdp and tensor.
+
+    By hand every device scores its own tokens, and the head travels once per pass; else XLA splits
+    the arrays.
+    """
+    rows, width, on = 4, 104, mesh(**sizes)
     hidden = jax.random.normal(jax.random.key(0), (rows, T, D))
     head = 0.7 * jax.random.normal(jax.random.key(1), (D, width))
-    inputs = hidden, head, tokens((rows, T), width), jnp.full((rows, T), 0.7)
+    inputs = hidden, head, tokens((rows, T), width - 3), jnp.full((rows, T), 0.7)
     of_tokens = Spec(("data", "fsdp"), "context")
     specs = of_tokens, Spec("fsdp", "tensor"), of_tokens, of_tokens
-    spread = [
-        jax.device_put(x, NamedSharding(mesh(**sizes), s))
-        for x, s in zip(inputs, specs, strict=True)
-    ]
+    spread = [jax.device_put(x, NamedSharding(on, s)) for x, s in zip(inputs, specs, strict=True)]
+    parts = sizes.get("tensor", 1)
+    options = {"chunk_tokens": rows * 12, "vocab_size": width - 3}
+    if by_hand:
+        options |= {"chunk_tokens": rows * 12 * parts // on.size, "on": on}
 
     def loss(hidden, head, *rest):
-        scores = chunked(hidden, head, *rest, chunk_tokens=rows * 12, vocab_size=width)
+        scores = chunked(hidden, head, *rest, **options)
         return weighted_sum(scores), scores
 
     step = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True)).lower(*spread).compile()
-    close(step(*spread), exact(*inputs))
-    text, parts = step.as_text(), sizes.get("tensor", 1)
+    (of_hidden, of_head), scores = step(*spread)
+    real = (hidden, head[:, : width - 3], *inputs[2:])
+    close(((of_hidden, of_head[:, : width - 3]), scores), exact(*real))
+    text = step.as_text()
     of_vocabulary = [s for s in shapes_in(text) if s and s[-1] in (width, width // parts)]
-    chunk = rows * 12 * width // mesh(**sizes).size
+    chunk = rows * 12 * width // on.size
     assert max(int(np.prod(s)) for s in of_vocabulary) <= max(chunk, D * width)
     moved = [shape for found in GATHERS.findall(text) for shape in shapes_in(found)]
-    # The head is gathered over fsdp, which shows that the search finds what there is.
-    assert all(shape == [D, width // parts] for shape in moved)
+    # The head is gathered over fsdp, which shows that the search finds what there is; by hand, the
+    # shares of its gradient are exchanged.
+    share = [1, D // sizes.get("fsdp", 1), width // parts]
+    assert all(shape in ([D, width // parts], share) for shape in moved)
     assert bool(moved) == ("fsdp" in sizes)
+    if by_hand:
+        of_head = [c for c in collectives(text, on.size) if width // parts in c.shapes[0][1]]
+        assert not [c for c in of_head if c.loops]
