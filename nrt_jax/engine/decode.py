@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -17,7 +18,7 @@ from nrt_jax.engine.decode_state import DecodeState, Sampled, SlotRequests, size
 from nrt_jax.engine.kv_cache import KVCache, SlotMap
 from nrt_jax.engine.paged_kv_cache import PagedCache
 from nrt_jax.engine.prefill import Prefix
-from nrt_jax.engine.sampling import most_probable, sample
+from nrt_jax.engine.sampling import fit_vocab, most_probable, sample
 from nrt_jax.models.decoder import Decoder
 
 
@@ -48,6 +49,7 @@ class Decoding(NamedTuple):
     dtype: DTypeLike
     unstacks_once: bool
     """Slice the stacked weights once before the steps: on a CPU each slice copies them."""
+    mesh: Mesh
 
 
 def insert_samples(
@@ -57,42 +59,58 @@ def insert_samples(
     requests: SlotRequests,
     decoding: Decoding,
 ) -> tuple[DecodeState, list[Any]]:
-    """Start K sequences after one prompt.
+    """Start up to K sequences in each shard after the shard's row of `prefix`.
 
     `prompts` holds the part of each layer's cache that this changes; it is returned with the
-    prompt's keys and values written.
+    prompts' keys and values written.
     """
-    slot_map, prompt = state.slot_map, jnp.asarray(requests.prompt)
-    B, K, shards = len(state.active_B), decoding.num_samples, decoding.shards
+    slots = len(state.active_B) // decoding.shards
+    slot_RK = jnp.where(requests.slot_K < 0, slots, requests.slot_K)
+    prompt_R = jnp.asarray(requests.prompt)
+    prompts = [
+        decoding.cache.insert(layer, k, v, prompt_R, prefix.length_R, slot_RK)
+        for layer, k, v in zip(prompts, prefix.k_LRHSd, prefix.v_LRHSd, strict=True)
+    ]
+    by_shard = jax.tree.map(lambda x: x.reshape(decoding.shards, -1, *x.shape[1:]), state)
+    started = jax.vmap(_start_in_shard)(
+        by_shard, prefix.logits_RV, prefix.seen_RV, prefix.length_R, requests
+    )
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), started), prompts
+
+
+def _start_in_shard(
+    state: DecodeState,
+    logits_V: Float[Array, "V"],
+    seen_V: Bool[Array, "V"],
+    length: Int[Array, ""],
+    requests: SlotRequests,
+) -> DecodeState:
+    """The state of one shard without its caches, with sequences after a prompt of `length`."""
+    slot_map, prompt = state.slot_map, requests.prompt
+    B, K = len(state.active_B), slot_map.slots_PK.shape[1]
     # Indices out of range, which the updates below drop.
     slot_K = jnp.where(requests.slot_K < 0, B, requests.slot_K)
     row_K = jnp.where(requests.slot_K < 0, K, requests.row_K)
-    prompts_per_shard = slot_map.prompt_length_P.shape[0] // shards
-    prompts = [
-        decoding.cache.insert(layer, k, v, prompt, prefix.length, slot_K)
-        for layer, k, v in zip(prompts, prefix.k_LSHd, prefix.v_LSHd, strict=True)
-    ]
 
     def put(all_slots: Array, value: Array | int | bool) -> Array:
         return all_slots.at[slot_K].set(value, mode="drop")
 
-    state = state._replace(
+    return state._replace(
         slot_map=SlotMap(
-            prompt_length_P=slot_map.prompt_length_P.at[prompt].set(prefix.length),
-            slots_PK=slot_map.slots_PK.at[prompt, row_K].set(slot_K % (B // shards), mode="drop"),
-            prompt_row_B=put(slot_map.prompt_row_B, prompt % prompts_per_shard * K + row_K),
+            prompt_length_P=slot_map.prompt_length_P.at[prompt].set(length, mode="drop"),
+            slots_PK=slot_map.slots_PK.at[prompt, row_K].set(slot_K, mode="drop"),
+            prompt_row_B=put(slot_map.prompt_row_B, prompt * K + row_K),
             own_length_B=put(slot_map.own_length_B, 0),
         ),
-        logits_BV=put(state.logits_BV, prefix.logits_V[None]),
-        seen_BV=put(state.seen_BV, prefix.seen_V[None]),
-        position_B=put(state.position_B, prefix.length),
+        logits_BV=put(state.logits_BV, logits_V[None]),
+        seen_BV=put(state.seen_BV, seen_V[None]),
+        position_B=put(state.position_B, length),
         generated_B=put(state.generated_B, 0),
         limit_B=put(state.limit_B, requests.limit_K),
         active_B=put(state.active_B, requests.limit_K > 0),
         key_B=put(state.key_B, requests.key_K),
         sampling=jax.tree.map(put, state.sampling, requests.sampling),
     )
-    return state, prompts
 
 
 def decode_steps(
@@ -142,7 +160,7 @@ def _draw(
     logits_BV = _without_early_stops(state, token_sets.is_stop_V)
     is_banned_BV = token_sets.is_banned_V[None] & state.sampling.obeys_bans_B[:, None]
     logits_BV = jnp.where(is_banned_BV, -jnp.inf, logits_BV)
-    token_B, logprob_B = sample(logits_BV, state.seen_BV, keys_B, state.sampling)
+    token_B, logprob_B = sample(logits_BV, state.seen_BV, keys_B, state.sampling, decoding.mesh)
     stopped_B = token_sets.is_stop_V[token_B] & ~state.sampling.ignores_eos_B
     stopped_B |= jnp.any(state.sampling.stop_ids == token_B[:, None], axis=1)
     stopped_B |= state.generated_B + 1 >= state.limit_B
@@ -217,4 +235,4 @@ def _next_logits(
         return out_BHGd[:, None].astype(decoding.dtype), layer
 
     hidden_BD, caches = decoder.next_hidden(token_B, state.position_B, layers, state.layers, attend)
-    return decoder.logits(hidden_BD), caches
+    return fit_vocab(decoder.logits(hidden_BD), state.logits_BV.shape[1]), caches

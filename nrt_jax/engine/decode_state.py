@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from nrt_jax.engine.kv_cache import Sizes, SlotMap, fit_in_shards, gather_in_shards
 from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
@@ -40,13 +40,17 @@ def padded(tokens: np.ndarray, capacity: int | None = None) -> Int[np.ndarray, "
 
 
 class SlotRequests(NamedTuple):
-    """What K samples of one prompt are to do; an entry whose slot is -1 is unused."""
+    """What K samples of one prompt are to do; an entry whose slot is -1 is unused.
+
+    `Engine.insert_rows` takes the requests of all shards, with a leading dim of shards, and slots
+    and prompt slots counted within the shard.
+    """
 
     slot_K: Int[Array | np.ndarray, "K"]
     row_K: Int[Array | np.ndarray, "K"]
     """The sample's row among those of its prompt slot."""
     prompt: Int[Array | np.ndarray, ""] | int
-    """Prompt slot that the keys and values go to, 0 to P - 1, in the shard of the slots."""
+    """Prompt slot that the keys and values go to, in the shard of the slots."""
     key_K: Key[Array, "K"]
     limit_K: Int[Array | np.ndarray, "K"]
     sampling: SlotSampling
@@ -124,9 +128,32 @@ def sample_keys(
     return jax.vmap(lambda sample: jax.random.fold_in(prompt_key, sample))(sample_K)
 
 
+@jax.jit
+def sample_keys_of_rows(
+    key_data_R: UInt[Array | np.ndarray, "R words"],
+    stream_R: Int[Array | np.ndarray, "R"],
+    sample_RK: Int[Array | np.ndarray, "R K"],
+) -> Key[Array, "R K"]:
+    """`sample_keys` of a prompt per row, from the data of its key."""
+    return jax.vmap(sample_keys)(jax.random.wrap_key_data(key_data_R), stream_R, sample_RK)
+
+
 def sizes_of(state: DecodeState) -> Sizes:
     """Capacity of the caches."""
     return state.layers[0].sizes
+
+
+def by_shard(requests: SlotRequests, shards: int, state: DecodeState) -> SlotRequests:
+    """Requests of one prompt as those of all shards, where the others start nothing."""
+    slots, prompts = len(state.active_B) // shards, sizes_of(state).prompts // shards
+    shard, prompt = divmod(jnp.asarray(requests.prompt), prompts)
+    slot_K = jnp.asarray(requests.slot_K)
+    rows = jax.tree.map(lambda x: jnp.broadcast_to(x, (shards, *jnp.shape(x))), requests)
+    here_R = jnp.arange(shards) == shard
+    return rows._replace(
+        slot_K=jnp.where(here_R[:, None] & (slot_K >= 0)[None], (slot_K % slots)[None], -1),
+        prompt=jnp.where(here_R, prompt, prompts),
+    )
 
 
 def empty_state(
@@ -155,11 +182,13 @@ def empty_state(
 
 
 def state_shardings(mesh: Mesh, shapes: DecodeState) -> DecodeState:
-    """Slots and prompt slots over the batch axes, key/value heads over the tensor axis."""
+    """Slots and prompt slots over the batch axes, key/value heads and vocabulary over tensor."""
     rows = NamedSharding(mesh, partition_spec(("batch",)))
     heads = NamedSharding(mesh, partition_spec(shapes.layers[0].logical_axes))
-    everywhere_rows = jax.tree.map(lambda _: rows, shapes)
-    return everywhere_rows._replace(layers=jax.tree.map(lambda _: heads, shapes.layers))
+    vocab = NamedSharding(mesh, partition_spec(("batch", "vocab")))
+    return jax.tree.map(lambda _: rows, shapes)._replace(
+        layers=jax.tree.map(lambda _: heads, shapes.layers), logits_BV=vocab, seen_BV=vocab
+    )
 
 
 def resize_slot_map(slot_map: SlotMap, sizes: Sizes, shards: int) -> SlotMap:

@@ -28,17 +28,17 @@ from nrt_jax.engine.decode_state import (
     SlotMoves,
     SlotRequests,
     bucket,
+    by_shard,
     empty_state,
-    move_slots,
     padded,
     quarter_bucket,
-    resize_slot_map,
     sizes_of,
     state_shardings,
 )
 from nrt_jax.engine.kv_cache import Sizes, shards_of
-from nrt_jax.engine.prefill import Prefix
-from nrt_jax.engine.programs import Programs, layer_by_layer, with_decoder
+from nrt_jax.engine.prefill import Prefix, prefix_shardings
+from nrt_jax.engine.programs import Programs, move_program, resize_program, with_decoder
+from nrt_jax.engine.sampling import sampled_vocab
 from nrt_jax.models.sharding import replicated
 
 
@@ -85,6 +85,7 @@ class Engine:
         self._cache_dtype = dtype if cache_dtype is None else cache_dtype
         platform, shards = mesh.devices.flat[0].platform, shards_of(mesh)
         self._slots = -(-slots // shards) * shards
+        self._vocab = sampled_vocab(architecture.vocab_size, mesh)
         self._decoding = Decoding(
             cache=kv_cache(attention, platform, mesh, architecture, self._cache_dtype),
             shards=shards,
@@ -92,6 +93,7 @@ class Engine:
             top_logprobs=top_logprobs,
             dtype=dtype,
             unstacks_once=platform == "cpu",
+            mesh=mesh,
         )
         self._max_prompt, self.max_new_tokens = bucket(max_prompt_tokens), max_new_tokens
         """Most tokens that can follow the longest prompt."""
@@ -102,7 +104,7 @@ class Engine:
         """Whether prompts and slots have one capacity, and the number of slots does not change."""
         self.stop_ids = stop_ids
         """The tokens that end any sequence."""
-        self._token_sets = token_sets(architecture.vocab_size, stop_ids, banned_ids)
+        self._token_sets = token_sets(self._vocab, stop_ids, banned_ids)
         self.programs = Programs(mesh) if programs is None else programs
         """Its compiled programs, and those of the engines that it shares them with."""
         fixed = self._decoding._replace(cache=type(self._decoding.cache), num_samples=0)
@@ -130,42 +132,48 @@ class Engine:
         """Run one prompt, padded on the right to a bucket, or the next part after a prefix.
 
         A prefix has the capacity that it was made with; `empty_prefix` makes one for several parts.
-        The existing prefix is consumed.
+        The existing prefix is consumed. Any shard can insert it, as every shard runs the prompt.
         """
         if true_length > len(padded_tokens):
             raise ValueError(
                 f"true_length {true_length} exceeds the {len(padded_tokens)} padded tokens"
             )
-        tokens_S, everywhere = padded_tokens, replicated(self._mesh)
-        if existing_prefix is None:
-            run_prompt = self._program(
-                "prefill",
-                len(tokens_S),
-                make=lambda: jax.jit(
-                    self._with_decoder(prefill.run_prompt), out_shardings=everywhere
-                ),
-            )
-            return run_prompt(params, tokens_S, true_length)
-        run_next_part = self._program(
-            "prefill_part",
-            existing_prefix.k_LSHd.shape[1],
-            len(tokens_S),
+        tokens_RS = jnp.tile(jnp.asarray(padded_tokens), (self.shards, 1))
+        length_R = jnp.full(self.shards, true_length, jnp.int32)
+        return self.prefill_rows(params, existing_prefix, tokens_RS, length_R)
+
+    def prefill_rows(
+        self,
+        params: Any,
+        existing_prefix: Prefix | None,
+        tokens_RS: Int[Array | np.ndarray, "R S"],
+        length_R: Int[Array | np.ndarray, "R"],
+    ) -> Prefix:
+        """Run a prompt for each shard, or the next parts; the existing prefix is consumed."""
+        before = () if existing_prefix is None else (existing_prefix,)
+        program = self._program(
+            "prefill_part" if before else "prefill",
+            *[prefix.capacity for prefix in before],
+            tokens_RS.shape[1],
             make=lambda: jax.jit(
-                self._with_decoder(prefill.run_next_part),
-                donate_argnums=1,
-                out_shardings=everywhere,
+                self._with_decoder(
+                    prefill.run_next_parts if before else prefill.run_prompts, mesh=self._mesh
+                ),
+                donate_argnums=1 if before else (),
+                out_shardings=prefix_shardings(self._mesh),
             ),
         )
-        return run_next_part(params, existing_prefix, tokens_S, true_length)
+        return program(params, *before, tokens_RS, length_R)
 
     def empty_prefix(self, capacity: int) -> Prefix:
-        """A prefix of no tokens, to be continued up to `capacity` of them."""
+        """A prefix of no tokens for each shard, to be continued up to `capacity` of them."""
+        a, dtype = self._architecture, self._decoding.dtype
         make = self._program(
             "empty_prefix",
             capacity,
             make=lambda: jax.jit(
-                lambda: prefill.empty_prefix(self._architecture, capacity, self._decoding.dtype),
-                out_shardings=replicated(self._mesh),
+                lambda: prefill.empty_prefix(a, self.shards, capacity, dtype, self._mesh),
+                out_shardings=prefix_shardings(self._mesh),
             ),
         )
         return make()
@@ -176,6 +184,12 @@ class Engine:
         self, prefix: Prefix, decode_state: DecodeState, requests: SlotRequests
     ) -> DecodeState:
         """Start K sequences from one prefill; the state passed in is consumed."""
+        return self.insert_rows(prefix, decode_state, by_shard(requests, self.shards, decode_state))
+
+    def insert_rows(
+        self, prefix: Prefix, decode_state: DecodeState, requests: SlotRequests
+    ) -> DecodeState:
+        """Start up to K sequences in each shard after its row; the state passed in is consumed."""
         cache, layers = self._decoding.cache, decode_state.layers
         state = decode_state._replace(layers=())
         prompts = [cache.prompts_of(layer) for layer in layers]
@@ -192,8 +206,8 @@ class Engine:
             len(state.active_B),
             jax.tree.structure(prompts[0]),
             tuple(x.shape for x in jax.tree.leaves(prompts[0])),
-            prefix.k_LSHd.shape[1],
-            len(requests.slot_K),
+            prefix.capacity,
+            requests.slot_K.shape[1],
             make=make,
         )
         state, prompts = program(prefix, state, prompts, requests)
@@ -298,7 +312,7 @@ class Engine:
                 decoding.cache.empty(sizes, B, a.num_key_value_heads, a.head_dim, self._cache_dtype)
                 for _ in range(a.num_hidden_layers)
             )
-            return empty_state(layers, B, decoding.num_samples, a.vocab_size)
+            return empty_state(layers, B, decoding.num_samples, self._vocab)
 
         def make() -> Callable:
             shardings = state_shardings(self._mesh, jax.eval_shape(empty))
@@ -313,38 +327,25 @@ class Engine:
         """
         if sizes == sizes_of(decode_state):
             return decode_state
-        cache, shards = self._decoding.cache, self.shards
         program = self._program(
             "resize",
             self.num_samples,
             len(decode_state.active_B),
             sizes_of(decode_state),
             sizes,
-            make=lambda: layer_by_layer(
-                self._mesh,
-                decode_state,
-                lambda layer: cache.resize(layer, sizes),
-                lambda rest: rest._replace(slot_map=resize_slot_map(rest.slot_map, sizes, shards)),
-            ),
+            make=lambda: resize_program(self._mesh, self._decoding.cache, decode_state, sizes),
         )
         return program(decode_state)
 
     def move_slots(self, decode_state: DecodeState, moves: SlotMoves) -> DecodeState:
         """The same sequences in other slots, more or fewer; the state passed in is consumed."""
-        cache, shards = self._decoding.cache, self.shards
         program = self._program(
             "move_slots",
             self.num_samples,
             len(decode_state.active_B),
             sizes_of(decode_state),
             len(moves.from_B),
-            make=lambda: layer_by_layer(
-                self._mesh,
-                decode_state,
-                lambda layer, moves: cache.move_slots(layer, moves.from_B.reshape(shards, -1)),
-                lambda rest, moves: move_slots(rest, moves, shards),
-                moves,
-            ),
+            make=lambda: move_program(self._mesh, self._decoding.cache, decode_state, moves),
         )
         return program(decode_state, moves)
 

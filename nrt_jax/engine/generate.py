@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
-from jaxtyping import Float, Int
 
 from nrt_jax.engine.engine import Engine
-from nrt_jax.engine.requests import Event, Request, RequestFailed, check, first_sizes
+from nrt_jax.engine.requests import Read, Request, RequestFailed, check, first_sizes
 from nrt_jax.engine.scheduler import Scheduler
+from nrt_jax.engine.slot_table import SequenceId
+from nrt_jax.engine.trace_log import TraceLog
 from nrt_jax.types import SuffixLogprobs, Trace
 
 
@@ -72,48 +72,24 @@ def _run(
     check_all(engine, requests)
     scheduler = Scheduler(engine, params, steps=steps, sizes=first_sizes(engine, requests))
     tickets = [scheduler.submit(request, key) for request in requests]
-    events: dict[tuple[int, int], list[Event]] = {
-        (ticket, sample): []
-        for ticket, request in zip(tickets, requests, strict=True)
-        for sample in range(request.num_samples)
-    }
+    log, traces = TraceLog(), {}
     while scheduler.busy:
-        for event in _step(scheduler):
-            events[event.ticket, event.sample].append(event)
-    traces = [
-        tuple(_trace(events[ticket, sample]) for sample in range(request.num_samples))
+        read = _advance(scheduler)
+        if read is not None:
+            traces |= log.add(read)
+    groups = [
+        tuple(traces[SequenceId(ticket, sample)] for sample in range(request.num_samples))
         for ticket, request in zip(tickets, requests, strict=True)
     ]
-    return traces, (scheduler, tickets)
+    return groups, (scheduler, tickets)
 
 
-def _step(scheduler: Scheduler) -> list[Event]:
+def _advance(scheduler: Scheduler) -> Read | None:
     """A step in which the failure of one request is that of all."""
     try:
-        return scheduler.step()
+        return scheduler.advance()
     except RequestFailed as failed:
         raise failed.__cause__ or failed from None
-
-
-def _trace(events: Sequence[Event]) -> Trace:
-    return make_trace(
-        np.concatenate([event.tokens for event in events]),
-        np.concatenate([event.logprobs for event in events]),
-        stopped=events[-1].finished == "stop",
-    )
-
-
-def make_trace(
-    token_T: Int[np.ndarray, "T"], logprob_T: Float[np.ndarray, "T"], *, stopped: bool
-) -> Trace:
-    """The trace of one sequence; the last token is set apart where it `stopped` the sequence."""
-    kept = len(token_T) - stopped
-    return Trace(
-        tokens=token_T[:kept],
-        logprobs=logprob_T[:kept],
-        end_token=int(token_T[-1]) if stopped else None,
-        end_logprob=float(logprob_T[-1]) if stopped else 0.0,
-    )
 
 
 def check_all(engine: Engine, requests: Sequence[Request]) -> None:

@@ -16,6 +16,7 @@ Letters: B slots, P prompt slots, K rows of a prompt slot (most samples that sha
 tokens, T own tokens of a slot, H key/value heads, G query heads per key/value head, d head dim.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -151,26 +152,29 @@ class KVCache:
     def insert(
         self,
         prompts: LayerCache,
-        k_SHd: Float[Array, "S H d"],
-        v_SHd: Float[Array, "S H d"],
-        prompt: Int[Array, ""],
-        length: Int[Array, ""],
-        slot_K: Int[Array, "K"],
+        k_RHSd: Float[Array, "R H S d"],
+        v_RHSd: Float[Array, "R H S d"],
+        prompt_R: Int[Array, "R"],
+        length_R: Int[Array, "R"],
+        slot_RK: Int[Array, "R K"],
     ) -> LayerCache:
-        """Write one prompt of `length` tokens to prompt slot `prompt`.
+        """Write a prompt of `length_R` tokens to prompt slot `prompt_R` of each of the R shards.
 
-        It is for the slots `slot_K`, where B means none. Entries past the prompt keep their values.
+        Numbers are counted within the shard, P / R or more for no prompt. It is for the slots
+        `slot_RK`, where B / R means none. Entries past the prompt keep their values.
         """
-        del length, slot_K
-
-        def write(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(old, new[None], (prompt, *([0] * (old.ndim - 1))))
-
-        stored_k, stored_v = prompts.prompt_k_PHSd, prompts.prompt_v_PHSd
-        return prompts._replace(
-            prompt_k_PHSd=jax.tree.map(write, stored_k, store(k_SHd.swapaxes(0, 1), stored_k)),
-            prompt_v_PHSd=jax.tree.map(write, stored_v, store(v_SHd.swapaxes(0, 1), stored_v)),
+        del length_R, slot_RK
+        rows = partition_spec(("batch", "kv_heads"))
+        write = jax.shard_map(
+            lambda old, new, prompt_1: jax.tree.map(partial(_write_prompt, prompt_1), old, new),
+            mesh=self._mesh,
+            in_specs=(rows, rows, partition_spec(("batch",))),
+            out_specs=rows,
+            check_vma=False,
         )
+        old = prompts.prompt_k_PHSd, prompts.prompt_v_PHSd
+        k, v = write(old, (store(k_RHSd, old[0]), store(v_RHSd, old[1])), prompt_R)
+        return prompts._replace(prompt_k_PHSd=k, prompt_v_PHSd=v)
 
     def begin_step(self, slot_map: SlotMap, sizes: Sizes, active_B: Bool[Array, "B"]) -> Masks:
         """What all layers share in a step that runs the token at `own_length_B` of each slot.
@@ -317,6 +321,13 @@ class KVCache:
 def shards_of(mesh: Mesh) -> int:
     """Groups of slots that lie on one device along the batch axes."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+
+
+def _write_prompt(prompt_1: Int[Array, "1"], old: Array, new: Array) -> Array:
+    """The prompt slots of a shard with those of one prompt replaced; `new` has a leading 1."""
+    at = (jnp.minimum(prompt_1[0], len(old) - 1), *[0] * (old.ndim - 1))
+    kept = jax.lax.dynamic_slice(old, at, new.shape)
+    return jax.lax.dynamic_update_slice(old, jnp.where(prompt_1[0] < len(old), new, kept), at)
 
 
 def store(x: Float[Array, "*B d"], like: Stored) -> Stored:

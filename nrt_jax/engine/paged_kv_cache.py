@@ -25,11 +25,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention.kernel import ragged_paged_attention
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from nrt_jax.engine.kv_cache import BATCH_AXES, Sizes, SlotMap, fit, gather_in_shards, shards_of
+from nrt_jax.engine.kv_cache import Sizes, SlotMap, fit, gather_in_shards, shards_of
 from nrt_jax.models.sharding import partition_spec
 
 PAGE_TOKENS = 64
@@ -132,55 +132,51 @@ class PagedCache:
     def insert(
         self,
         prompts: PagedLayer,
-        k_SHd: Float[Array, "S H d"],
-        v_SHd: Float[Array, "S H d"],
-        prompt: Int[Array, ""],
-        length: Int[Array, ""],
-        slot_K: Int[Array, "K"],
+        k_RHSd: Float[Array, "R H S d"],
+        v_RHSd: Float[Array, "R H S d"],
+        prompt_R: Int[Array, "R"],
+        length_R: Int[Array, "R"],
+        slot_RK: Int[Array, "R K"],
     ) -> PagedLayer:
-        """Write one prompt of `length` tokens to prompt slot `prompt`, and its tail to `slot_K`.
+        """Write a prompt to prompt slot `prompt_R` of each shard, and its tail to `slot_RK`.
 
-        A slot of B means none.
+        Numbers are counted within the shard; those beyond its prompt slots and slots mean none.
         """
-        pages = prompts.pages
-        kv_S = _interleave(k_SHd, v_SHd).astype(pages.dtype)
-        kv_S = fit(kv_S, 0, -(-len(kv_S) // PAGE_TOKENS) * PAGE_TOKENS)
-        new_pages = kv_S.reshape(-1, *pages.shape[1:])
-        everywhere = PartitionSpec()
-        new_spec = partition_spec((None, None, "kv_heads"))
+        slots_spec = partition_spec(("batch",))
         write = jax.shard_map(
             partial(self._insert_in_shard, sizes=prompts.sizes),
             mesh=self._mesh,
-            in_specs=(self._pages_spec, new_spec, everywhere, everywhere, everywhere),
+            in_specs=(self._pages_spec, *[self._rows_spec] * 2, *[slots_spec] * 3),
             out_specs=self._pages_spec,
             check_vma=False,
         )
-        pages = write(pages, new_pages, prompt, length, slot_K)
+        pages = write(prompts.pages, k_RHSd, v_RHSd, prompt_R, length_R, slot_RK)
         return PagedLayer(pages, prompts.sizes)
 
     def _insert_in_shard(
         self,
         pages: Array,
-        new_pages: Array,
-        prompt: Array,
-        length: Array,
-        slot_K: Array,
+        k_1HSd: Array,
+        v_1HSd: Array,
+        prompt_1: Array,
+        length_1: Array,
+        slot_1K: Array,
         *,
         sizes: Sizes,
     ) -> Array:
         layout, out_of_range = PageLayout.of(sizes, self._shards), len(pages)
-        shard = jax.lax.axis_index(BATCH_AXES)
-        page = jnp.arange(min(len(new_pages), layout.prompt_pages))
-        here = prompt - shard * (sizes.prompts // self._shards)
-        is_here = (here >= 0) & (here < sizes.prompts // self._shards)
-        at_page = jnp.where(is_here, here * layout.prompt_pages + page, out_of_range)
+        kv_S = _interleave(*(x[0].swapaxes(0, 1) for x in (k_1HSd, v_1HSd))).astype(pages.dtype)
+        kv_S = fit(kv_S, 0, -(-len(kv_S) // PAGE_TOKENS) * PAGE_TOKENS)
+        new_pages = kv_S.reshape(-1, *pages.shape[1:])
+        page, prompt = jnp.arange(min(len(new_pages), layout.prompt_pages)), prompt_1[0]
+        is_here = prompt < sizes.prompts // self._shards
+        at_page = jnp.where(is_here, prompt * layout.prompt_pages + page, out_of_range)
         pages = pages.at[at_page].set(new_pages[: len(page)], mode="drop")
         # A prompt that ends with a page has no tail: the copied page is then overwritten or unread.
-        tail_page = new_pages[jnp.minimum(length // PAGE_TOKENS, len(new_pages) - 1)]
+        tail_page = new_pages[jnp.minimum(length_1[0] // PAGE_TOKENS, len(new_pages) - 1)]
         slots = (len(pages) - layout.first_own) // layout.own_pages
-        here_K = slot_K - shard * slots
-        at_K = layout.first_own + here_K * layout.own_pages
-        at_K = jnp.where((here_K >= 0) & (here_K < slots), at_K, out_of_range)
+        at_K = layout.first_own + slot_1K[0] * layout.own_pages
+        at_K = jnp.where(slot_1K[0] < slots, at_K, out_of_range)
         return pages.at[at_K].set(tail_page[None], mode="drop")
 
     def begin_step(self, slot_map: SlotMap, sizes: Sizes, active_B: Bool[Array, "B"]) -> Tables:

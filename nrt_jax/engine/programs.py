@@ -10,7 +10,14 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from nrt_jax.engine.decode_state import DecodeState, state_shardings
+from nrt_jax.engine.decode_state import (
+    DecodeState,
+    SlotMoves,
+    move_slots,
+    resize_slot_map,
+    state_shardings,
+)
+from nrt_jax.engine.kv_cache import Sizes, shards_of
 
 _LAUNCH = threading.Lock()
 
@@ -98,6 +105,29 @@ def layer_by_layer(
         return rest_program(state._replace(layers=()), *args)._replace(layers=tuple(layers))
 
     return run
+
+
+def resize_program(mesh: Mesh, cache: Any, state: DecodeState, sizes: Sizes) -> Callable:
+    """Gives the caches other sizes."""
+    shards = shards_of(mesh)
+    return layer_by_layer(
+        mesh,
+        state,
+        lambda layer: cache.resize(layer, sizes),
+        lambda rest: rest._replace(slot_map=resize_slot_map(rest.slot_map, sizes, shards)),
+    )
+
+
+def move_program(mesh: Mesh, cache: Any, state: DecodeState, moves: SlotMoves) -> Callable:
+    """Moves the sequences to other slots."""
+    shards = shards_of(mesh)
+    return layer_by_layer(
+        mesh,
+        state,
+        lambda layer, moves: cache.move_slots(layer, moves.from_B.reshape(shards, -1)),
+        lambda rest, moves: move_slots(rest, moves, shards),
+        moves,
+    )
 
 
 def _delete(arrays: Any, *, kept: Any) -> None:

@@ -3,19 +3,20 @@
 Letters: K samples of one prompt, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from nrt_jax.engine.decode_state import slot_sampling
+from nrt_jax.engine.decode_state import Sampled, slot_sampling
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
-from nrt_jax.engine.prefill import Prefix
 from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
+from nrt_jax.engine.slot_table import SequenceId
 from nrt_jax.errors import InputError
 from nrt_jax.types import SuffixLogprobs
 
@@ -56,6 +57,38 @@ class Event(NamedTuple):
     finished: Literal["stop", "length"] | None
 
 
+class Read(NamedTuple):
+    """What a dispatch drew, by the slots that it decoded."""
+
+    sampled: Sampled
+    """On the host."""
+    sequences: list[SequenceId | None]
+    live_B: Bool[np.ndarray, "B"]
+    """Slots that drew tokens of a sequence that was not cancelled."""
+    before_B: Int[np.ndarray, "B"]
+    """Tokens of their sequences that were read before."""
+    finished: Mapping[int, Literal["stop", "length"]]
+    """How sequences ended, by slot."""
+    layout: int
+    """Counts the moves of sequences to other slots before the dispatch."""
+
+    def events(self) -> list[Event]:
+        """The new tokens, sequence by sequence."""
+        return [self._event(slot) for slot in np.nonzero(self.live_B)[0].tolist()]
+
+    def _event(self, slot: int) -> Event:
+        n, sequence = int(self.sampled.count_B[slot]), self.sequences[slot]
+        assert sequence is not None, "only a slot with a sequence is active"
+        return Event(
+            *sequence,
+            np.asarray(self.sampled.tokens[:n, slot]),
+            np.asarray(self.sampled.logprobs[:n, slot]),
+            np.asarray(self.sampled.top_ids[:n, slot]),
+            np.asarray(self.sampled.top_logprobs[:n, slot]),
+            self.finished.get(slot),
+        )
+
+
 class RequestFailed(Exception):
     """One request could not be prepared, from its cause; the others go on."""
 
@@ -70,18 +103,15 @@ class Job:
 
     ticket: int
     request: Request
-    key: Key[Array, ""]
+    key_data: UInt[np.ndarray, "words"]
+    """Of the key, on the host."""
     limits: Int[np.ndarray, "K"]
-    lengths: Int[np.ndarray, "K"]
-    """Tokens of each sample that the host has read."""
     stop_ids: frozenset[int]
     """Tokens that end its sequences."""
     sampling: SlotSampling
     """Of as many samples as are inserted together."""
     started: int = 0
     running: int = 0
-    prefix: Prefix | None = None
-    prefilled: int = 0
     suffix_logprobs: SuffixLogprobs | None = None
 
 
@@ -117,12 +147,17 @@ def make_job(engine: Engine, ticket: int, request: Request, key: Key[Array, ""])
     return Job(
         ticket,
         request._replace(prompt_tokens=np.asarray(request.prompt_tokens, np.int32)),
-        key,
+        np.asarray(jax.random.key_data(key)),
         limits=request.limits_K,
-        lengths=np.zeros(request.num_samples, np.int32),
         stop_ids=of_engine | sampling.stop_ids,
-        sampling=slot_sampling([sampling] * engine.num_samples),
+        sampling=_equal_slots(sampling, engine.num_samples),
     )
+
+
+@lru_cache(maxsize=64)
+def _equal_slots(sampling: Sampling, count: int) -> SlotSampling:
+    """`slot_sampling` of equal slots; one object for many requests."""
+    return slot_sampling([sampling] * count)
 
 
 def check(engine: Engine, request: Request, name: str = "prompt") -> None:

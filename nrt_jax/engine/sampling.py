@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from nrt_jax.models.sharding import constrain
 
 BLOCK = 128
 MAX_STOP_IDS = 16
@@ -50,17 +53,36 @@ class SlotSampling(NamedTuple):
     obeys_bans_B: Bool[Array, "B"]
 
 
+def sampled_vocab(vocab_size: int, mesh: Mesh) -> int:
+    """V of the logits that are sampled from: on several tensor shards, whole blocks for each.
+
+    The entries past the vocabulary have a logit of -inf.
+    """
+    shards = mesh.shape["tensor"]
+    return vocab_size if shards == 1 else -(-vocab_size // (BLOCK * shards)) * BLOCK * shards
+
+
+def fit_vocab(logits: Float[Array, "*B logits"], size: int) -> Float[Array, "*B V"]:
+    """The logits with a vocabulary dim of `sampled_vocab`."""
+    padding = [(0, 0)] * (logits.ndim - 1) + [(0, size - logits.shape[-1])]
+    return jnp.pad(logits, padding, constant_values=-jnp.inf)
+
+
 def sample(
     logits_BV: Float[Array, "B V"],
     seen_BV: Bool[Array, "B V"],
     keys_B: Key[Array, "B"],
     sampling: SlotSampling,
+    mesh: Mesh | None = None,
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token per row, and its logprob in nats under the distribution it was drawn from.
 
     The order is: repetition penalty, temperature, top-k, top-p, min-p, renormalise. Each row has
     its own key and settings, so rows do not depend on each other. Temperature 0 takes the most
     probable token, with its logprob under the penalised logits at temperature 1, not truncated.
+
+    On a `mesh` whose tensor axis shards V, the shards exchange sums of blocks and one block per
+    row; truncation alone sorts whole rows.
     """
     greedy_B = sampling.temperature_B == 0
     scores_BV = _temper(_penalise(logits_BV.astype(jnp.float32), seen_BV, sampling), sampling)
@@ -77,7 +99,7 @@ def sample(
     )
     highest_B = jnp.max(scores_BV, axis=-1)
     weight_BV = jnp.exp(scores_BV - highest_B[:, None])
-    token_B, total_B = _draw(weight_BV, keys_B)
+    token_B, total_B = _draw(weight_BV, keys_B, mesh)
     token_B = jax.lax.cond(
         jnp.any(greedy_B),
         lambda: jnp.where(greedy_B, jnp.argmax(scores_BV, axis=-1), token_B).astype(jnp.int32),
@@ -114,7 +136,7 @@ def _temper(logits_BV: Float[Array, "B V"], sampling: SlotSampling) -> Float[Arr
 
 
 def _draw(
-    weight_BV: Float[Array, "B V"], keys_B: Key[Array, "B"]
+    weight_BV: Float[Array, "B V"], keys_B: Key[Array, "B"], mesh: Mesh | None
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """An index drawn in proportion to its weight, and the sum of the weights.
 
@@ -124,8 +146,9 @@ def _draw(
     """
     B, V = weight_BV.shape
     blocks = jnp.pad(weight_BV, ((0, 0), (0, -V % BLOCK))).reshape(B, -1, BLOCK)
+    blocks = constrain(blocks, mesh, ("batch", "vocab", None))
     uniform_B2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_B)
-    block_weights = jnp.sum(blocks, axis=-1)
+    block_weights = constrain(jnp.sum(blocks, axis=-1), mesh, ("batch", None))
     block_B = _invert(block_weights, uniform_B2[:, 0])
     weights = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
     token_B = block_B * BLOCK + _invert(weights, uniform_B2[:, 1])

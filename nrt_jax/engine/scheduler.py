@@ -6,34 +6,28 @@ alike, so processes that submit the same requests take the same decisions.
 Letters: B slots, K samples of one prompt.
 """
 
-from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from nrt_jax.engine.decode_state import (
-    Sampled,
-    SlotRequests,
-    bucket,
-    padded,
-    sample_keys,
-    sizes_of,
-)
+from nrt_jax.engine.decode_state import Sampled, bucket, sizes_of
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
-from nrt_jax.engine.prefill import Prefix
+from nrt_jax.engine.prompt_queue import PromptQueue, Row, Start, shard_requests
 from nrt_jax.engine.requests import (
     Event,
     Job,
+    Read,
     Request,
     RequestFailed,
     first_sizes,
     make_job,
 )
-from nrt_jax.engine.slot_table import Placement, SequenceId, SlotTable
+from nrt_jax.engine.slot_progress import SlotProgress
+from nrt_jax.engine.slot_table import SequenceId, SlotTable
 from nrt_jax.types import SuffixLogprobs
 
 PROMPT_SLOT_GROWTH = 4
@@ -47,6 +41,9 @@ class _Dispatch(NamedTuple):
 
     sampled: Sampled
     sequences: list[SequenceId | None]
+    slot_now_B: Int[np.ndarray, "B"]
+    """Where the sequence of each slot is now; -1 for one that was cancelled."""
+    layout: int
 
 
 class Scheduler:
@@ -70,7 +67,7 @@ class Scheduler:
         self._engine, self._params, self._steps = engine, params, steps
         sizes = first_sizes(engine, ()) if sizes is None else sizes
         self._state = engine.init_decode_state(sizes)
-        self._waiting: deque[Job] = deque()
+        self._prompts = PromptQueue(engine, params)
         self._jobs: dict[int, Job] = {}
         self._enough = max(1, engine.max_concurrent_decodes // 8) if enough is None else enough
         self._table = SlotTable(
@@ -79,7 +76,9 @@ class Scheduler:
             shards=engine.shards,
             num_samples=engine.num_samples,
         )
+        self._progress = SlotProgress(engine.max_concurrent_decodes)
         self._unread: _Dispatch | None = None
+        self._layout = 0
         self._tickets = 0
         self.decode_steps = 0
         """Decode steps run so far."""
@@ -87,7 +86,7 @@ class Scheduler:
     @property
     def busy(self) -> bool:
         """Whether a sequence waits, runs, or has results that are not read yet."""
-        return bool(self._waiting or self._unread or self.slots_in_use)
+        return bool(self.waiting or self._unread or self.slots_in_use)
 
     @property
     def slots_in_use(self) -> int:
@@ -97,7 +96,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Sequences that have not started."""
-        return sum(job.request.num_samples - job.started for job in self._waiting)
+        return self._prompts.samples
 
     @property
     def cache_bytes(self) -> int:
@@ -113,7 +112,7 @@ class Scheduler:
         job = make_job(self._engine, self._tickets, request, key)
         self._tickets += 1
         if request.num_samples:
-            self._waiting.append(job)
+            self._prompts.add(job)
             self._jobs[job.ticket] = job
         return job.ticket
 
@@ -122,8 +121,7 @@ class Scheduler:
 
         No further events of it follow.
         """
-        job = self._jobs.get(ticket)
-        if job is None:
+        if ticket not in self._jobs:
             return
         released_B = np.zeros(len(self._table), bool)
         for slot, sequence in enumerate(self._table.sequences):
@@ -133,16 +131,23 @@ class Scheduler:
             self._state = self._engine.release(self._state, released_B)
         for slot in np.nonzero(released_B)[0]:
             self._free(int(slot))
+        if self._unread is not None:
+            now_B = self._unread.slot_now_B
+            now_B[released_B[now_B] & (now_B >= 0)] = -1
         if sample is None:
             self._jobs.pop(ticket, None)
-            if job in self._waiting:
-                self._waiting.remove(job)
+            self._prompts.remove(ticket)
 
     def step(self) -> list[Event]:
+        """`advance`, with what was read as events."""
+        read = self.advance()
+        return [] if read is None else read.events()
+
+    def advance(self) -> Read | None:
         """Start waiting sequences, dispatch decode steps, and read the previous dispatch.
 
         Raises RequestFailed for a request whose prompt cannot be run. It is dropped, and the next
-        step goes on with the others.
+        call goes on with the others.
         """
         self._fit_slots()
         self._fill()
@@ -150,11 +155,12 @@ class Scheduler:
         if self.slots_in_use:
             self._fit_own_tokens(in_flight=0 if unread is None else self._steps)
             self._state, sampled = self._engine.generate(
-                self._params, self._state, self._steps, self._enough if self._waiting else None
+                self._params, self._state, self._steps, self._enough if self.waiting else None
             )
             jax.tree.map(lambda x: x.copy_to_host_async(), sampled)
-            self._unread = _Dispatch(sampled, self._table.sequences)
-        return [] if unread is None else self._read(unread)
+            slots = np.arange(len(self._table))
+            self._unread = _Dispatch(sampled, self._table.sequences, slots, self._layout)
+        return None if unread is None else self._read(unread)
 
     def suffix_logprobs(self, ticket: int) -> SuffixLogprobs:
         """Logprobs of a finished request's suffix; each can be taken once."""
@@ -165,24 +171,54 @@ class Scheduler:
     # Starting
 
     def _fill(self) -> None:
-        """Start waiting sequences in order, a prompt's samples in as few shards as possible."""
-        while self._waiting:
-            job = self._waiting[0]
-            placement = self._place(job)
-            if placement is None or not self._try_prefill(job):
+        """Start waiting sequences in every shard, until slots or prompts run out."""
+        while True:
+            self._start_ready()
+            idle = [s for s in self._table.with_free_slots() if self._prompts.ready(s) is None]
+            if not idle or not self._run_prompts(idle):
                 return
-            self._start(job, placement)
-            if job.started == job.request.num_samples:
-                self._waiting.popleft()
-                job.prefix = None
 
-    def _place(self, job: Job) -> Placement | None:
-        """Where as many of a job's samples as possible start together."""
-        wanted = job.request.num_samples - job.started
-        placement = self._table.find(job.ticket, wanted)
-        if placement is None and self.slots_in_use < len(self._table) and self._grow_prompt_slots():
-            return self._place(job)
-        return placement
+    def _run_prompts(self, shards: list[int]) -> bool:
+        try:
+            return self._prompts.run(shards, pauses=self.slots_in_use > 0)
+        except RequestFailed as failed:
+            self.cancel(failed.ticket)
+            raise
+
+    def _start_ready(self) -> None:
+        """Start the samples of prompts that have run, those of one prefill in one dispatch."""
+        while True:
+            by_prefix: dict[int, list[Start]] = {}
+            for shard in self._table.with_free_slots():
+                row = self._prompts.ready(shard)
+                start = None if row is None else self._place(row, shard)
+                if start is not None:
+                    by_prefix.setdefault(id(start.prefix), []).append(start)
+            if not by_prefix:
+                return
+            for starts in by_prefix.values():
+                self._start(starts)
+
+    def _place(self, row: Row, shard: int) -> Start | None:
+        """Take slots for as many of a row's samples as possible."""
+        assert row.prefix is not None
+        placement = self._table.find(row.job.ticket, row.left, [shard])
+        if placement is None:
+            return self._place(row, shard) if self._grow_prompt_slots() else None
+        first, count = row.first, len(placement.slots)
+        ids = [SequenceId(row.job.ticket, first + i) for i in range(count)]
+        self._table.occupy(placement, ids)
+        self._progress.start(placement.slots, row.job.limits[first : first + count])
+        self._prompts.started(row, count)
+        prompts = sizes_of(self._state).prompts // self._engine.shards
+        return Start(
+            job=row.job,
+            prefix=row.prefix,
+            shard=shard,
+            prompt=placement.prompt_slot % prompts,
+            placement=placement,
+            first=first,
+        )
 
     def _grow_prompt_slots(self) -> bool:
         """Add prompt slots, for single samples or when few long samples occupy those of groups."""
@@ -194,70 +230,25 @@ class Scheduler:
         self._state = self._engine.resize(self._state, sizes._replace(prompts=prompts))
         return True
 
-    def _try_prefill(self, job: Job) -> bool:
-        try:
-            return self._prefill(job)
-        except Exception as error:
-            # Nothing of it is in the decode state yet.
-            self._waiting.remove(job)
-            del self._jobs[job.ticket]
-            raise RequestFailed(job.ticket) from error
-
-    def _prefill(self, job: Job) -> bool:
-        """Run the prompt, or only its next part while others decode; return whether it is done."""
-        tokens, chunk = job.request.prompt_tokens, self._engine.prefill_chunk
-        if chunk is None or len(tokens) <= chunk:
-            if job.prefix is None:
-                job.prefix, job.prefilled = self._run_part(None, tokens), len(tokens)
-            return True
-        if job.prefix is None:
-            job.prefix = self._engine.empty_prefix(bucket(len(tokens)))
-        while job.prefilled < len(tokens):
-            part = tokens[job.prefilled : job.prefilled + chunk]
-            job.prefix = self._run_part(job.prefix, part)
-            job.prefilled += len(part)
-            if self.slots_in_use:
-                break
-        return job.prefilled == len(tokens)
-
-    def _run_part(self, prefix: Prefix | None, tokens: np.ndarray) -> Prefix:
-        return self._engine.prefill(
-            params=self._params,
-            existing_prefix=prefix,
-            padded_tokens=padded(tokens, self._engine.prompt_capacity(len(tokens))),
-            true_length=len(tokens),
+    def _start(self, starts: Sequence[Start]) -> None:
+        prefix = starts[0].prefix
+        self._fit_prompt_tokens(prefix.capacity)
+        requests = shard_requests(
+            starts,
+            shards=self._engine.shards,
+            num_samples=self._engine.num_samples,
+            prompt_slots=sizes_of(self._state).prompts,
+            slots=len(self._table),
         )
-
-    def _start(self, job: Job, placement: Placement) -> None:
-        assert job.prefix is not None
-        self._fit_prompt_tokens(job.prefix.k_LSHd.shape[1])
-        samples = job.started + np.arange(len(placement.slots))
-        requests = self._slot_requests(job, placement, samples)
-        self._state = self._engine.insert(job.prefix, self._state, requests)
-        self._table.occupy(
-            placement, [SequenceId(job.ticket, sample) for sample in samples.tolist()]
-        )
-        if job.request.suffix_tokens is not None and job.suffix_logprobs is None:
-            (empty_A,) = self._score(placement.slots[:1], [0], job.request.suffix_tokens)
-            rest = np.zeros((job.request.num_samples, len(empty_A)), np.float32)
-            job.suffix_logprobs = SuffixLogprobs(rest, empty_A)
-        job.started += len(placement.slots)
-        job.running += len(placement.slots)
-
-    def _slot_requests(
-        self, job: Job, placement: Placement, sample_K: Int[np.ndarray, "K"]
-    ) -> SlotRequests:
-        """Requests padded to the engine's `num_samples`, so that one program is compiled."""
-        width, request = self._engine.num_samples, job.request
-        unused = (0, width - len(sample_K))
-        return SlotRequests(
-            slot_K=np.pad(np.asarray(placement.slots, np.int32), unused, constant_values=-1),
-            row_K=np.pad(np.asarray(placement.rows, np.int32), unused),
-            prompt=placement.prompt_slot,
-            key_K=sample_keys(job.key, request.stream, np.pad(sample_K, unused)),
-            limit_K=np.pad(job.limits[sample_K], unused),
-            sampling=job.sampling,
-        )
+        self._state = self._engine.insert_rows(prefix, self._state, requests)
+        for start in starts:
+            job, slots = start.job, start.placement.slots
+            job.started += len(slots)
+            job.running += len(slots)
+            if job.request.suffix_tokens is not None and job.suffix_logprobs is None:
+                (empty_A,) = self._score(slots[:1], [0], job.request.suffix_tokens)
+                rest = np.zeros((job.request.num_samples, len(empty_A)), np.float32)
+                job.suffix_logprobs = SuffixLogprobs(rest, empty_A)
 
     # Sizes
 
@@ -271,24 +262,21 @@ class Scheduler:
         free = len(self._table) - self.slots_in_use
         if self.waiting > free and len(self._table) < most:
             self._move_to(most // shards)
-        elif not self._waiting and not self._engine.one_size:
+        elif not self.waiting and not self._engine.one_size:
             busiest, wanted = self._table.most_in_a_shard, most // shards
             while wanted > 1 and wanted // 4 >= busiest:
                 wanted = max(1, wanted // 4)
-            if wanted < self._table.per_shard and self._tokens_left() >= TOKENS_WORTH_A_MOVE:
+            if wanted < self._table.per_shard and self._progress.tokens_left >= TOKENS_WORTH_A_MOVE:
                 self._move_to(wanted)
 
     def _move_to(self, per_shard: int) -> None:
-        self._state = self._engine.move_slots(self._state, self._table.move(per_shard))
-
-    def _running(self) -> list[tuple[int, int]]:
-        """Tokens read and limit of each running sequence."""
-        jobs = ((self._jobs[ticket], sample) for ticket, sample in self._table.running)
-        return [(int(job.lengths[sample]), int(job.limits[sample])) for job, sample in jobs]
-
-    def _tokens_left(self) -> int:
-        """Most tokens that any running sequence may still get."""
-        return max((limit - length for length, limit in self._running()), default=0)
+        moves = self._table.move(per_shard)
+        to_B = self._progress.move(moves, self._engine.shards)
+        if self._unread is not None:
+            now_B = self._unread.slot_now_B
+            now_B[:] = np.where(now_B < 0, -1, to_B[now_B])
+        self._state = self._engine.move_slots(self._state, moves)
+        self._layout += 1
 
     def _fit_prompt_tokens(self, tokens: int) -> None:
         """Let prompt slots hold `tokens` tokens."""
@@ -301,9 +289,7 @@ class Scheduler:
 
         Up to `in_flight` tokens per slot may be written but not read yet.
         """
-        longest = max(
-            min(limit, length + in_flight + self._steps) for length, limit in self._running()
-        )
+        longest = self._progress.longest(in_flight + self._steps)
         wanted = min(
             max(self._engine.smallest_own_tokens, bucket(longest)),
             self._engine.largest_sizes.own_tokens,
@@ -314,59 +300,53 @@ class Scheduler:
 
     # Reading
 
-    def _read(self, dispatch: _Dispatch) -> list[Event]:
-        """Events of a dispatch; sequences that are done free their slots."""
+    def _read(self, dispatch: _Dispatch) -> Read:
+        """What a dispatch drew; sequences that are done free their slots."""
         sampled = Sampled(*(np.asarray(x) for x in dispatch.sampled))
         self.decode_steps += int(sampled.steps)
-        events, done = [], []
-        for slot in np.nonzero(sampled.count_B)[0]:
-            sequence = dispatch.sequences[slot]
-            assert sequence is not None, "only a slot with a sequence is active"
-            # Since then it may have been cancelled or moved to another slot.
-            slot_now = self._table.slot_of(sequence)
-            if slot_now is None:
-                continue
-            event = self._event(sequence, sampled, int(slot))
-            events.append(event)
-            self._jobs[event.ticket].lengths[event.sample] += len(event.tokens)
-            if event.finished is not None:
-                done.append((slot_now, event))
-        self._score_done(done)
-        for slot, _ in done:
-            self._free(slot)
-        return events
-
-    def _event(self, sequence: SequenceId, sampled: Sampled, slot: int) -> Event:
-        n = int(sampled.count_B[slot])
-        tokens = np.asarray(sampled.tokens[:n, slot])
-        stopped = int(tokens[-1]) in self._jobs[sequence.ticket].stop_ids
-        finished = None
-        if sampled.done_B[slot]:
-            finished = "stop" if stopped else "length"
-        return Event(
-            *sequence,
-            tokens,
-            np.asarray(sampled.logprobs[:n, slot]),
-            np.asarray(sampled.top_ids[:n, slot]),
-            np.asarray(sampled.top_logprobs[:n, slot]),
-            finished,
+        now_B = dispatch.slot_now_B
+        live_B = (sampled.count_B > 0) & (now_B >= 0)
+        before_B = np.where(live_B, self._progress.length_B[now_B], 0)
+        self._progress.length_B[now_B[live_B]] += sampled.count_B[live_B]
+        read = Read(
+            sampled=sampled,
+            sequences=dispatch.sequences,
+            live_B=live_B,
+            before_B=before_B,
+            finished={
+                slot: self._how_ended(dispatch.sequences[slot], sampled, slot)
+                for slot in np.nonzero(live_B & sampled.done_B)[0].tolist()
+            },
+            layout=dispatch.layout,
         )
+        self._score_done(read, now_B)
+        for slot in read.finished:
+            self._free(int(now_B[slot]))
+        return read
 
-    def _score_done(self, done: Sequence[tuple[int, Event]]) -> None:
+    def _how_ended(
+        self, sequence: SequenceId | None, sampled: Sampled, slot: int
+    ) -> Literal["stop", "length"]:
+        assert sequence is not None, "only a slot with a sequence is active"
+        last = int(sampled.tokens[sampled.count_B[slot] - 1, slot])
+        return "stop" if last in self._jobs[sequence.ticket].stop_ids else "length"
+
+    def _score_done(self, read: Read, slot_now_B: Int[np.ndarray, "B"]) -> None:
         """Score the suffixes of sequences that ended, job by job."""
-        for ticket in dict.fromkeys(event.ticket for _, event in done):
+        by_job: dict[int, list[tuple[int, int, int]]] = {}
+        for slot, how in read.finished.items():
+            ticket, sample = read.sequences[slot] or (-1, -1)
+            job, now = self._jobs[ticket], int(slot_now_B[slot])
+            if job.suffix_logprobs is not None and job.request.score_samples:
+                length = int(self._progress.length_B[now]) - (how == "stop")
+                by_job.setdefault(ticket, []).append((now, length, sample))
+        for ticket, ended in by_job.items():
             job = self._jobs[ticket]
-            if job.suffix_logprobs is None or job.request.suffix_tokens is None:
-                continue
-            if not job.request.score_samples:
-                continue
-            of_job = [(slot, event) for slot, event in done if event.ticket == ticket]
-            lengths = [
-                int(job.lengths[event.sample]) - (event.finished == "stop") for _, event in of_job
-            ]
-            slots = [slot for slot, _ in of_job]
+            slots, lengths, samples = map(list, zip(*ended, strict=True))
+            assert job.request.suffix_tokens is not None
+            assert job.suffix_logprobs is not None
             logprobs = self._score(slots, lengths, job.request.suffix_tokens)
-            job.suffix_logprobs.samples_KA[[event.sample for _, event in of_job]] = logprobs
+            job.suffix_logprobs.samples_KA[samples] = logprobs
 
     def _score(
         self, slots: list[int], lengths: list[int], suffix: np.ndarray
@@ -391,6 +371,7 @@ class Scheduler:
 
     def _free(self, slot: int) -> None:
         """Free a slot; forget its job after the last sequence, unless its suffix was scored."""
+        self._progress.free(slot)
         job = self._jobs[self._table.free(slot).ticket]
         job.running -= 1
         ended = not job.running and job.started == job.request.num_samples

@@ -11,6 +11,8 @@ continues a prompt of its own shard, as one of the rows of its prompt slot:
 Letters: B slots, P prompt slots, K rows of a prompt slot.
 """
 
+from bisect import insort
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +51,16 @@ class SlotTable:
         self._slot_of: dict[SequenceId, int] = {}
         # Prompt slots that no slot continues have no entry.
         self._prompt_slots: dict[int, _PromptSlot] = {}
+        self._prompt_of: dict[int, int] = {}
+        self._list_free()
+
+    def _list_free(self) -> None:
+        """Free slots of each shard, in order."""
+        starts = range(0, len(self), self.per_shard)
+        self._free = [
+            [slot for slot in range(start, start + self.per_shard) if not self._sequences[slot]]
+            for start in starts
+        ]
 
     def __len__(self) -> int:
         """B, slots in use and free ones."""
@@ -77,8 +89,12 @@ class SlotTable:
     @property
     def most_in_a_shard(self) -> int:
         """Sequences in the fullest shard."""
-        shards = [slot // self.per_shard for slot in self._slot_of.values()]
-        return max(map(shards.count, range(self._shards)))
+        return self.per_shard - min(map(len, self._free))
+
+    def with_free_slots(self) -> list[int]:
+        """Shards that have free slots, those with most of them first."""
+        shards = [shard for shard in range(self._shards) if self._free[shard]]
+        return sorted(shards, key=lambda shard: -len(self._free[shard]))
 
     def slot_of(self, sequence: SequenceId) -> int | None:
         """The slot of a sequence; None when it has none."""
@@ -86,17 +102,16 @@ class SlotTable:
 
     # Starting and freeing sequences
 
-    def find(self, ticket: int, wanted: int) -> Placement | None:
+    def find(
+        self, ticket: int, wanted: int, shards: Sequence[int] | None = None
+    ) -> Placement | None:
         """A placement for as many of `wanted` samples as fit one prompt slot; None when none fits.
 
-        The prompt slot holds the request's prompt already, or is free.
+        The prompt slot, of one of `shards`, holds the request's prompt already, or is free.
         """
-        free: list[list[int]] = [[] for _ in range(self._shards)]
-        for slot, sequence in enumerate(self._sequences):
-            if sequence is None:
-                free[slot // self.per_shard].append(slot)
         best: Placement | None = None
-        for shard, slots in enumerate(free):
+        for shard in range(self._shards) if shards is None else shards:
+            slots = self._free[shard]
             for number in self._candidates(ticket, shard):
                 used = self._prompt_slots.get(number)
                 rows = [None] * self._num_samples if used is None else used.rows
@@ -122,6 +137,8 @@ class SlotTable:
             rows[row] = slot
             self._sequences[slot] = sequence
             self._slot_of[sequence] = slot
+            self._prompt_of[slot] = placement.prompt_slot
+            self._free[slot // self.per_shard].remove(slot)
 
     def free(self, slot: int) -> SequenceId:
         """Free a slot and its row, and its prompt slot when no other slot continues the prompt.
@@ -131,11 +148,12 @@ class SlotTable:
         sequence, self._sequences[slot] = self._sequences[slot], None
         assert sequence is not None
         del self._slot_of[sequence]
-        for number, used in list(self._prompt_slots.items()):
-            if slot in used.rows:
-                used.rows[used.rows.index(slot)] = None
-                if all(row is None for row in used.rows):
-                    del self._prompt_slots[number]
+        insort(self._free[slot // self.per_shard], slot)
+        number = self._prompt_of.pop(slot)
+        rows = self._prompt_slots[number].rows
+        rows[rows.index(slot)] = None
+        if all(row is None for row in rows):
+            del self._prompt_slots[number]
         return sequence
 
     # Changing the number of slots
@@ -147,17 +165,28 @@ class SlotTable:
             n // before * after + n % before: used for n, used in self._prompt_slots.items()
         }
         self._prompts = count
+        self._list_prompts()
+
+    def _list_prompts(self) -> None:
+        self._prompt_of = {
+            slot: number
+            for number, used in self._prompt_slots.items()
+            for slot in used.rows
+            if slot is not None
+        }
 
     def move(self, per_shard: int) -> SlotMoves:
         """Have `per_shard` slots per shard, with the shard's sequences in the first of them."""
         new: list[SequenceId | None] = [None] * (self._shards * per_shard)
         from_B, prompt_row_B = np.zeros((2, len(new)), np.int32)
         new_slot: dict[int, int] = {}
+        next_slot = list(range(0, len(new), per_shard))
         for slot, sequence in enumerate(self._sequences):
             if sequence is None:
                 continue
             shard, old = divmod(slot, self.per_shard)
-            target = shard * per_shard + sum(s // per_shard == shard for s in new_slot.values())
+            target = next_slot[shard]
+            next_slot[shard] += 1
             new[target], from_B[target], new_slot[slot] = sequence, old, target
         slots_PK = np.zeros((self._prompts, self._num_samples), np.int32)
         prompts_per_shard = self._prompts // self._shards
@@ -169,5 +198,7 @@ class SlotTable:
                     prompt_row_B[target] = number % prompts_per_shard * self._num_samples + row
         self._sequences = new
         self._slot_of = {s: slot for slot, s in enumerate(new) if s is not None}
+        self._list_free()
+        self._list_prompts()
         free_B = np.asarray([sequence is None for sequence in new])
         return SlotMoves(from_B, free_B, slots_PK, prompt_row_B)

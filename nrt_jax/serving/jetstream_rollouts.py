@@ -9,8 +9,9 @@ import numpy as np
 
 from nrt_jax.engine.decode_state import sample_keys
 from nrt_jax.engine.engine import Engine
-from nrt_jax.engine.generate import check_all, make_trace
+from nrt_jax.engine.generate import check_all
 from nrt_jax.engine.requests import Request
+from nrt_jax.engine.trace_log import make_trace
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.serving.jetstream import (
     ActiveRequest,

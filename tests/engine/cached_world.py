@@ -61,17 +61,31 @@ class World:
         H, _, d = self.heads
         k, v = self._draw(bucket(length), H, d), self._draw(bucket(length), H, d)
         slot_K = np.asarray([*slots, *[self.slots] * (self.num_samples - len(slots))], np.int32)
-        prompts = self.cache.prompts_of(self.layer)
-        prompts = jax.jit(self.cache.insert)(prompts, k, v, prompt, length, slot_K)
-        self.layer = self.cache.with_prompts(self.layer, prompts)
         slot_map = self.slot_map
-        slot_map.prompt_length_P[prompt] = length
         per_shard = len(slot_map.prompt_length_P) // self.shards
+        self._insert(prompt // per_shard, prompt % per_shard, k, v, length, slot_K)
+        slot_map.prompt_length_P[prompt] = length
         for row, slot in enumerate(slots):
             slot_map.slots_PK[prompt, row] = slot % (self.slots // self.shards)
             slot_map.prompt_row_B[slot] = prompt % per_shard * self.num_samples + row
             slot_map.own_length_B[slot] = 0
             self.seen[slot] = k[:length], v[:length]
+
+    def _insert(
+        self, shard: int, prompt: int, k: np.ndarray, v: np.ndarray, length: int, slot_K: np.ndarray
+    ) -> None:
+        """One shard gets its row of keys and values, the others what they must ignore."""
+        R, slots = self.shards, self.slots // self.shards
+        rows = [self._draw(R, k.shape[1], len(k), k.shape[2]) for _ in range(2)]
+        rows[0][shard], rows[1][shard] = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        prompt_R = np.full(R, len(self.slot_map.prompt_length_P) // R, np.int32)
+        prompt_R[shard] = prompt
+        slot_RK = np.full((R, len(slot_K)), slots, np.int32)
+        slot_RK[shard] = np.where(slot_K < self.slots, slot_K % slots, slots)
+        length_R = np.full(R, length, np.int32)
+        prompts = self.cache.prompts_of(self.layer)
+        prompts = jax.jit(self.cache.insert)(prompts, *rows, prompt_R, length_R, slot_RK)
+        self.layer = self.cache.with_prompts(self.layer, prompts)
 
     def step(self, active: list[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Run a token in the active slots; outputs of theirs, and what they must be, in float64."""

@@ -137,8 +137,8 @@ def test_the_penalty_counts_a_slots_own_prompt_and_tokens_alone():
 def test_prefill_does_not_see_its_padding():
     run, tokens = engine(), prompt(9)
     one, other = prefill(run, tokens, padding=0), prefill(run, tokens, padding=5)
-    np.testing.assert_array_equal(one.logits_V, other.logits_V)
-    np.testing.assert_allclose(one.logits_V, logits_after(LLAMA_64, tokens, [0])[0], atol=1e-4)
+    np.testing.assert_array_equal(one.logits_RV, other.logits_RV)
+    np.testing.assert_allclose(one.logits_RV[0], logits_after(LLAMA_64, tokens, [0])[0], atol=1e-4)
 
 
 def test_prefill_refuses_what_it_cannot_do():

@@ -56,16 +56,16 @@ def key_bits(seed: int) -> jax.Array:
 
 def test_a_request_that_cannot_be_prefilled_ends_alone():
     run = engine()
-    scheduler, prefill = Scheduler(run, params()), run.prefill
+    scheduler, prefill_rows = Scheduler(run, params()), run.prefill_rows
     tickets = [scheduler.submit(Request(prompt(length), 0, 2, 9), KEY) for length in (5, 9, 5)]
 
-    def fails(**arguments):
-        if arguments["true_length"] == 9:
+    def fails(*arguments):
+        if 9 in arguments[-1]:
             raise MemoryError("no room")
-        return prefill(**arguments)
+        return prefill_rows(*arguments)
 
     events, failed = [], []
-    run.prefill = fails
+    run.prefill_rows = fails
     try:
         while scheduler.busy:
             try:
@@ -73,15 +73,15 @@ def test_a_request_that_cannot_be_prefilled_ends_alone():
             except RequestFailed as failure:
                 failed.append((failure.ticket, type(failure.__cause__)))
     finally:
-        del run.prefill
+        del run.prefill_rows
     assert failed == [(tickets[1], MemoryError)]
     finished = [event.ticket for event in events if event.finished]
     assert sorted(finished) == [tickets[0]] * 2 + [tickets[2]] * 2
     # Where all requests belong together, the error is theirs.
-    run.prefill = fails
+    run.prefill_rows = fails
     with pytest.raises(MemoryError):
         sample(run, params(), [Request(prompt(9), 0, 1, 9)])
-    del run.prefill
+    del run.prefill_rows
 
 
 def test_ignored_stop_tokens_are_tokens_like_others():

@@ -1,10 +1,15 @@
 """Penalty, temperature, truncation, and the logprob of what was drawn."""
 
+import math
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from jax.sharding import NamedSharding
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -14,8 +19,10 @@ from transformers.generation.logits_process import (
 )
 
 from nrt_jax.engine.decode_state import slot_sampling
-from nrt_jax.engine.sampling import Sampling, most_probable, sample
+from nrt_jax.engine.sampling import Sampling, fit_vocab, most_probable, sample, sampled_vocab
+from nrt_jax.models.sharding import partition_spec
 from tests.engine.toy import SETTINGS, assert_distributed, nucleus
+from tests.models.tiny import mesh
 
 jitted = jax.jit(sample)
 
@@ -173,3 +180,25 @@ def test_most_probable_tokens_are_those_of_the_softmax():
     expected_BR = np.argsort(-log_pi_BV, axis=1)[:, :4]
     np.testing.assert_array_equal(id_BR, expected_BR)
     np.testing.assert_allclose(logprob_BR, np.take_along_axis(log_pi_BV, expected_BR, 1), atol=1e-5)
+
+
+def test_a_sharded_vocabulary_draws_the_same_and_is_not_gathered():
+    """The devices exchange sums of blocks and one block per row."""
+    rng, on, V = np.random.default_rng(0), mesh(data=2, tensor=4), 1000
+    logits_BV = jnp.asarray(rng.normal(size=(8, V)), jnp.float32)
+    seen_BV, keys_B = jnp.zeros((8, V), bool), jax.random.split(jax.random.key(0), 8)
+    sampling = slot_sampling([Sampling(), Sampling(temperature=0.5)] * 4)
+    expected = jax.jit(sample)(logits_BV, seen_BV, keys_B, sampling)
+    size = sampled_vocab(V, on)
+    assert size == 1024
+    vocab = NamedSharding(on, partition_spec(("batch", "vocab")))
+    wide = jax.device_put(fit_vocab(logits_BV, size), vocab)
+    seen_BV = jax.device_put(jnp.zeros((8, size), bool), vocab)
+    program = jax.jit(partial(sample, mesh=on)).lower(wide, seen_BV, keys_B, sampling).compile()
+    token_B, logprob_B = program(wide, seen_BV, keys_B, sampling)
+    np.testing.assert_array_equal(token_B, expected[0])
+    np.testing.assert_allclose(logprob_B, expected[1], atol=1e-5)
+    # Truncation alone, in a conditional's computations, sorts whole rows.
+    entry = program.as_text().split("ENTRY")[1]
+    gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", entry)
+    assert all(math.prod(map(int, dims.split(","))) < 8 * size / 4 for dims in gathered), gathered

@@ -144,7 +144,7 @@ def test_an_engine_decodes_as_the_run_does(served):
     engine = with_rollout(served, **rollout).engine(4, top_logprobs=2)
     caches = jax.tree.leaves(engine.init_decode_state().layers)
     assert jnp.dtype("int8") in {leaf.dtype for leaf in caches}
-    assert engine.empty_prefix(16).k_LSHd.dtype == jnp.bfloat16
+    assert engine.empty_prefix(16).k_LRHSd.dtype == jnp.bfloat16
     assert engine.prefill_chunk == 32
     assert engine.max_concurrent_decodes == 4
     assert engine.top_logprobs == 2
