@@ -6,14 +6,15 @@
 
 Needs libtpu and no TPU; a program of the 8B shape compiles for minutes. `gradient` is a micro-batch
 of 8 x (1,024 + 4 x 2,048) tokens with scores that were computed before, `scoring` what scores it,
-with its baselines, `prefill` that of one prompt of 1,024 tokens, `decode` a step of 64 slots. Bytes
-are those that one chip sends in a ring, loops multiplied out; branches on a condition are left out.
+with its baselines, `prefill` a prompt of 1,024 tokens in each shard of the slots, `decode` a step
+of 64 slots. Bytes are those that one chip sends in a ring, loops multiplied out; branches on a
+condition are left out.
 
 The least: the weights of layers and head gathered over `fsdp` in bf16 once per pass (forward, and
 backward, which runs the layers again), and their gradient reduced once in bf16; tokens exchanged
 for their embeddings; with `tensor`, the sums of the activations, twice per layer forward, twice
 backward, and once where the layer is run again. A decoding step gathers no weights, and a prefill
-gathers them once for the prompts of all slots.
+gathers them once.
 """
 
 import argparse
@@ -127,10 +128,8 @@ class Least(NamedTuple):
         return weights + self._embedded(tokens) + 2 * self._sums(tokens)
 
     def prefill(self) -> float:
-        """Prompts of all slots together, and so of one prompt a share."""
-        prompts = engine.SLOTS
-        sums = 2 * self._sums(engine.PROMPT_TOKENS / self._rows())
-        return self._gathered(self._layers() + self._head()) / prompts + sums
+        """The weights once, and the sums of a chip's own prompt."""
+        return self._gathered(self._layers() + self._head()) + 2 * self._sums(engine.PROMPT_TOKENS)
 
     def decode(self) -> float:
         """A token of each slot, no weights."""

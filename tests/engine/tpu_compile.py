@@ -58,7 +58,7 @@ class Programs(NamedTuple):
     params: Any
     state: Any
     prefill: jax.stages.Lowered
-    """Of one prompt."""
+    """Of a prompt in each shard."""
     decode: jax.stages.Lowered
     """Of STEPS steps."""
 
@@ -94,12 +94,11 @@ def lowered(shape: str, mesh: Mesh) -> Programs:
         num_samples=COPIES,
     )
     state = abstract_state(engine, mesh)
-    tokens_S = jax.ShapeDtypeStruct((PROMPT_TOKENS,), jnp.int32)
-    prefill = jax.jit(
-        lambda params, tokens_S: engine.prefill(
-            params=params, padded_tokens=tokens_S, true_length=PROMPT_TOKENS
-        )
-    ).lower(params, tokens_S)
+    tokens_RS = jax.ShapeDtypeStruct((engine.shards, PROMPT_TOKENS), jnp.int32)
+    length_R = jax.ShapeDtypeStruct((engine.shards,), jnp.int32)
+    prefill = jax.jit(lambda params, *prompts: engine.prefill_rows(params, None, *prompts)).lower(
+        params, tokens_RS, length_R
+    )
     decode = jax.jit(engine.generate, static_argnums=(2, 3), donate_argnums=1).lower(
         params, state, STEPS, COPIES
     )
