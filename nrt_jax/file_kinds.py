@@ -3,7 +3,7 @@
 import codecs
 import json
 import os
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from nrt_jax.errors import InputError
 
@@ -60,7 +60,7 @@ def recognise(head: bytes) -> str | None:
     return None
 
 
-def check_text(path: Path, head: bytes) -> None:
+def check_text(path: PurePath, head: bytes) -> None:
     """InputError for a file whose first bytes show that it is no UTF-8 text."""
     told = recognise(head)
     if told is not None:

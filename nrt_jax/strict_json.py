@@ -35,7 +35,7 @@ def parse_json(text: str | bytes, *, allow_nan: bool = False) -> Any:
 
 def parse_row(text: str) -> Any:
     """As `parse_json`, with each number as the `Number` that was written, and NaN as a float."""
-    return _loads(text, parse_int=Number, parse_float=Number, parse_constant=float)
+    return _loads(text, **_AS_WRITTEN)
 
 
 def _loads(text: str | bytes, **hooks: Any) -> Any:
@@ -52,6 +52,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise KeyTwice(f"the key {_shorten(twice)!r} occurs twice in one object; keep one")
     return result
+
+
+_AS_WRITTEN = {"parse_int": Number, "parse_float": Number, "parse_constant": float}
+ROW_DECODER = json.JSONDecoder(object_pairs_hook=_object, **_AS_WRITTEN)
+"""Reads one value within a text as `parse_row` does; deep nesting is a RecursionError."""
 
 
 def _integer(text: str) -> int:

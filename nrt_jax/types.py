@@ -22,6 +22,8 @@ class Example:
     """Other answers that are right; an evaluation accepts them, and nothing is trained on them."""
     user_text: str = ""
     """What the last user turn says, for people to read; empty where x is that text."""
+    source: str = ""
+    """Name of its source in a mixture; empty where there is one source."""
 
 
 @dataclass(frozen=True)

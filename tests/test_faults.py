@@ -12,7 +12,6 @@ from tests.training.runs import write_config, write_model
 REFUSED = {
     "arr.json": "is a JSON array, not one object per line; convert it: jq -c '.[]'",
     "csv.csv": "is no JSON Lines but looks like CSV (its first line is 'question,answer')",
-    "gz.jsonl.gz": "is compressed with gzip; decompress it with gunzip",
     "utf16.jsonl": "is text in UTF-16; save it as UTF-8",
     "dup.parquet": "has 2 columns named 'answer', and which one is meant is not known",
     "dupkey.jsonl": "the key 'question' occurs twice in one object; keep one",
@@ -26,6 +25,7 @@ READ = {
     "ns.parquet": ["2", "Berlin"],
     "tz.parquet": ["2", "Berlin"],
     "num.jsonl": ["42"],
+    "gz.jsonl.gz": ["2", "Berlin"],
 }
 
 

@@ -53,9 +53,8 @@ class RunRecord:
 
     @property
     def data_name(self) -> str:
-        """The data that the run was trained on: a generator, or a file with its folder."""
-        path = self.config.data.path
-        return self.config.data.source if path is None else "/".join(path.parts[-2:])
+        """The data of the run: a generator, a mixture, or files with their folders."""
+        return self.config.data.short_location(2)
 
     @property
     def problems(self) -> int | None:

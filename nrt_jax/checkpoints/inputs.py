@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 from nrt_jax import distributed
 from nrt_jax.checkpoints.hf_config import CONFIG_FILE, GENERATION_FILE
 from nrt_jax.checkpoints.import_format import PARAMS
+from nrt_jax.config.data import DataConfig
+from nrt_jax.config.rows import FileFormat, location
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.chat_template import template_text
+from nrt_jax.data.files import find_files, reaching
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.tokenizer_files import LEGACY_FILES, SETTINGS_FILE, TOKENIZER_FILE
 from nrt_jax.errors import InputError
@@ -118,11 +122,13 @@ def read_inputs(
     """
     data, directory = config.data, config.tokenizer_directory
     try:
-        inputs = {"eval_data": Input(str(data.eval_path or data.path or data.source), {})}
-        if data.path is not None:
-            inputs["data"] = Input(str(data.path), _files({_WHOLE: data.path}))
-        if data.eval_path is not None:
-            inputs["eval_data"].parts.update(_files({_WHOLE: data.eval_path}))
+        eval_path = data.eval_path
+        evaluated = data.location if eval_path is None else location(eval_path)
+        inputs = {"eval_data": Input(evaluated, {})}
+        if not data.generated:
+            inputs["data"] = Input(data.location, _of_training_data(data))
+        if eval_path is not None:
+            inputs["eval_data"].parts.update(_of_data(eval_path, data.source))
         inputs["eval_data"].parts[_HELD_OUT] = _of_rows(held_out)
         names = (TOKENIZER_FILE, SETTINGS_FILE, *LEGACY_FILES)
         inputs["tokenizer"] = Input(
@@ -139,6 +145,25 @@ def read_inputs(
     return RunInputs(inputs)
 
 
+def _of_training_data(data: DataConfig) -> dict[str, str]:
+    """Digests of all training files; in a mixture, names of parts begin with that of the source."""
+    parts = {}
+    for name, source in zip(data.source_names, data.sources, strict=True):
+        assert source.path is not None, "DataConfig requires a path for file sources"
+        of_source = _of_data(source.path, source.source)
+        parts |= {f"{name}/{file}".strip("/"): digest for file, digest in of_source.items()}
+    return parts
+
+
+def _of_data(where: Path | str | Sequence[Path | str], source: FileFormat | None) -> dict[str, str]:
+    """Digests of the files that a data path means, named from the folder that holds all of them."""
+    files = [file.path for file in find_files(where, source)]
+    if len(files) == 1:
+        return _files({_WHOLE: files[0]})
+    folder = os.path.commonpath([file.parent for file in files])
+    return _files({os.path.relpath(file, folder): file for file in files})
+
+
 def _of_model(directory: Path) -> dict[str, str]:
     names = (CONFIG_FILE, GENERATION_FILE)
     weights = [*directory.glob("*.safetensors"), *(directory / PARAMS).rglob("*")]
@@ -150,13 +175,14 @@ def _of_model(directory: Path) -> dict[str, str]:
     return _files({name: directory / name for name in names}) | samples
 
 
-def _files(paths: Mapping[str, Path]) -> dict[str, str]:
+def _files(paths: Mapping[str, Any]) -> dict[str, str]:
     """Full digests of the files that exist; a pipe can be read only once, and has none."""
     digests = {}
     for name, path in paths.items():
-        if path.is_file():
-            with path.open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        with reaching(path):
+            if path.is_file():
+                with path.open("rb") as file:
+                    digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 

@@ -98,7 +98,9 @@ def _method(config: RunConfig) -> str:
 
 def _data(config: RunConfig) -> str:
     data = config.data
-    name = data.source if data.path is None else f"{data.path.name} ({data.source})"
+    name = data.short_location(1)
+    if data.path is not None and data.source is not None:
+        name += f" ({data.source})"
     template = data.template if data.template_file is None else data.template_file.name
     return f"{name}, prompt template `{template}`; questions and answers only"
 

@@ -28,6 +28,8 @@ from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.errors import InputError
 
 VERSIONS_FILE, LOCK_FILE, INPUTS_FILE = "versions.json", "lock", "inputs.json"
+REJECTED_FILE = "rejected.jsonl"
+"""The rows that training left out, with reasons."""
 NEW_ROWS = "new_rows"
 """Key in the versions file."""
 CHECKPOINTS, WARMUP_CHECKPOINTS = "checkpoints", "warmup_checkpoints"

@@ -6,6 +6,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from nrt_jax.config.load import MOST_TOKENS, ConfigPath, Section
+from nrt_jax.config.rows import CONVERSATIONS, GENERATORS, DataPaths, MixturePart, RowsConfig
 
 
 class ChainConfig(Section):
@@ -39,25 +40,18 @@ class ChainConfig(Section):
         return self
 
 
-class DataConfig(Section):
+class DataConfig(RowsConfig):
     """Where questions and reference answers come from, and how they become tokens."""
 
-    source: Literal["jsonl", "parquet", "chain_addition", "chain_documents"]
-    """A file format, or a built-in generator."""
-    path: ConfigPath | None = None
-    """Training file (jsonl, parquet)."""
-    eval_path: ConfigPath | None = None
-    """Evaluation file; without it, eval_rows questions are held out of the training file."""
+    mixture: tuple[MixturePart, ...] = ()
+    """Several sources instead of path: each with a name, either a weight or a number of rows, and
+    the keys of this table from source to strip_suffixes."""
+    eval_path: DataPaths = None
+    """Evaluation files, named as in path and read as its rows are; without them, eval_rows
+    questions are held out of the training rows."""
     eval_rows: int = Field(default=1024, ge=0)
     """Evaluation questions: held out of path by seed, drawn by seed from eval_path (all of it when
     it has fewer), or generated (the same ones for every seed)."""
-    question_field: str = "question"
-    """Field of a row that holds the question."""
-    answer_field: str = "answer"
-    """Field of a row that holds the reference answer, or a list of right answers: the first is
-    trained on, and an evaluation accepts any."""
-    messages_field: str = "messages"
-    """Field that holds a list of {role, content} turns; read where a chat template is used."""
     template: Literal["plain", "tulu", "tokenizer"] = "plain"
     """plain: the prompt is the question, unchanged; tulu: the chat format of tulu-3; tokenizer: the
     chat template of the tokenizer's directory."""
@@ -88,9 +82,12 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> "DataConfig":
-        if self.source in ("jsonl", "parquet") and self.path is None:
-            raise ValueError(f"source '{self.source}' needs a file; set data.path")
-        if self.template_file is not None and self.template == "plain":
+        if self.mixture:
+            self._check_mixture()
+        elif self.path is None and self.source not in GENERATORS:
+            named = "no source" if self.source is None else f"source '{self.source}'"
+            raise ValueError(f"{named} needs a file; set data.path")
+        if self.template == "plain" and self.template_file is not None:
             raise ValueError(
                 f"template_file={self.template_file} is a chat template and template 'plain' has "
                 "none; set data.template=tokenizer"
@@ -100,4 +97,59 @@ class DataConfig(Section):
                 f"chain.totals_rows={self.chain.totals_rows} is a curriculum and needs the "
                 "order of the source; set data.shuffle=false"
             )
+        for part in (self, *self.mixture):
+            if self.template == "plain" and part.preset in CONVERSATIONS:
+                raise ValueError(
+                    f"preset={part.preset} makes conversations and template 'plain' has no turns; "
+                    "set data.template=tulu, or tokenizer for an instruct model"
+                )
         return self
+
+    def _check_mixture(self) -> None:
+        if self.path is not None or self.source in GENERATORS:
+            raise ValueError("mixture and path both name training rows; leave one out")
+        names = [part.name for part in self.mixture]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"mixture has two sources of the name {twice[0]}; rename one")
+        weighted = [part for part in self.mixture if part.weight is not None]
+        if weighted and len(weighted) < len(names):
+            raise ValueError(
+                "some sources of mixture have a weight and others none; give every one a weight, "
+                "or each its number of rows"
+            )
+
+    @property
+    def generated(self) -> bool:
+        """Whether the rows come from a built-in generator."""
+        return self.source in GENERATORS
+
+    @property
+    def location(self) -> str:
+        """Where the training rows come from, in one name; of a mixture the names of its sources."""
+        if self.mixture:
+            return " + ".join(self.source_names)
+        return super().location
+
+    def short_location(self, parts: int) -> str:
+        """`location` with the last `parts` parts of each path."""
+        if self.mixture or self.path is None:
+            return self.location
+        paths = self.path if isinstance(self.path, tuple) else (self.path,)
+        return ", ".join("/".join(str(path).split("/")[-parts:]) for path in paths)
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """The names of the sources of a mixture, or one empty name."""
+        return tuple(part.name for part in self.mixture) or ("",)
+
+    @property
+    def sources(self) -> "tuple[DataConfig, ...]":
+        """The config of each source alone: the parts of a mixture, or the config itself."""
+        if not self.mixture:
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={"mixture": (), **{k: getattr(part, k) for k in RowsConfig.model_fields}}
+            )
+            for part in self.mixture
+        )

@@ -57,7 +57,8 @@ def _local(value: Any) -> Any:
     return local_path(value) if isinstance(value, str | Path) else value
 
 
-def _resolve(value: Any) -> Any:
+def resolve_path(value: Any) -> Any:
+    """The whole path of a text, from the directory of the file that it stands in."""
     if not isinstance(value, str | Path):
         return value
     directory = value.directory if isinstance(value, Text) else Path()
@@ -66,7 +67,7 @@ def _resolve(value: Any) -> Any:
 
 LocalPath = Annotated[Path, BeforeValidator(_local)]
 """A path relative to the working directory, wherever it is named."""
-ConfigPath = Annotated[Path, BeforeValidator(_resolve)]
+ConfigPath = Annotated[Path, BeforeValidator(resolve_path)]
 """A path relative to the YAML file that names it; in an override, to the working directory."""
 
 
@@ -197,8 +198,10 @@ def _read_override(override: str, schema: type[Section]) -> _Layer:
     if not equals or not all(names):
         raise InputError(f"{_OVERRIDE} {override}: must look like section.field=value")
     kinds = _field_kinds(names, schema)
-    if kinds and kinds <= {str, Path, None}:
-        values = _override_text(text, kinds)
+    texts = kinds - {kind for kind in kinds if get_origin(kind) is tuple}
+    if texts and texts <= {str, Path, None}:
+        values = _override_list(text) if texts < kinds else None
+        values = values or _override_text(text, texts)
     else:
         values = _parse(text, Path(), f"{_OVERRIDE} {override}")
     for name in reversed(names):
@@ -221,6 +224,20 @@ def _override_text(text: str, kinds: set[Any]) -> str | None:
         if isinstance(quoted, str):
             return quoted
     return Text.of(text, Path())
+
+
+def _override_list(text: str) -> list[Any] | None:
+    """The value of a field that also takes a list, where it is one in YAML: [a, b] but not [ab]*.x.
+
+    A name in brackets is written in quotes.
+    """
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        value = _parse(text, Path(), _OVERRIDE)
+    except InputError:
+        return None
+    return value if isinstance(value, list) else None
 
 
 def _field_kinds(names: Sequence[str], schema: type[Section]) -> set[Any]:

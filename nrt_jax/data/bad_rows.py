@@ -1,10 +1,13 @@
 """Unusable rows: counted by reason, and tolerated up to a share of the file."""
 
+import json
 from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from nrt_jax.errors import InputError
 
-SHOWN_CHARACTERS = 60
+SHOWN_CHARACTERS, EXCERPT_CHARACTERS = 60, 200
 
 
 class BadRow(ValueError):
@@ -22,17 +25,33 @@ def shorten(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."
 
 
+class Rejected(NamedTuple):
+    """One row that was left out, for people to read."""
+
+    file: str
+    row: str
+    """Its place in the file, such as "line 3"."""
+    reason: str
+    detail: str
+    """Field, value and remedy."""
+    excerpt: str
+    """The beginning of its fields as JSON; "" where the row cannot be read."""
+
+
 class BadRows:
-    """Counts of the unusable rows of one file."""
+    """The unusable rows of one source, counted and kept in order."""
 
     def __init__(self, name: str):
         self.name = name
         self.counts: Counter[str] = Counter()
+        self.rejected: list[Rejected] = []
         self._first: tuple[str, BadRow] | None = None
 
-    def add(self, place: str, bad: BadRow) -> None:
+    def add(self, place: str, bad: BadRow, *, file: str, fields: Any) -> None:
         """Count the next bad row; messages name it by its `place`, such as "line 3"."""
         self.counts[bad.reason] += 1
+        row = place.removeprefix(f"{file} ")
+        self.rejected.append(Rejected(file, row, bad.reason, bad.detail, _excerpt(fields)))
         if self._first is None:
             self._first = (place, bad)
 
@@ -51,3 +70,23 @@ class BadRows:
             f"{self.name}: {bad_rows} of {total} rows are unusable ({reasons}), {limit}; "
             f"first {place}: {bad.detail}"
         )
+
+
+def rejected_lines(rejected: Iterable[Rejected]) -> bytes:
+    """JSON Lines with file, row, reason, detail and excerpt of each row."""
+    lines = [json.dumps(row._asdict(), ensure_ascii=False) for row in rejected]
+    # A lone surrogate of a row is written as an escape.
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+
+
+def reasons_table(counts: Mapping[str, int]) -> list[str]:
+    """One line per reason with its count, the commonest first."""
+    width = max((len(f"{count:,}") for count in counts.values()), default=0)
+    ordered = sorted(counts.items(), key=lambda reason: (-reason[1], reason[0]))
+    return [f"{count:>{width},}  {reason}" for reason, count in ordered]
+
+
+def _excerpt(fields: Any) -> str:
+    if not isinstance(fields, dict):
+        return ""
+    return json.dumps(fields, ensure_ascii=False, default=repr)[:EXCERPT_CHARACTERS]

@@ -1,7 +1,6 @@
 """Prompts that ask the model to think first: an instruction in the system turn of a row."""
 
 from collections.abc import Collection, Iterator
-from itertools import islice
 
 import numpy as np
 
@@ -10,8 +9,9 @@ from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, shorten
 from nrt_jax.data.chat_template import QUESTION, PromptTemplate
 from nrt_jax.data.row_tokens import RowTokenizer, as_text
-from nrt_jax.data.sources import Row, read_rows
+from nrt_jax.data.rows import Row
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.data.training_rows import read_source, sources_of
 from nrt_jax.errors import InputError
 
 INSTRUCTION = (
@@ -65,39 +65,51 @@ def instructed_prompts(
     """
     longest = config.max_prompt_tokens + len(tokenizer.encode(instruction)) + TURN_TOKENS
     longer = config.model_copy(update={"max_prompt_tokens": longest})
-    wanted, row_tokenizer, prompts = set(rows), RowTokenizer(longer, tokenizer), {}
-    found = (
-        row._replace(fields=_instructed(row.fields, config, instruction))
-        for row in _rows(config, wanted, row_tokenizer)
-    )
-    for row, tokenized in row_tokenizer.of_rows(islice(found, len(wanted))):
-        if isinstance(tokenized, BadRow):
-            raise InputError(
-                f"{config.path or config.source}: {row.place}: with warmup.instruction in the "
-                f"system turn: {tokenized.detail}"
-            )
-        prompts[row.number] = tokenized.prompt_tokens
+    wanted, prompts = set(rows), {}
+    for source, found in _rows(longer, wanted):
+        instructed = (
+            row._replace(fields=_instructed(row.fields, source, instruction)) for row in found
+        )
+        for row, tokenized in RowTokenizer(source, tokenizer).of_rows(instructed):
+            if isinstance(tokenized, BadRow):
+                raise InputError(
+                    f"{source.location}: {row.place}: with warmup.instruction in the system turn: "
+                    f"{tokenized.detail}"
+                )
+            prompts[row.number] = tokenized.prompt_tokens
     return prompts
 
 
-def _rows(
-    config: DataConfig, wanted: Collection[int], row_tokenizer: RowTokenizer
-) -> Iterator[Row]:
-    """The wanted training rows, as they stand in the source."""
-    if config.source in ("jsonl", "parquet"):
-        assert config.path is not None, "DataConfig requires a path for file sources"
-        every = read_rows(config.source, config.path, row_tokenizer.fields_of)
-        yield from (row for row in every if row.number in wanted)
+def _rows(config: DataConfig, wanted: Collection[int]) -> Iterator[tuple[DataConfig, list[Row]]]:
+    """The wanted training rows of each source, with its config; no more are read than needed."""
+    if config.generated:
+        yield config, _generated(config, wanted)
         return
+    first, missing = 0, set(wanted)
+    for source in sources_of(config):
+        assert source.path is not None, "DataConfig requires a path for file sources"
+        found = []
+        for row in read_source(source, source.path, first):
+            first = row.number + 1
+            if row.number in missing:
+                found.append(row)
+                missing.remove(row.number)
+            if not missing:
+                break
+        yield source, found
+        if not missing:
+            return
+
+
+def _generated(config: DataConfig, wanted: Collection[int]) -> list[Row]:
     documents = config.source == "chain_documents"
     make = chain_addition.document if documents else chain_addition.addition
+    rows = []
     for number in sorted(wanted):
         example = make(config.chain, config.seed, number)
-        fields = {
-            config.question_field: example.question,
-            config.answer_field: example.answer,
-        }
-        yield Row(number, f"row {number}", fields)
+        fields = {config.question_field: example.question, config.answer_field: example.answer}
+        rows.append(Row(number, f"row {number}", fields))
+    return rows
 
 
 def _instructed(fields: dict | BadRow, config: DataConfig, instruction: str) -> dict | BadRow:

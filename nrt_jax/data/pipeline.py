@@ -5,16 +5,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.config.rows import location
 from nrt_jax.data import chain_addition
-from nrt_jax.data.bad_rows import BadRow, BadRows
+from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
 from nrt_jax.data.epochs import EpochOrder
+from nrt_jax.data.mixture import draw_mixture, with_source
+from nrt_jax.data.row_presets import with_preset
 from nrt_jax.data.row_tokens import RowTokenizer
-from nrt_jax.data.sources import read_rows
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.data.training_rows import read_source, sources_of
 from nrt_jax.errors import InputError
 from nrt_jax.types import Example, TokenizedExample
 
@@ -30,6 +34,8 @@ class Dataset:
     eval: list[TokenizedExample]
     bad_rows: dict[str, int]
     """Left-out rows by reason, training rows with a question of the evaluation included."""
+    rejected: Sequence[Rejected] = ()
+    """The rows that could not be used, file by file."""
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
@@ -37,18 +43,18 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
 
     Raises InputError for files and templates that cannot be read and for too many bad rows.
     """
-    rows = RowTokenizer(config, tokenizer)
-    if config.source in ("chain_addition", "chain_documents"):
-        return _generated(config, rows)
-    assert config.path is not None, "DataConfig requires a path for file sources"
-    train, bad_rows = _read_file(config.path, config, rows)
+    if config.generated:
+        return _generated(config, RowTokenizer(config, tokenizer))
+    train, bad = _read_training(config, tokenizer)
     if config.eval_path is None:
         evaluation = _hold_out(train, config)
     else:
-        evaluation, eval_bad_rows = _read_file(config.eval_path, config, rows)
-        bad_rows += eval_bad_rows
+        of_eval = with_preset(config.model_copy(update={"mixture": ()}))
+        read = _read_files(of_eval, config.eval_path, tokenizer, 0)
+        evaluation, bad = read.examples, [*bad, read.bad]
         order = np.random.default_rng(config.seed).permutation(len(evaluation))
         evaluation = [evaluation[i] for i in order[: config.eval_rows]]
+    bad_rows = sum((one.counts for one in bad), Counter())
     questions = {example.example.question for example in evaluation}
     kept = [example for example in train if example.example.question not in questions]
     # An overlap with an evaluation file is reported; rows held out of the training file are none.
@@ -57,31 +63,32 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
         bad_rows[IN_EVALUATION] = overlap
     if not kept:
         raise InputError(
-            f"{config.path}: every row asks a question of data.eval_path={config.eval_path}; "
-            "give different questions to train on"
+            f"{config.location}: every row asks a question of data.eval_path="
+            f"{location(config.eval_path)}; give different questions to train on"
         )
-    return Dataset(kept, evaluation, dict(bad_rows))
+    return Dataset(kept, evaluation, dict(bad_rows), [row for one in bad for row in one.rejected])
 
 
 def first_rows(
     config: DataConfig, tokenizer: Tokenizer, count: int
 ) -> Iterator[tuple[str, TokenizedExample | BadRow]]:
-    """The first `count` rows of the source with their places, in its order; no more are read.
+    """The first `count` rows of each source with their places, in its order; no more are read.
 
     Training may hold some of them out for the evaluation.
     """
-    rows = RowTokenizer(config, tokenizer)
-    if config.source in ("chain_addition", "chain_documents"):
+    if config.generated:
+        rows = RowTokenizer(config, tokenizer)
         for index in range(min(count, config.chain.rows)):
             example = _generate(config, index)
             yield f"row {index}", rows.of_example(example)
         return
-    assert config.path is not None, "DataConfig requires a path for file sources"
-    row, unread = None, read_rows(config.source, config.path, rows.fields_of)
-    for row, tokenized in rows.of_rows(islice(unread, count)):
-        yield row.place, tokenized
-    if row is None:
-        BadRows(str(config.path)).check(0, config.max_bad_share)
+    for source, name in zip(sources_of(config), config.source_names, strict=True):
+        assert source.path is not None, "DataConfig requires a path for file sources"
+        row, unread = None, read_source(source, source.path)
+        for row, tokenized in RowTokenizer(source, tokenizer).of_rows(islice(unread, count)):
+            yield f"{name} {row.place}".strip(), tokenized
+        if row is None:
+            BadRows(source.location).check(0, config.max_bad_share)
 
 
 class BatchIterator:
@@ -137,20 +144,43 @@ class BatchIterator:
 # --- files ---------------------------------------------------------------------------------------
 
 
-def _read_file(
-    path: Path, config: DataConfig, rows: RowTokenizer
-) -> tuple[list[TokenizedExample], Counter[str]]:
-    bad_rows = BadRows(str(path))
+class _ReadFiles(NamedTuple):
+    examples: list[TokenizedExample]
+    bad: BadRows
+    next_number: int
+    """Of the first row of the next source."""
+
+
+def _read_training(
+    config: DataConfig, tokenizer: Tokenizer
+) -> tuple[list[TokenizedExample], list[BadRows]]:
+    """The usable training rows of every source, of a mixture those that are drawn."""
+    first, by_source, bad = 0, [], []
+    for source, name in zip(sources_of(config), config.source_names, strict=True):
+        assert source.path is not None, "DataConfig requires a path for file sources"
+        read = _read_files(source, source.path, tokenizer, first)
+        first = read.next_number
+        bad.append(read.bad)
+        by_source.append([with_source(example, name) for example in read.examples])
+    return draw_mixture(config, by_source), bad
+
+
+def _read_files(
+    config: DataConfig, where: Path | str | Sequence[Path | str], tokenizer: Tokenizer, first: int
+) -> _ReadFiles:
+    """The usable rows of one source, numbered from `first`."""
+    rows, bad_rows = RowTokenizer(config, tokenizer), BadRows(location(where))
     examples: list[TokenizedExample] = []
-    unread = read_rows(config.source, path, rows.fields_of)
+    unread = read_source(config, where, first)
     while rows_of_slice := list(islice(unread, ROWS_PER_SLICE)):
         for row, tokenized in rows.of_rows(rows_of_slice):
             if isinstance(tokenized, BadRow):
-                bad_rows.add(row.place, tokenized)
+                bad_rows.add(row.place, tokenized, file=row.file, fields=row.fields)
             else:
                 examples.append(tokenized)
+        first = rows_of_slice[-1].number + 1
     bad_rows.check(len(examples), config.max_bad_share)
-    return examples, bad_rows.counts
+    return _ReadFiles(examples, bad_rows, first)
 
 
 def _hold_out(examples: list[TokenizedExample], config: DataConfig) -> list[TokenizedExample]:
@@ -161,7 +191,7 @@ def _hold_out(examples: list[TokenizedExample], config: DataConfig) -> list[Toke
         by_question.setdefault(examples[i].example.question, examples[i])
     if config.eval_rows >= len(by_question):
         raise InputError(
-            f"{config.path}: data.eval_rows={config.eval_rows} leaves none of its "
+            f"{config.location}: data.eval_rows={config.eval_rows} leaves none of its "
             f"{len(by_question)} questions to train on; lower it or set data.eval_path"
         )
     return list(by_question.values())[: config.eval_rows]

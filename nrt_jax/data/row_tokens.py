@@ -11,7 +11,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow, shorten
 from nrt_jax.data.chat_template import Messages, Prompt, PromptTemplate
 from nrt_jax.data.control_split import Text
-from nrt_jax.data.sources import Row
+from nrt_jax.data.rows import Row
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.types import Example, TokenizedExample
 
@@ -39,7 +39,7 @@ class RowTokenizer:
         self._template = PromptTemplate(config, tokenizer)
 
     def fields_of(self, names: Container[str]) -> tuple[str, ...]:
-        """The fields that are read of a row which has `names`."""
+        """Where the question and answer of a row stand which has the fields `names`."""
         config = self._config
         if self._template.is_chat and config.messages_field in names:
             return (config.messages_field,)

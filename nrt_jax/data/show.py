@@ -41,7 +41,7 @@ EOS = Part("eos", "\x1b[34m", "ends the sequence", "token term")
 def show_rows(
     config: DataConfig, tokenizer: Tokenizer, *, reasons: bool, rows: int, color: bool
 ) -> Iterator[str]:
-    """A legend and the first `rows` rows of the source, each as text to print.
+    """A legend and the first `rows` rows of each source, each as text to print.
 
     `reasons` says whether the model writes a trace (NRT) or answers at once (SFT). The texts are
     decoded from the ids of training; special tokens appear by name and id. Without `color`,
@@ -49,9 +49,8 @@ def show_rows(
     does.
     """
     parts = [X, T_START, Z, T_END, Y, EOS] if reasons else [X, *map(_sft, (Y, EOS))]
-    source = config.source if config.path is None else config.path
     paint = _Paint(color)
-    yield f"{paint(BOLD, str(source))}\ntemplate {config.template_file or config.template}"
+    yield f"{paint(BOLD, config.location)}\ntemplate {config.template_file or config.template}"
     yield _legend(parts, paint)
     for place, row in first_rows(config, tokenizer, rows):
         if isinstance(row, BadRow):

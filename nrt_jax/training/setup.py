@@ -20,11 +20,13 @@ from nrt_jax.checkpoints.abstract_model import (
     engine_model,
     load_tokenizer,
 )
+from nrt_jax.checkpoints.files import write_atomically
 from nrt_jax.checkpoints.fingerprint import fingerprints
 from nrt_jax.checkpoints.inputs import RunInputs, read_inputs
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_state, state_shardings
 from nrt_jax.config.run import RunConfig
+from nrt_jax.data.bad_rows import reasons_table, rejected_lines
 from nrt_jax.data.instruction import find_instruction
 from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
@@ -188,7 +190,7 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
             _log_continued(config, progress.step)
             kept_up_to = progress.step
         run_dir.describe(config, progress.inputs, first.new_rows)
-        _log_bad_rows(dataset)
+        report_bad_rows(config, dataset)
         if on_engines.mesh is not model.mesh:
             log.info("rollouts: mesh %s", dict(on_engines.mesh.shape))
         memory.log_parts()
@@ -320,6 +322,18 @@ def _log_continued(config: RunConfig, step: int) -> None:
         log.info("continuing %s from step %d", config.run_dir, step)
 
 
-def _log_bad_rows(dataset: Dataset) -> None:
-    for reason, count in sorted(dataset.bad_rows.items()):
-        log.warning("data: %d rows left out: %s", count, reason)
+def report_bad_rows(config: RunConfig, dataset: Dataset) -> None:
+    """Log the reasons for which rows are left out, and name the rows in the run directory.
+
+    Process 0 writes.
+    """
+    path = config.run_dir / run_dir.REJECTED_FILE
+    if distributed.is_first():
+        path.unlink(missing_ok=True)
+        if dataset.rejected:
+            write_atomically(path, rejected_lines(dataset.rejected))
+    if dataset.bad_rows:
+        named = f", those that could not be used in {path}" if dataset.rejected else ""
+        log.warning("data: %d rows left out%s", sum(dataset.bad_rows.values()), named)
+    for line in reasons_table(dataset.bad_rows):
+        log.warning("data: %s", line)

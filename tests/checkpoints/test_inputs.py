@@ -49,7 +49,9 @@ def held_out(*questions: str) -> list[TokenizedExample]:
 
 @pytest.fixture
 def read(folder) -> Callable[..., RunInputs]:
-    def read(where: Path = folder, held_out_question: str = "1+1") -> RunInputs:
+    def read(
+        where: Path = folder, held_out_question: str = "1+1", data: tuple[str, ...] = ()
+    ) -> RunInputs:
         config = load_config(
             RunConfig,
             [],
@@ -61,6 +63,7 @@ def read(folder) -> Callable[..., RunInputs]:
                 f"data.eval_path={where / 'eval.jsonl'}",
                 "data.template=tokenizer",
                 f"data.template_file={where / 'chat.jinja'}",
+                *data,
             ],
         )
         rows = held_out(held_out_question)
@@ -130,6 +133,47 @@ def test_a_copy_elsewhere_is_no_change(folder, read, tmp_path):
     moved, changed = read(tmp_path / "moved").continued(saved, [], run=RUN, step=3)
     assert (changed, moved.allowed_changes) == (frozenset(), ())
     assert moved.inputs["data"].path == str(tmp_path / "moved" / "train.jsonl")
+
+
+def more_data(where: Path) -> dict[str, str]:
+    """Several files of training data, named in every way."""
+    (where / "shards").mkdir(exist_ok=True)
+    for name in ("train.jsonl", "shards/a.jsonl", "shards/b.jsonl"):
+        (where / name).write_text(f'{{"question": "{name}", "answer": "=3"}}\n')
+    listed = [where / "train.jsonl", where / "shards" / "b.jsonl"]
+    parts = [f"{{name: s, path: {where}/shards}}", f"{{name: t, path: {where}/train.jsonl}}"]
+    return {
+        "list": f"data.path=[{', '.join(map(str, listed))}]",
+        "glob": f"data.path={where}/shards/*.jsonl",
+        "folder": f"data.path={where}/shards",
+        "mixture": f"data.mixture=[{', '.join(parts)}]",
+    }
+
+
+@pytest.mark.parametrize(
+    ("way", "changed"),
+    [
+        ("list", "shards/b.jsonl"),
+        ("glob", "a.jsonl"),
+        ("folder", "b.jsonl"),
+        ("mixture", "s/b.jsonl"),
+        ("mixture", "t"),
+    ],
+)
+def test_a_change_of_any_file_is_seen(way, changed, folder, read, tmp_path):
+    def given(where: Path) -> tuple[str, ...]:
+        rest = ("data.path=null", "data.source=null") if way == "mixture" else ()
+        return (*rest, more_data(where)[way])
+
+    saved = read(data=given(folder))
+    shutil.copytree(folder, tmp_path / "moved")
+    moved = read(tmp_path / "moved", data=given(tmp_path / "moved"))
+    assert moved.continued(saved, [], run=RUN, step=3)[1] == frozenset()
+    data = given(folder)
+    file = {"s/b.jsonl": "shards/b.jsonl", "t": "train.jsonl"}.get(changed, f"shards/{changed}")
+    append(" ")(folder / file.replace("shards/shards", "shards"))
+    with pytest.raises(InputError, match=rf"data=\S+.* has changed \({changed}\); restore"):
+        read(data=data).continued(saved, [], run=RUN, step=3)
 
 
 def test_every_change_is_named_at_once(folder, read):

@@ -47,6 +47,9 @@ def test_a_home_in_extends(tmp_path, monkeypatch):
     ],
 )
 def test_what_is_no_path_of_this_machine(key, value, said):
+    if key.startswith("data.") and value.startswith(("gs:", "s3:")):
+        assert str(paths_of(f"{key}={value}").data).count(f"'{value}'") == 1
+        return
     with pytest.raises(InputError) as error:
         paths_of(f"{key}={value}")
     assert f"override {key}=" in str(error.value)

@@ -1,7 +1,7 @@
-"""The two file formats, values of every type, and files of other kinds."""
+"""JSON Lines and Parquet, values of every type, and files of other kinds."""
 
+import bz2
 import decimal
-import gzip
 import json
 import os
 
@@ -143,8 +143,8 @@ def test_a_key_twice_is_named(tmp_path):
 @pytest.mark.parametrize("source", ["jsonl", "parquet"])
 def test_files_of_other_kinds(source, tmp_path):
     path = tmp_path / "rows"
-    path.write_bytes(gzip.compress(LINE.encode()))
-    assert refusal(source, path).startswith("is compressed with gzip; decompress it with gunzip")
+    path.write_bytes(bz2.compress(LINE.encode()))
+    assert refusal(source, path).startswith("is compressed with bzip2; decompress it with bunzip2")
     path.write_text(LINE, encoding="utf-16")
     assert refusal(source, path).startswith("is text in UTF-16; save it as UTF-8")
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")

@@ -1,0 +1,60 @@
+"""Mixtures: which rows of each source a run trains on."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from nrt_jax.config.data import DataConfig
+from nrt_jax.config.rows import MixturePart
+from nrt_jax.errors import InputError
+from nrt_jax.types import TokenizedExample
+
+log = logging.getLogger(__name__)
+
+
+def with_source(example: TokenizedExample, name: str) -> TokenizedExample:
+    """The example with the name of its source."""
+    return replace(example, example=replace(example.example, source=name)) if name else example
+
+
+def draw_mixture(
+    config: DataConfig, by_source: Sequence[list[TokenizedExample]]
+) -> list[TokenizedExample]:
+    """The rows of all sources, of each as many as the mixture says, in the order of the sources.
+
+    Which ones is drawn by data.seed. Raises InputError when a source has fewer than its `rows`.
+    """
+    if not config.mixture:
+        (examples,) = by_source
+        return examples
+    counts = mixture_counts(config.mixture, [len(examples) for examples in by_source])
+    drawn: list[TokenizedExample] = []
+    for i, (examples, count) in enumerate(zip(by_source, counts, strict=True)):
+        order = np.random.default_rng((config.seed, i)).permutation(len(examples))
+        drawn += [examples[row] for row in sorted(order[:count])]
+        log.info("data: %d of %d rows of %s", count, len(examples), config.mixture[i].name)
+    return drawn
+
+
+def mixture_counts(parts: Sequence[MixturePart], available: Sequence[int]) -> list[int]:
+    """How many rows are drawn of each source.
+
+    With weights w and n usable rows, the largest mixture without repeats: floor(w_i m) rows of
+    source i, at least one, in which m = min(n_i / w_i):
+
+        n = 100, 900    w = 1, 3    m = 100    100 and 300 rows
+    """
+    weights = [part.weight for part in parts if part.weight is not None]
+    if weights:
+        unit = min(n / weight for n, weight in zip(available, weights, strict=True))
+        # A product of rounded numbers may fall short of the whole number that it stands for.
+        return [max(1, int(weight * unit + 1e-6)) for weight in weights]
+    for part, rows in zip(parts, available, strict=True):
+        if part.rows is not None and part.rows > rows:
+            raise InputError(
+                f"data.mixture: the source {part.name} has {rows} usable rows, fewer than rows="
+                f"{part.rows}; lower it"
+            )
+    return [n if part.rows is None else part.rows for part, n in zip(parts, available, strict=True)]

@@ -1,0 +1,46 @@
+"""The rows of all files of a config, as the fields that it reads."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nrt_jax.config.data import DataConfig
+from nrt_jax.data.bad_rows import BadRow
+from nrt_jax.data.files import find_files, reaching
+from nrt_jax.data.row_fields import RowFields
+from nrt_jax.data.row_presets import with_preset
+from nrt_jax.data.rows import Row
+from nrt_jax.data.sources import read_rows
+
+
+def sources_of(config: DataConfig) -> list[DataConfig]:
+    """The config of each source of rows alone, its preset resolved."""
+    return [with_preset(source) for source in config.sources]
+
+
+def read_source(
+    config: DataConfig, where: Path | str | Sequence[Path | str], first: int = 0
+) -> Iterator[Row]:
+    """The rows of the files that `where` means, in order and numbered through from `first`.
+
+    Where there are several files, the place of a row names its own. `config` is one of
+    `sources_of`. Raises InputError for files that cannot be found or read.
+    """
+    fields, files = RowFields(config), find_files(where, config.source)
+    options = {"columns": config.columns, "unescape": config.unescape}
+    for file in files:
+        number = -1
+        with reaching(file.path):
+            for row in read_rows(file.format, file.path, fields.columns, **options):
+                number = row.number
+                place = row.place if len(files) == 1 else f"{file.path} {row.place}"
+                yield Row(first + number, place, _read(row.fields, fields), str(file.path))
+        first += number + 1
+
+
+def _read(row: dict | BadRow, fields: RowFields) -> dict | BadRow:
+    if isinstance(row, BadRow):
+        return row
+    try:
+        return fields.read(row)
+    except BadRow as bad:
+        return bad
