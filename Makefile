@@ -25,8 +25,7 @@ demo: venv  ## the quickstart: a tiny model learns to reason, in minutes on a CP
 	$(BIN)/nrt-jax train quickstart/nrt
 	$(BIN)/nrt-jax report runs/quickstart/sft runs/quickstart/nrt --out runs/quickstart
 
-# A worker begins with one half of the tests, in their order, so that few fixtures are made twice.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest -n 2
 
 # The type checker takes one core for half a minute: it runs beside the tests and is printed after them.
 test: style  ## linters, type checks, import contracts, and the tests that are not slow

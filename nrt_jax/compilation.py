@@ -21,8 +21,8 @@ _COMPILE = "/jax/core/compile/backend_compile_duration"
 """jax reports the start of a compilation as a scalar of this name, and its end as a duration."""
 MODEL_PROGRAMS = frozenset(
     {
-        "run_prompt",
-        "run_next_part",
+        "run_prompts",
+        "run_next_parts",
         "insert_samples",
         "decode_steps",
         "suffix_logprobs",

@@ -84,7 +84,8 @@ def find_place(
     if missing := [name for name, value in told.items() if value is None]:
         given = ", ".join(f"{name} {value}" for name, value in told.items() if value is not None)
         raise InputError(f"{given}: {' and '.join(missing)} is missing; give all three, or none")
-    address, process, processes = told.values()
+    address = str(told["--coordinator"])
+    process, processes = (int(told[name] or 0) for name in ("--process-id", "--processes"))
     if not 0 <= process < processes:
         raise InputError(f"--process-id {process}: must be from 0 to {processes - 1}")
     host, _, port = address.rpartition(":")

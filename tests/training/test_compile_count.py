@@ -18,7 +18,7 @@ RUN = (
 """A warm-up of two stages, a diagnosis, four steps, and four evaluations."""
 
 OF_MODEL = {
-    "run_prompt": 2,  # x t_start (and x, for the texts); x t_start z t_end
+    "run_prompts": 2,  # x t_start (and x, for the texts); x t_start z t_end
     "insert_samples": 3,  # groups of K traces; single texts and traces; answers
     "decode_steps": 3,  # the same
     "answer_logprobs": 1,  # the diagnosis
