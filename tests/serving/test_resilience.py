@@ -278,22 +278,22 @@ def test_a_prompt_that_cannot_be_scored_ends_alone(serving):
         assert live.complete("a", echo=True, logprobs=1, max_tokens=0).status == 200
 
 
-@pytest.mark.parametrize("where", ["submit", "prefill"])
+@pytest.mark.parametrize("where", ["submit", "prefill_rows"])
 def test_a_request_that_cannot_be_prepared_ends_alone(serving, where, caplog):
     """What is under way goes on in the same engine, and gets the same tokens."""
     with serving() as live:
         engine = live.api.engine
         scheduler = engine._scheduler
-        owner = scheduler if where == "submit" else scheduler._engine
+        owner = scheduler if where == "submit" else scheduler._prompts._engine
         prepare = getattr(owner, where)
         expected = live.complete("a", max_tokens=NEW).json["choices"]
         gate = Gate(live)
 
-        def fails(*args, **arguments):
-            length = arguments.get("true_length") or len(args[0].prompt_tokens)
+        def fails(*args):
+            length = len(args[0].prompt_tokens) if where == "submit" else max(args[-1])
             if length == 5:
                 raise OverflowError("Python integer out of bounds")
-            return prepare(*args, **arguments)
+            return prepare(*args)
 
         setattr(owner, where, fails)
         try:
