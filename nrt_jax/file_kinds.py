@@ -12,9 +12,10 @@ HEAD_BYTES = 512
 
 _COMPRESSED = "is compressed with {}; decompress it with {} and name the result"
 _DOWNLOAD = "download the file itself"
+GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 _MAGIC: tuple[tuple[bytes, str], ...] = (
-    (b"\x1f\x8b", _COMPRESSED.format("gzip", "gunzip")),
-    (b"\x28\xb5\x2f\xfd", _COMPRESSED.format("zstd", "unzstd")),
+    (GZIP_MAGIC, _COMPRESSED.format("gzip", "gunzip")),
+    (ZSTD_MAGIC, _COMPRESSED.format("zstd", "unzstd")),
     (b"BZh", _COMPRESSED.format("bzip2", "bunzip2")),
     (b"\xfd7zXZ\x00", _COMPRESSED.format("xz", "unxz")),
     (b"\x04\x22\x4d\x18", _COMPRESSED.format("lz4", "unlz4")),

@@ -14,10 +14,8 @@ from nrt_jax.data.json_rows import read_json, read_jsonl
 from nrt_jax.data.rows import FieldsOf, Row
 from nrt_jax.data.table_rows import read_csv, read_tsv
 from nrt_jax.errors import InputError
-from nrt_jax.file_kinds import HEAD_BYTES, why_missing
+from nrt_jax.file_kinds import GZIP_MAGIC, HEAD_BYTES, ZSTD_MAGIC, why_missing
 
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-GZIP_MAGIC = b"\x1f\x8b"
 _NAMED = "set data.path or data.eval_path to a file"
 
 
