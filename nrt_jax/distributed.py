@@ -305,4 +305,3 @@ def end_all(line: str, status: int) -> None:
     """End all processes, which print the line; returns where there are no others."""
     if _State.peers is not None:
         _State.peers.end_all(line, status)
-    return None
