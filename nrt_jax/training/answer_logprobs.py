@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 from nrt_jax.models.logprobs import TokenLogprobs
 from nrt_jax.models.sharding import batch_sharding, place, replicated
 from nrt_jax.objective.rewards import padded_length
-from nrt_jax.training.batch import CompletionRows, PromptRows
+from nrt_jax.training.batch import CompletionRows, PromptRows, write_text
 from nrt_jax.training.forward import NrtSettings, row_logprobs
 from nrt_jax.types import TokenizedExample
 
@@ -170,13 +170,11 @@ def _arrays(
             prompts.tokens_packs_S[at] = before
             prompts.positions_packs_S[at] = np.arange(len(before))
             prompts.segments_packs_S[at] = segments[p]
-        for i, (p, c, first) in enumerate(pack.places, start=1):
+        for p, c, first in pack.places:
             x, context = examples[p].prompt_tokens, contexts[p][c]
             tokens = np.concatenate([x[-1:], context.tokens, examples[p].answer_tokens])
-            at = (b, slice(first, first + len(tokens) - 1))
-            rows.inputs_BW[at], rows.targets_BW[at] = tokens[:-1], tokens[1:]
-            rows.positions_BW[at] = len(x) - 1 + np.arange(len(tokens) - 1)
-            rows.segments_BW[at], rows.prompts_BW[at] = i, segments[p]
+            at = write_text(rows, (b, first), tokens, position=len(x) - 1)
+            rows.prompts_BW[at] = segments[p]
             z = first + len(context.before)
             rows.trace_BW[b, z : z + len(context.trace)] = True
     return prompts, rows

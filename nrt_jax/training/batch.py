@@ -20,7 +20,7 @@ token, end the prompt's row, and the last token is the first input in the place 
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -107,6 +107,20 @@ class SftBatch(NamedTuple):
     """Which text of the row; 0 is padding."""
     answer_BW: Bool[Array, "B W"]
     """True where the target is a token of y*."""
+
+
+@runtime_checkable
+class TextRows(Protocol):
+    """What rows of texts have in common, whatever they predict."""
+
+    @property
+    def inputs_BW(self) -> Int[Array, "B W"]: ...
+    @property
+    def targets_BW(self) -> Int[Array, "B W"]: ...
+    @property
+    def positions_BW(self) -> Int[Array, "B W"]: ...
+    @property
+    def segments_BW(self) -> Int[Array, "B W"]: ...
 
 
 # --- groups to arrays ----------------------------------------------------------------------------
@@ -196,12 +210,23 @@ def _write_completion(
     rows: CompletionRows, place: tuple[int, int], tokens: np.ndarray, prompt_length: int, g: int
 ) -> None:
     """Write a completion of the pack's group g at its row and first token."""
+    at = write_text(rows, place, tokens, position=prompt_length)
+    rows.prompts_BW[at] = g + 1
+
+
+def write_text(
+    rows: TextRows, place: tuple[int, int], tokens: np.ndarray, position: int = 0
+) -> tuple[int, slice]:
+    """Write a text as inputs and targets at its row and first token; the index of its inputs.
+
+    `position` is that of its first token: the number of tokens that it continues.
+    """
     b, start = place
     at = (b, slice(start, start + len(tokens) - 1))
     rows.inputs_BW[at], rows.targets_BW[at] = tokens[:-1], tokens[1:]
-    rows.positions_BW[at] = prompt_length + np.arange(len(tokens) - 1)
-    rows.segments_BW[at] = start + 1  # no other completion of the row starts there
-    rows.prompts_BW[at] = g + 1
+    rows.positions_BW[at] = position + np.arange(len(tokens) - 1)
+    rows.segments_BW[at] = start + 1  # no other text of the row starts there
+    return at
 
 
 def _write_places(arrays: GroupArrays, p: int, group: Group, pack: Pack, shape: Shape) -> None:
@@ -303,10 +328,6 @@ def sft_batch(examples: Sequence[TokenizedExample], plan: Plan) -> SftBatch:
         for member, ((row, start),) in zip(pack.groups, pack.completion_places, strict=True):
             prompt, answer = examples[member].prompt_tokens, examples[member].answer_tokens
             tokens = np.concatenate([prompt, answer])
-            b, end = i * shape.rows + row, start + len(tokens) - 1
-            at = (b, slice(start, end))
-            batch.inputs_BW[at], batch.targets_BW[at] = tokens[:-1], tokens[1:]
-            batch.positions_BW[at] = np.arange(len(tokens) - 1)
-            batch.segments_BW[at] = start + 1
-            batch.answer_BW[b, end - len(answer) : end] = True
+            b, inputs = write_text(batch, (i * shape.rows + row, start), tokens)
+            batch.answer_BW[b, inputs.stop - len(answer) : inputs.stop] = True
     return batch

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from nrt_jax.config.warmup import AllStage, RowsStage, WarmupConfig
 from nrt_jax.objective.losses import sft_loss
 from nrt_jax.objective.masked import masked_count, masked_sum
+from nrt_jax.training.batch import write_text
 from nrt_jax.training.packing import Lengths, Plan
 from nrt_jax.training.update import Metrics
 from nrt_jax.types import TokenizedExample
@@ -95,10 +96,7 @@ def warmup_batch(
     for i, pack in enumerate(plan.packs):
         for member, ((row, start),) in zip(pack.groups, pack.completion_places, strict=True):
             tokens = rows[member].tokens(think_start, think_end)
-            at = (i * shape.rows + row, slice(start, start + len(tokens) - 1))
-            batch.inputs_BW[at], batch.targets_BW[at] = tokens[:-1], tokens[1:]
-            batch.positions_BW[at] = np.arange(len(tokens) - 1)
-            batch.segments_BW[at] = start + 1
+            at = write_text(batch, (i * shape.rows + row, start), tokens)
             batch.kind_BW[at] = rows[member].kinds
     return batch
 
