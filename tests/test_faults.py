@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from nrt_jax.cli import main
-from tests.data.made_tokenizers import write_made_tokenizer
-from tests.training.runs import write_config, write_model
+from tests.training.runs import write_config_for_any_text
 
 REFUSED = {
     "arr.json": "is a JSON array, not one object per line; convert it: jq -c '.[]'",
@@ -31,11 +30,7 @@ READ = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """A tiny model, and the tokenizer of a larger one that spells every text."""
-    folder = tmp_path_factory.mktemp("faults")
-    write_model(folder / "model", vocab_size=700)
-    write_made_tokenizer("llama3", folder / "tokenizer")
-    return write_config(folder)
+    return write_config_for_any_text(tmp_path_factory.mktemp("faults"))
 
 
 def words(config: Path, path: Path) -> list[str]:

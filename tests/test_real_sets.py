@@ -9,8 +9,7 @@ from nrt_jax.cli import main
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.training_rows import read_source, sources_of
-from tests.data.made_tokenizers import write_made_tokenizer
-from tests.training.runs import write_config, write_model
+from tests.training.runs import write_config_for_any_text
 
 SETS: dict[str, tuple[dict[str, str], int, str, str]] = {
     "flan_cot": (
@@ -88,11 +87,7 @@ SETS: dict[str, tuple[dict[str, str], int, str, str]] = {
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> Path:
-    """A tiny model, and the tokenizer of a larger one that spells every text."""
-    folder = tmp_path_factory.mktemp("sets")
-    write_model(folder / "model", vocab_size=700)
-    write_made_tokenizer("llama3", folder / "tokenizer")
-    return write_config(folder)
+    return write_config_for_any_text(tmp_path_factory.mktemp("sets"))
 
 
 @pytest.mark.parametrize("name", SETS)

@@ -25,6 +25,7 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.training.logger import TIMING_PREFIXES
+from tests.data.made_tokenizers import write_made_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PATIENCE_S = 300.0
@@ -91,6 +92,13 @@ def write_config(folder: Path) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(CONFIG), encoding="utf-8")
     return path
+
+
+def write_config_for_any_text(folder: Path) -> Path:
+    """A config beside a tiny model, and the tokenizer of a larger one that spells every text."""
+    write_model(folder / "model", vocab_size=700)
+    write_made_tokenizer("llama3", folder / "tokenizer")
+    return write_config(folder)
 
 
 @dataclass
