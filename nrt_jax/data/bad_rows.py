@@ -18,6 +18,10 @@ class BadRow(ValueError):
         self.reason = reason
         self.detail = detail
 
+    def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
+        """For pickle, which would call the class with the one message."""
+        return BadRow, (self.reason, self.detail)
+
 
 def shorten(value: object) -> str:
     """A value on one line, short enough for a message."""
@@ -45,7 +49,7 @@ class BadRows:
         self.name = name
         self.counts: Counter[str] = Counter()
         self.rejected: list[Rejected] = []
-        self._first: tuple[str, BadRow] | None = None
+        self._first: tuple[str, str] | None = None
 
     def add(self, place: str, bad: BadRow, *, file: str, fields: Any) -> None:
         """Count the next bad row; messages name it by its `place`, such as "line 3"."""
@@ -53,7 +57,23 @@ class BadRows:
         row = place.removeprefix(f"{file} ")
         self.rejected.append(Rejected(file, row, bad.reason, bad.detail, _excerpt(fields)))
         if self._first is None:
-            self._first = (place, bad)
+            self._first = (place, bad.detail)
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the name, for `add_all`."""
+        return {
+            "counts": dict(self.counts),
+            "rejected": [list(row) for row in self.rejected],
+            "first": self._first,
+        }
+
+    def add_all(self, saved: Mapping[str, Any]) -> None:
+        """Add the rows of a later part of the source, which `to_json` has given."""
+        self.counts.update(saved["counts"])
+        self.rejected += [Rejected(*row) for row in saved["rejected"]]
+        if self._first is None and saved["first"] is not None:
+            place, detail = saved["first"]
+            self._first = (place, detail)
 
     def check(self, good_rows: int, max_bad_share: float) -> None:
         """InputError when too many rows were bad, or none was good."""
@@ -64,11 +84,11 @@ class BadRows:
         if self._first is None or (good_rows and bad_rows <= max_bad_share * total):
             return
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-        place, bad = self._first
+        place, detail = self._first
         limit = f"more than data.max_bad_share={max_bad_share:g}" if good_rows else "none is left"
         raise InputError(
             f"{self.name}: {bad_rows} of {total} rows are unusable ({reasons}), {limit}; "
-            f"first {place}: {bad.detail}"
+            f"first {place}: {detail}"
         )
 
 

@@ -19,22 +19,20 @@ def with_source(example: TokenizedExample, name: str) -> TokenizedExample:
     return replace(example, example=replace(example.example, source=name)) if name else example
 
 
-def draw_mixture(
-    config: DataConfig, by_source: Sequence[list[TokenizedExample]]
-) -> list[TokenizedExample]:
-    """The rows of all sources, of each as many as the mixture says, in the order of the sources.
+def draw_mixture(config: DataConfig, available: Sequence[int]) -> list[np.ndarray]:
+    """Which usable rows of each source are in the mixture, by data.seed; each in its own order.
 
-    Which ones is drawn by data.seed. Raises InputError when a source has fewer than its `rows`.
+    `available` are the numbers of usable rows. Without a mixture all rows of the one source are
+    taken. Raises InputError when a source has fewer than its `rows`.
     """
     if not config.mixture:
-        (examples,) = by_source
-        return examples
-    counts = mixture_counts(config.mixture, [len(examples) for examples in by_source])
-    drawn: list[TokenizedExample] = []
-    for i, (examples, count) in enumerate(zip(by_source, counts, strict=True)):
-        order = np.random.default_rng((config.seed, i)).permutation(len(examples))
-        drawn += [examples[row] for row in sorted(order[:count])]
-        log.info("data: %d of %d rows of %s", count, len(examples), config.mixture[i].name)
+        return [np.arange(count) for count in available]
+    counts = mixture_counts(config.mixture, available)
+    drawn = []
+    for i, (rows, count) in enumerate(zip(available, counts, strict=True)):
+        order = np.random.default_rng((config.seed, i)).permutation(rows)
+        drawn.append(np.sort(order[:count]))
+        log.info("data: %d of %d rows of %s", count, rows, config.mixture[i].name)
     return drawn
 
 

@@ -7,23 +7,20 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
 from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
 from nrt_jax.data.epochs import EpochOrder
 from nrt_jax.data.mixture import draw_mixture, with_source
-from nrt_jax.data.row_presets import with_preset
 from nrt_jax.data.row_tokens import RowTokenizer
+from nrt_jax.data.selection import IN_EVALUATION, select
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.data.training_rows import read_source, sources_of
+from nrt_jax.data.training_rows import evaluation_source, read_source, sources_of
 from nrt_jax.errors import InputError
 from nrt_jax.types import Example, TokenizedExample
 
 ROWS_PER_SLICE = 4096
-IN_EVALUATION = "question of the evaluation"
 
 
 @dataclass(frozen=True)
@@ -46,26 +43,18 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     if config.generated:
         return _generated(config, RowTokenizer(config, tokenizer))
     train, bad = _read_training(config, tokenizer)
-    if config.eval_path is None:
-        evaluation = _hold_out(train, config)
-    else:
-        of_eval = with_preset(config.model_copy(update={"mixture": ()}))
-        read = _read_files(of_eval, config.eval_path, tokenizer, 0)
-        evaluation, bad = read.examples, [*bad, read.bad]
-        order = np.random.default_rng(config.seed).permutation(len(evaluation))
-        evaluation = [evaluation[i] for i in order[: config.eval_rows]]
+    from_files = None
+    if config.eval_path is not None:
+        read = _read_files(evaluation_source(config), config.eval_path, tokenizer, 0)
+        from_files, bad = read.examples, [*bad, read.bad]
+    chosen = select(
+        config, _questions(train), None if from_files is None else _questions(from_files)
+    )
+    evaluation = [(train if from_files is None else from_files)[i] for i in chosen.evaluation]
     bad_rows = sum((one.counts for one in bad), Counter())
-    questions = {example.example.question for example in evaluation}
-    kept = [example for example in train if example.example.question not in questions]
-    # An overlap with an evaluation file is reported; rows held out of the training file are none.
-    overlap = len(train) - len(kept) - (len(evaluation) if config.eval_path is None else 0)
-    if overlap:
-        bad_rows[IN_EVALUATION] = overlap
-    if not kept:
-        raise InputError(
-            f"{config.location}: every row asks a question of data.eval_path="
-            f"{location(config.eval_path)}; give different questions to train on"
-        )
+    if chosen.overlap:
+        bad_rows[IN_EVALUATION] = chosen.overlap
+    kept = [train[i] for i in chosen.train]
     return Dataset(kept, evaluation, dict(bad_rows), [row for one in bad for row in one.rejected])
 
 
@@ -162,7 +151,8 @@ def _read_training(
         first = read.next_number
         bad.append(read.bad)
         by_source.append([with_source(example, name) for example in read.examples])
-    return draw_mixture(config, by_source), bad
+    drawn = draw_mixture(config, [len(examples) for examples in by_source])
+    return [of[i] for of, rows in zip(by_source, drawn, strict=True) for i in rows], bad
 
 
 def _read_files(
@@ -183,18 +173,8 @@ def _read_files(
     return _ReadFiles(examples, bad_rows, first)
 
 
-def _hold_out(examples: list[TokenizedExample], config: DataConfig) -> list[TokenizedExample]:
-    """Evaluation examples drawn by seed, one per question."""
-    order = np.random.default_rng(config.seed).permutation(len(examples))
-    by_question: dict[str, TokenizedExample] = {}
-    for i in order:
-        by_question.setdefault(examples[i].example.question, examples[i])
-    if config.eval_rows >= len(by_question):
-        raise InputError(
-            f"{config.location}: data.eval_rows={config.eval_rows} leaves none of its "
-            f"{len(by_question)} questions to train on; lower it or set data.eval_path"
-        )
-    return list(by_question.values())[: config.eval_rows]
+def _questions(examples: list[TokenizedExample]) -> list[str]:
+    return [example.example.question for example in examples]
 
 
 # --- generators ----------------------------------------------------------------------------------

@@ -17,6 +17,11 @@ def sources_of(config: DataConfig) -> list[DataConfig]:
     return [with_preset(source) for source in config.sources]
 
 
+def evaluation_source(config: DataConfig) -> DataConfig:
+    """The config of the rows of `eval_path`, as that of a source."""
+    return with_preset(config.model_copy(update={"mixture": (), "path": config.eval_path}))
+
+
 def read_source(
     config: DataConfig, where: Path | str | Sequence[Path | str], first: int = 0
 ) -> Iterator[Row]:
@@ -25,7 +30,15 @@ def read_source(
     Where there are several files, the place of a row names its own. `config` is one of
     `sources_of`. Raises InputError for files that cannot be found or read.
     """
-    fields, files = RowFields(config), find_files(where, config.source)
+    fields = RowFields(config)
+    return (with_fields(row, fields) for row in read_unchanged(config, where, fields, first))
+
+
+def read_unchanged(
+    config: DataConfig, where: Path | str | Sequence[Path | str], fields: RowFields, first: int = 0
+) -> Iterator[Row]:
+    """The rows as they stand in the files, for `with_fields`; else as `read_source`."""
+    files = find_files(where, config.source)
     options = {"columns": config.columns, "unescape": config.unescape}
     for file in files:
         number = -1
@@ -33,8 +46,13 @@ def read_source(
             for row in read_rows(file.format, file.path, fields.columns, **options):
                 number = row.number
                 place = row.place if len(files) == 1 else f"{file.path} {row.place}"
-                yield Row(first + number, place, _read(row.fields, fields), str(file.path))
+                yield Row(first + number, place, row.fields, str(file.path))
         first += number + 1
+
+
+def with_fields(row: Row, fields: RowFields) -> Row:
+    """The row with the fields that the config reads."""
+    return row._replace(fields=_read(row.fields, fields))
 
 
 def _read(row: dict | BadRow, fields: RowFields) -> dict | BadRow:
