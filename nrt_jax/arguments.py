@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 INPUTS = ("data", "eval_data", "tokenizer", "template", "model")
 """What `train --allow-changed` names: `checkpoints.inputs.INPUT_NAMES`, which imports jax."""
@@ -36,9 +36,11 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
     if hasattr(args, "config"):
         args.config += rest
+        if hasattr(args, "folder"):
+            _take_folder(parser, args)
     if not hasattr(args, "overrides"):
         if hasattr(args, "model"):
-            args.model = _model(parser, args.model)
+            args.model = _path_of(parser, "MODEL", args.model)
         return args
     words = [args.model, *args.overrides, *rest]
     args.overrides = [word for word in words if "=" in word and not os.path.exists(word)]
@@ -48,16 +50,27 @@ def parse(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
             f"one MODEL is required, and {len(models)} are named: {' '.join(words)}; an override "
             "must look like section.field=value"
         )
-    args.model = _model(parser, models[0])
+    args.model = _path_of(parser, "MODEL", models[0])
     return args
 
 
-def _model(parser: Parser, word: str) -> Path:
-    # Not the parser's own conversion: an override may stand where it looks for the MODEL.
+def _take_folder(parser: Parser, args: argparse.Namespace) -> None:
+    """Make OUT the last word that is no override; these may stand behind it."""
+    words = [*args.config, args.folder]
+    names = [word for word in words if "=" not in word or os.path.exists(word)]
+    if len(names) < 2:
+        parser.error(f"OUT, the folder to write, must follow CONFIG: {' '.join(words)}")
+    args.folder = _path_of(parser, "OUT", names[-1])
+    words.remove(names[-1])
+    args.config = words
+
+
+def _path_of(parser: Parser, name: str, word: str) -> Path:
+    # Not the parser's own conversion: an override may stand where it looks for the name.
     try:
         return path(word)
     except argparse.ArgumentTypeError as error:
-        parser.error(f"argument MODEL: {error}")
+        parser.error(f"argument {name}: {error}")
 
 
 def path(text: str) -> Path:
@@ -96,6 +109,25 @@ def row_count(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is no number of rows; give 1 or more")
     return int(text)
+
+
+class Share(NamedTuple):
+    """One of several shares of a task."""
+
+    index: int
+    """From 0."""
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.count}"
+
+
+def share(text: str) -> Share:
+    """I/N with I from 0 to N - 1."""
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal()) or not int(index) < int(count) < 2**20:
+        raise argparse.ArgumentTypeError(f"{text} is no share; give I/N with I from 0 to N-1")
+    return Share(int(index), int(count))
 
 
 def process_count(text: str) -> int:

@@ -23,6 +23,7 @@ from nrt_jax.arguments import (
     row_count,
     seconds,
     seed,
+    share,
     temperature,
 )
 from nrt_jax.devices import leave_out_absent_tpu
@@ -262,7 +263,7 @@ def _add_checkpoint_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> N
 
 
 def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
-    data = subparsers.add_parser("data", help="show a config's data")
+    data = subparsers.add_parser("data", help="show a config's data, or prepare it once")
     data_verbs = data.add_subparsers(required=True, metavar="VERB")
     show_data = data_verbs.add_parser(
         "show", help="print rows as the model sees them, part by part"
@@ -271,6 +272,7 @@ def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     show_data.add_argument("--rows", type=row_count, default=3, help="how many, 3 by default")
     show_data.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     show_data.set_defaults(verb=verbs.data_show)
+    _add_prepare(data_verbs)
 
     report = subparsers.add_parser(
         "report", help="compare runs: report.html, curves.png, summary.json"
@@ -288,6 +290,34 @@ def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     show.set_defaults(verb=verbs.config_show)
     schema = config_verbs.add_parser("schema", help="print the JSON schema")
     schema.set_defaults(verb=verbs.config_schema)
+
+
+def _add_prepare(data_verbs: "argparse._SubParsersAction[Parser]") -> None:
+    prepare = data_verbs.add_parser(
+        "prepare", help="tokenise a config's rows once; the same command goes on after a kill"
+    )
+    _add_config(prepare)
+    prepare.add_argument("folder", metavar="OUT", help="the folder to write")
+    _add_workers(prepare)
+    prepare.add_argument(
+        "--shard",
+        type=share,
+        default="0/1",
+        metavar="I/N",
+        help="prepare the I-th of N shares, from 0, such as one per task of a job array; then run "
+        "nrt-jax data merge",
+    )
+    prepare.set_defaults(verb=verbs.data_prepare)
+    merge = data_verbs.add_parser("merge", help="finish what data prepare --shard has prepared")
+    merge.add_argument("folder", type=path, metavar="OUT")
+    _add_workers(merge)
+    merge.set_defaults(verb=verbs.data_merge)
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--workers", type=process_count, default=os.cpu_count(), metavar="N", help="processes"
+    )
 
 
 def _add_local(subparsers: "argparse._SubParsersAction[Parser]") -> None:

@@ -20,6 +20,7 @@ from nrt_jax.stop import INTERRUPTED, StopRequest
 
 if TYPE_CHECKING:
     from nrt_jax.config.run import RunConfig
+    from nrt_jax.data.manifest import Manifest
     from nrt_jax.engine.generate import Generate
 
 log = logging.getLogger(__name__)
@@ -159,6 +160,43 @@ def data_show(args: argparse.Namespace) -> None:
     reasons = config.method == "nrt"
     tokenizer = load_tokenizer(config)
     for line in show_rows(config.data, tokenizer, reasons=reasons, rows=args.rows, color=color):
+        print(line)
+
+
+def data_prepare(args: argparse.Namespace) -> None:
+    config = load(args)
+    from nrt_jax.data.merge import merge
+    from nrt_jax.data.prepare import prepare
+    from nrt_jax.data.tokenizer import Tokenizer
+
+    data, out = config.data, args.folder
+    tokenizer = Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
+    with _exit_on_sigterm():
+        plan = prepare(data, tokenizer, out, workers=args.workers, share=args.shard)
+        if args.shard.count > 1 and not plan.finished:
+            print(f"shard {args.shard} of {out} is there; run nrt-jax data merge {out} after all")
+            return
+        _print_prepared(merge(plan, args.workers))
+
+
+def data_merge(args: argparse.Namespace) -> None:
+    from nrt_jax.data.merge import merge
+    from nrt_jax.data.plan import read_plan
+
+    with _exit_on_sigterm():
+        _print_prepared(merge(read_plan(args.folder), args.workers))
+
+
+def _print_prepared(manifest: "Manifest") -> None:
+    from nrt_jax.data.bad_rows import reasons_table
+
+    rows = {split: sum(s.rows for s in shards) for split, shards in manifest.splits.items()}
+    rejected = sum(manifest.rejected.values())
+    print(
+        f"{manifest.directory}: {rows['train']:,} training rows, {rows.get('eval', 0):,} for the "
+        f"evaluation, {rejected:,} left out"
+    )
+    for line in reasons_table(manifest.rejected):
         print(line)
 
 

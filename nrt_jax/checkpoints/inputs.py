@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,11 +11,17 @@ from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 from nrt_jax import distributed
 from nrt_jax.checkpoints.hf_config import CONFIG_FILE, GENERATION_FILE
 from nrt_jax.checkpoints.import_format import PARAMS
-from nrt_jax.config.data import DataConfig
-from nrt_jax.config.rows import FileFormat, location
+from nrt_jax.config.rows import location
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.chat_template import template_text
-from nrt_jax.data.files import find_files, reaching
+from nrt_jax.data.digests import (
+    WHOLE,
+    digests_of_data,
+    digests_of_files,
+    digests_of_training_data,
+)
+from nrt_jax.data.manifest import MANIFEST_FILE
+from nrt_jax.data.prepared import prepared_directory
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.tokenizer_files import LEGACY_FILES, SETTINGS_FILE, TOKENIZER_FILE
 from nrt_jax.errors import InputError
@@ -30,8 +35,6 @@ INPUT_NAMES: tuple[InputName, ...] = get_args(InputName)
 OF_EXAMPLES = frozenset(INPUT_NAMES) - {"model"}
 """Inputs that decide which rows there are, and their tokens."""
 
-_WHOLE = ""
-"""Name of the only part of an input that is one file, however the file is called."""
 _HELD_OUT, _WEIGHTS = "held-out rows", "weights as read"
 _SAMPLES, _SAMPLE_BYTES = 64, 2**14
 """Blocks of a weight file that its sampled digest reads; a smaller file is read whole."""
@@ -125,43 +128,28 @@ def read_inputs(
         eval_path = data.eval_path
         evaluated = data.location if eval_path is None else location(eval_path)
         inputs = {"eval_data": Input(evaluated, {})}
-        if not data.generated:
-            inputs["data"] = Input(data.location, _of_training_data(data))
+        if (prepared := prepared_directory(data)) is not None:
+            # The manifest has the digests of all shards.
+            manifest = digests_of_files({MANIFEST_FILE: prepared / MANIFEST_FILE})
+            inputs["data"] = Input(data.location, manifest)
+        elif not data.generated:
+            inputs["data"] = Input(data.location, digests_of_training_data(data))
         if eval_path is not None:
-            inputs["eval_data"].parts.update(_of_data(eval_path, data.source))
+            inputs["eval_data"].parts.update(digests_of_data(eval_path, data.source))
         inputs["eval_data"].parts[_HELD_OUT] = _of_rows(held_out)
         names = (TOKENIZER_FILE, SETTINGS_FILE, *LEGACY_FILES)
         inputs["tokenizer"] = Input(
-            str(directory), _files({name: directory / name for name in names})
+            str(directory), digests_of_files({name: directory / name for name in names})
         )
         if (template := template_text(data, tokenizer)) is not None:
             where = directory if data.template == "tokenizer" else data.template
             digest = hashlib.sha256(template.encode()).hexdigest()
-            inputs["template"] = Input(str(data.template_file or where), {_WHOLE: digest})
+            inputs["template"] = Input(str(data.template_file or where), {WHOLE: digest})
         if config.model.path is not None:
             inputs["model"] = Input(str(config.model.path), _of_model(config.model.path))
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return RunInputs(inputs)
-
-
-def _of_training_data(data: DataConfig) -> dict[str, str]:
-    """Digests of all training files; in a mixture, names of parts begin with that of the source."""
-    parts = {}
-    for name, source in zip(data.source_names, data.sources, strict=True):
-        assert source.path is not None, "DataConfig requires a path for file sources"
-        of_source = _of_data(source.path, source.source)
-        parts |= {f"{name}/{file}".strip("/"): digest for file, digest in of_source.items()}
-    return parts
-
-
-def _of_data(where: Path | str | Sequence[Path | str], source: FileFormat | None) -> dict[str, str]:
-    """Digests of the files that a data path means, named from the folder that holds all of them."""
-    files = [file.path for file in find_files(where, source)]
-    if len(files) == 1:
-        return _files({_WHOLE: files[0]})
-    folder = os.path.commonpath([file.parent for file in files])
-    return _files({os.path.relpath(file, folder): file for file in files})
 
 
 def _of_model(directory: Path) -> dict[str, str]:
@@ -172,18 +160,7 @@ def _of_model(directory: Path) -> dict[str, str]:
         for file in sorted(weights)
         if file.is_file()
     }
-    return _files({name: directory / name for name in names}) | samples
-
-
-def _files(paths: Mapping[str, Any]) -> dict[str, str]:
-    """Full digests of the files that exist; a pipe can be read only once, and has none."""
-    digests = {}
-    for name, path in paths.items():
-        with reaching(path):
-            if path.is_file():
-                with path.open("rb") as file:
-                    digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return digests_of_files({name: directory / name for name in names}) | samples
 
 
 def _sampled(path: Path) -> str:
@@ -251,7 +228,7 @@ def _described(change: Change) -> str:
         assert there is not None
         return f"{change.name}={there.path} is {'new' if before is None else 'left out'}"
     moved = "" if before.path == after.path else f", before {before.path}"
-    parts = [part for part in change.parts if part != _WHOLE]
+    parts = [part for part in change.parts if part != WHOLE]
     held_out = "; evaluations before and after cannot be compared" if _HELD_OUT in parts else ""
     listed = f" ({', '.join(parts)})" if parts else ""
     return f"{change.name}={after.path}{moved} has changed{listed}{held_out}"

@@ -52,10 +52,11 @@ def location(where: Path | str | Sequence[Path | str]) -> str:
 class RowsConfig(Section):
     """One source of rows."""
 
-    source: FileFormat | Generator | None = None
-    """A file format, or a built-in generator; null: told by the name of each file, such as
-    rows.jsonl.gz. json: an array of objects, or JSON Lines; arrow: a file of a saved data set of
-    the library datasets."""
+    source: FileFormat | Literal["prepared"] | Generator | None = None
+    """A file format, prepared for what nrt-jax data prepare has written, or a built-in generator;
+    null: told by the name of each file, such as rows.jsonl.gz, and by the manifest of prepared
+    data. json: an array of objects, or JSON Lines; arrow: a file of a saved data set of the library
+    datasets."""
     path: DataPaths = None
     """A file, a folder of shards, a glob such as 'part-*.jsonl', a directory that the library
     datasets has saved, or a list of these. Text files may be packed with gzip or zstd. An address
@@ -113,6 +114,11 @@ class MixturePart(RowsConfig):
     def _reads_files(self) -> "MixturePart":
         if self.path is None or self.source in GENERATORS:
             raise ValueError(f"the source {self.name} needs files; set its path")
+        if self.source == "prepared":
+            raise ValueError(
+                f"the source {self.name} is prepared data, which is no part of a mixture; prepare "
+                "the mixture"
+            )
         if self.weight is not None and self.rows is not None:
             raise ValueError(f"the source {self.name} has weight and rows; leave one out")
         return self

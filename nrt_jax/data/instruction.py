@@ -8,6 +8,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, shorten
 from nrt_jax.data.chat_template import QUESTION, PromptTemplate
+from nrt_jax.data.prepared import prepared_directory, rows_by_number
 from nrt_jax.data.row_tokens import RowTokenizer, as_text
 from nrt_jax.data.rows import Row
 from nrt_jax.data.tokenizer import Tokenizer
@@ -84,6 +85,9 @@ def _rows(config: DataConfig, wanted: Collection[int]) -> Iterator[tuple[DataCon
     """The wanted training rows of each source, with its config; no more are read than needed."""
     if config.generated:
         yield config, _generated(config, wanted)
+        return
+    if (directory := prepared_directory(config)) is not None:
+        yield config, list(rows_by_number(directory, config, sorted(wanted)))
         return
     first, missing = 0, set(wanted)
     for source in sources_of(config):

@@ -13,6 +13,7 @@ from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
 from nrt_jax.data.epochs import EpochOrder
 from nrt_jax.data.mixture import draw_mixture, with_source
+from nrt_jax.data.prepared import open_prepared, prepared_directory
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.selection import IN_EVALUATION, select
 from nrt_jax.data.tokenizer import Tokenizer
@@ -36,12 +37,15 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
-    """Read, check and tokenise the config's data; generated rows are made on access.
+    """Read, check and tokenise the config's data; generated and prepared rows come on access.
 
     Raises InputError for files and templates that cannot be read and for too many bad rows.
     """
     if config.generated:
         return _generated(config, RowTokenizer(config, tokenizer))
+    if (directory := prepared_directory(config)) is not None:
+        prepared = open_prepared(directory, config, tokenizer)
+        return Dataset(prepared.train, prepared.eval, prepared.manifest.rejected)
     train, bad = _read_training(config, tokenizer)
     from_files = None
     if config.eval_path is not None:
@@ -70,6 +74,10 @@ def first_rows(
         for index in range(min(count, config.chain.rows)):
             example = _generate(config, index)
             yield f"row {index}", rows.of_example(example)
+        return
+    if (directory := prepared_directory(config)) is not None:
+        train = open_prepared(directory, config, tokenizer).train
+        yield from ((f"row {row.example.index}", row) for row in islice(train, count))
         return
     for source, name in zip(sources_of(config), config.source_names, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"

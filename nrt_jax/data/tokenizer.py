@@ -1,7 +1,7 @@
 """A tokenizer with think tokens, and text that never becomes a control token."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
@@ -109,6 +109,11 @@ class Tokenizer:
             think=think,
             vocab_size=max(backend.get_vocab(with_added_tokens=True).values()) + 1,
         )
+
+    def __reduce__(self) -> tuple[Callable[..., "Tokenizer"], tuple[Path, str, str]]:
+        """For pickle: another process reads the directory itself."""
+        start, end = self.think.ids
+        return Tokenizer.load, (self.directory, start, end)
 
     @property
     def new_ids(self) -> tuple[int, ...]:

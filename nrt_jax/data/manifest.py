@@ -1,0 +1,148 @@
+"""manifest.json of prepared data: what it was made from and with, and which files hold it."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nrt_jax.config.data import DataConfig
+from nrt_jax.data.chat_template import template_text
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.errors import InputError
+from nrt_jax.strict_json import parse_json
+
+MANIFEST_FILE, REJECTED_FILE = "manifest.json", "rejected.jsonl"
+FORMAT = "nrt-jax prepared data 1"
+NAMED = "named"
+"""Key of where a tokenizer or template was found, which decides nothing."""
+_AGAIN = "prepare the data again"
+
+
+class Shard(NamedTuple):
+    """A file of records."""
+
+    path: str
+    """From the directory of the manifest."""
+    rows: int
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a directory."""
+
+    directory: Path
+    content: dict[str, Any]
+
+    @cached_property
+    def splits(self) -> dict[str, list[Shard]]:
+        """The shards of "train" and "eval" in order."""
+        splits = self.content["splits"]
+        return {
+            name: [Shard(**shard) for shard in split["shards"]] for name, split in splits.items()
+        }
+
+    @property
+    def rejected(self) -> dict[str, int]:
+        """Left-out rows by reason."""
+        return self.content["rejected"]
+
+    def check_files(self) -> None:
+        """InputError for the first shard that is missing or has another size."""
+        for shard in (shard for shards in self.splits.values() for shard in shards):
+            path = self.directory / shard.path
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise InputError(
+                    f"{path}: a shard of prepared data is missing ({error.strerror}); restore it "
+                    f"or {_AGAIN}"
+                ) from error
+            if size != shard.nbytes:
+                raise InputError(
+                    f"{path}: has {size} bytes, and was written with {shard.nbytes}; restore it or "
+                    f"{_AGAIN}"
+                )
+
+    def check_tokens(self, config: DataConfig, tokenizer: Tokenizer) -> None:
+        """InputError, with both values, when the data has other tokens than this config makes."""
+        made, wanted = self.content["tokens"], token_settings(config, tokenizer)
+        for name, value in wanted.items():
+            if not _same(made[name], value):
+                raise InputError(
+                    f"{self.directory}: was prepared with {name}={shown(made[name])}, and this "
+                    f"run has {name}={shown(value)}; set {name} as it was, or {_AGAIN}"
+                )
+
+
+def is_prepared(directory: Path) -> bool:
+    """Whether a path is a directory with the manifest of prepared data."""
+    try:
+        with (directory / MANIFEST_FILE).open("rb") as file:
+            return json.dumps(FORMAT).encode() in file.read(128)
+    except OSError:
+        return False
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises InputError for a manifest that is missing, damaged or of another version."""
+    path = directory / MANIFEST_FILE
+    try:
+        content = parse_json(path.read_bytes())
+    except OSError as error:
+        raise InputError(
+            f"{path}: {error.strerror}; name the directory that nrt-jax data prepare has written, "
+            "or run it again until it has finished"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); restore it or {_AGAIN}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        found = content.get("format") if isinstance(content, dict) else content
+        raise InputError(f"{path}: its format is {found!r}, not {FORMAT!r}; {_AGAIN}")
+    return Manifest(directory, content)
+
+
+def token_settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What decides the tokens of a row, by the names of the settings.
+
+    The digest of a tokenizer is of what it does, so that a saved copy of it has the same. Think
+    tokens stand first, since other ones change the digest too.
+    """
+    template = template_text(config, tokenizer)
+    roles = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, sorted(tokenizer.special_ids)]
+    return {
+        "data.think_start": config.think_start,
+        "data.think_end": config.think_end,
+        "data.tokenizer": {
+            NAMED: str(tokenizer.directory),
+            "sha256": _digest(tokenizer.backend.to_str() + json.dumps(roles)),
+        },
+        "data.template": {
+            NAMED: str(config.template_file or config.template),
+            "sha256": _digest("" if template is None else template),
+        },
+        "data.add_bos": config.add_bos,
+        "data.max_prompt_tokens": config.max_prompt_tokens,
+        "data.max_answer_tokens": config.max_answer_tokens,
+    }
+
+
+def shown(value: Any) -> Any:
+    """A setting on one line: of what has a digest its name, with the beginning of the digest."""
+    if isinstance(value, dict):
+        return f"{value[NAMED]} (sha256 {value['sha256'][:12]})"
+    return value
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two settings decide the same tokens; where a file stands does not."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one["sha256"] == other["sha256"]
+    return one == other
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

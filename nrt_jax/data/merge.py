@@ -1,0 +1,267 @@
+"""`nrt-jax data merge`: from the parts of all processes to shards, metadata and manifest.
+
+Which rows are drawn, held out and left out is decided here, from the questions' digests of all
+parts: 36 bytes per row are in memory, and the records pass through one by one.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+from tqdm import tqdm
+
+from nrt_jax.data.bad_rows import BadRows, rejected_lines
+from nrt_jax.data.manifest import (
+    FORMAT,
+    MANIFEST_FILE,
+    REJECTED_FILE,
+    Manifest,
+    Shard,
+    read_manifest,
+)
+from nrt_jax.data.mixture import draw_mixture
+from nrt_jax.data.parts import Part, read_part, read_records, write_whole
+from nrt_jax.data.plan import Plan
+from nrt_jax.data.prepared_files import FOLDER, shard_name, write_metadata, write_shard
+from nrt_jax.data.selection import IN_EVALUATION, select
+from nrt_jax.data.workers import in_workers
+from nrt_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+SHARD_BYTES = 2**27
+"""Bytes of records per shard, before they are packed."""
+
+
+def merge(plan: Plan, workers: int) -> Manifest:
+    """Write what the parts of a plan hold as prepared data, and remove them.
+
+    A killed merge goes on with its unfinished shards. Raises InputError when parts are missing,
+    when too many rows of a source cannot be used, and when nothing is left to train on.
+    """
+    if not plan.finished:
+        if missing := plan.missing_part():
+            raise InputError(f"{plan.out}: {missing}")
+        _merge(plan, workers)
+    shutil.rmtree(plan.work, ignore_errors=True)
+    return read_manifest(plan.out)
+
+
+def _merge(plan: Plan, workers: int) -> None:
+    read = [[read_part(path) for path in paths] for paths in plan.part_paths()]
+    bad = _bad_rows(plan, read)
+    train, held_out, overlap = _choose(plan, read)
+    chosen = {"train": train, "eval": held_out}
+    folder = plan.out / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    tasks = [task for split, rows in chosen.items() for task in _shard_tasks(plan, split, rows)]
+    shards: dict[str, list[Shard]] = {
+        split: [] for split, rows in chosen.items() if len(rows.places)
+    }
+    with tqdm(
+        total=sum(len(rows.places) for rows in chosen.values()), unit=" rows", disable=None
+    ) as bar:
+        for task, shard in zip(tasks, in_workers(write_task, tasks, workers), strict=True):
+            shards[task.split].append(shard)
+            bar.update(shard.rows)
+    write_metadata(folder, {split: [s.rows for s in of] for split, of in shards.items()})
+    rejected = [row for of_source in bad for row in of_source.rejected]
+    if rejected:
+        write_whole(plan.out / REJECTED_FILE, rejected_lines(rejected))
+    reasons = sum((of_source.counts for of_source in bad), Counter())
+    if overlap:
+        reasons[IN_EVALUATION] = overlap
+    content = {
+        "format": FORMAT,
+        "rejected": dict(reasons),
+        "splits": {split: _split(chosen[split], of) for split, of in shards.items()},
+        "examples_by_source": _by_source(chosen),
+        **plan.content,
+        "sources": _sources(plan, read, bad),
+    }
+    write_whole(plan.out / MANIFEST_FILE, (json.dumps(content, indent=1) + "\n").encode())
+
+
+# --- which rows ----------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """Chosen rows of some sources' parts."""
+
+    places: Int64[np.ndarray, "rows"]
+    """Of the rows in the joined tables, in the order in which they are written."""
+    table: np.ndarray
+    """The joined tables."""
+    first_places: Int64[np.ndarray, "parts"]
+    """Of each part."""
+    paths: list[Path]
+    """Of each part."""
+    source_names: list[str]
+    """To which the table's column `source` points."""
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """The table of the chosen rows."""
+        return self.table[self.places]
+
+
+class _Questions(Sequence[bytes]):
+    """Digests of the questions of some rows."""
+
+    def __init__(self, rows: Rows):
+        self._keys, self._places = rows.table["key"], rows.places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, i: Any) -> Any:
+        return self._keys[self._places[i]].tobytes()
+
+
+def _choose(plan: Plan, read: list[list[Part]]) -> tuple[Rows, Rows, int]:
+    """The rows of training, those of the evaluation, and how many the overlap leaves out."""
+    paths, sources = plan.part_paths(), plan.sources
+    trains = [i for i, source in enumerate(sources) if not source.evaluates]
+    rows = _joined([read[i] for i in trains], [paths[i] for i in trains])
+    usable = [sum(len(part.table) for part in read[i]) for i in trains]
+    firsts = np.cumsum([0, *usable])[:-1]
+    drawn = draw_mixture(plan.config, usable)
+    places = [of + first for of, first in zip(drawn, firsts, strict=True)]
+    rows = rows._replace(places=np.concatenate(places))
+    from_files = _joined(read[-1:], paths[-1:]) if sources[-1].evaluates else None
+    in_files = None if from_files is None else _Questions(from_files)
+    chosen = select(plan.config, _Questions(rows), in_files)
+    evaluates = rows if from_files is None else from_files
+    held_out = evaluates._replace(places=evaluates.places[chosen.evaluation])
+    return rows._replace(places=rows.places[chosen.train]), held_out, chosen.overlap
+
+
+def _joined(read: list[list[Part]], paths: list[list[Path]]) -> Rows:
+    """All rows of some sources."""
+    parts = [part for of_source in read for part in of_source]
+    names = list(dict.fromkeys(name for part in parts for name in part.source_names))
+    table = np.concatenate([part.table for part in parts])
+    first_places = np.cumsum([0, *(len(part.table) for part in parts)])
+    for part, first in zip(parts, first_places, strict=False):
+        renumbered = np.array([names.index(name) for name in part.source_names], np.uint32)
+        table["source"][first : first + len(part.table)] = renumbered[part.table["source"]]
+    files = [path for of_source in paths for path in of_source]
+    return Rows(np.arange(len(table)), table, first_places[:-1], files, names)
+
+
+def _bad_rows(plan: Plan, read: list[list[Part]]) -> list[BadRows]:
+    """The unusable rows of each source; InputError when they are too many."""
+    found = []
+    for source, parts in zip(plan.sources, read, strict=True):
+        bad = BadRows(source.config.location)
+        for part in parts:
+            bad.add_all(part.bad)
+        bad.check(sum(len(part.table) for part in parts), plan.config.max_bad_share)
+        found.append(bad)
+    return found
+
+
+# --- shards --------------------------------------------------------------------------------------
+
+
+class ShardTask(NamedTuple):
+    """A shard to write."""
+
+    split: str
+    out: Path
+    name: str
+    work: Path
+    runs: list[tuple[Path, np.ndarray]]
+    """Parts, and the places of the records in each."""
+
+
+def _shard_tasks(plan: Plan, split: str, rows: Rows) -> Iterator[ShardTask]:
+    """Shards of equally many rows, of about `SHARD_BYTES` each."""
+    total = len(rows.places)
+    if not total:
+        return
+    count = max(1, -(-int(rows.chosen["nbytes"].sum()) // SHARD_BYTES))
+    for i in range(count):
+        places = rows.places[i * total // count : (i + 1) * total // count]
+        parts = np.searchsorted(rows.first_places, places, side="right") - 1
+        ends = np.flatnonzero(np.diff(parts)) + 1
+        runs = [
+            (rows.paths[of_run[0]], in_run - rows.first_places[of_run[0]])
+            for of_run, in_run in zip(np.split(parts, ends), np.split(places, ends), strict=True)
+        ]
+        yield ShardTask(split, plan.out, shard_name(split, i, count), plan.work, runs)
+
+
+def write_task(task: ShardTask) -> Shard:
+    """Write a shard, unless an earlier try has."""
+    path, done = task.out / FOLDER / task.name, task.work / f"{task.name}.json"
+    if done.exists() and path.exists():
+        return Shard(**json.loads(done.read_bytes()))
+    partial = task.work / f".{task.name}.{os.getpid()}"
+    write_shard(partial, (r for part, places in task.runs for r in read_records(part, places)))
+    with partial.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    rows = sum(len(places) for _, places in task.runs)
+    shard = Shard(f"{FOLDER}/{task.name}", rows, partial.stat().st_size, digest)
+    partial.replace(path)
+    write_whole(done, json.dumps(shard._asdict()).encode())
+    return shard
+
+
+# --- manifest ------------------------------------------------------------------------------------
+
+
+def _split(rows: Rows, shards: list[Shard]) -> dict[str, Any]:
+    return {
+        "rows": len(rows.places),
+        "prompt_tokens": int(rows.chosen["prompt_tokens"].sum()),
+        "answer_tokens": int(rows.chosen["answer_tokens"].sum()),
+        "shards": [shard._asdict() for shard in shards],
+    }
+
+
+def _sources(plan: Plan, read: list[list[Part]], bad: list[BadRows]) -> list[dict[str, Any]]:
+    """What was read from where."""
+    return [
+        {
+            **of_plan,
+            "rows": sum(part.rows for part in parts),
+            "usable": sum(len(part.table) for part in parts),
+            "rejected": dict(of_bad.counts),
+        }
+        for of_plan, parts, of_bad in zip(plan.content["sources"], read, bad, strict=True)
+    ]
+
+
+def _by_source(chosen: dict[str, Rows]) -> dict[str, Any]:
+    """By the source's name of the examples: licence, rows of the splits, and how many examples have
+    each length in tokens."""
+    found: dict[str, Any] = {}
+    for split, rows in chosen.items():
+        table = rows.chosen
+        for number, name in enumerate(rows.source_names):
+            of_source = table[table["source"] == number]
+            if not len(of_source):
+                continue
+            entry = found.setdefault(name, {"licence": None})
+            entry[split] = {
+                "rows": len(of_source),
+                **{column: _histogram(of_source[column]) for column in _LENGTHS},
+            }
+    return found
+
+
+_LENGTHS = ("prompt_tokens", "answer_tokens")
+
+
+def _histogram(lengths: np.ndarray) -> dict[str, int]:
+    values, counts = np.unique(lengths, return_counts=True)
+    return {str(value): int(count) for value, count in zip(values, counts, strict=True)}

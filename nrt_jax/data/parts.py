@@ -1,0 +1,91 @@
+"""Tokenised rows on their way to the shards: one file per slice of rows.
+
+length of the header, 8 bytes | header, JSON | table | records, one after another
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+KEY_BYTES = 16
+TABLE = np.dtype(
+    [
+        ("key", f"V{KEY_BYTES}"),
+        ("nbytes", "<i4"),
+        ("prompt_tokens", "<i4"),
+        ("answer_tokens", "<i4"),
+        ("source", "<u4"),
+    ]
+)
+"""Of each record a digest of its question, its length in bytes, those of x and y* in tokens, and
+the place of its source's name in the part's list."""
+
+
+class Part(NamedTuple):
+    """A slice of a source's rows after it is tokenised."""
+
+    rows: int
+    """Those of the file, unusable ones included."""
+    bad: dict[str, Any]
+    """The unusable rows, from `BadRows.to_json`."""
+    source_names: list[str]
+    """Those that its examples have, in the order of their first."""
+    table: np.ndarray
+    """One entry of `TABLE` per usable row."""
+
+
+def write_part(path: Path, part: Part, records: Iterable[bytes]) -> None:
+    """Write a whole part or none."""
+    described = part._asdict() | {"table": len(part.table)}
+    header = json.dumps(described).encode()
+    size = len(header).to_bytes(8, "little")
+    write_whole(path, b"".join([size, header, part.table.tobytes(), *records]))
+
+
+def read_part(path: Path) -> Part:
+    """All of a part but its records."""
+    with path.open("rb") as file:
+        return _read_head(file)
+
+
+def read_records(path: Path, places: Int64[np.ndarray, "rows"]) -> Iterator[bytes]:
+    """The records at `places`, which count from 0."""
+    with path.open("rb") as file:
+        nbytes = _read_head(file).table["nbytes"]
+        starts = file.tell() + np.cumsum(nbytes, dtype=np.int64) - nbytes
+        for place in places:
+            file.seek(starts[place])
+            yield file.read(nbytes[place])
+
+
+def _read_head(file: BinaryIO) -> Part:
+    described = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    table = np.frombuffer(file.read(described["table"] * TABLE.itemsize), TABLE)
+    return Part(**described | {"table": table})
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that no reader sees a part of it, though several processes write it.
+
+    Raises OSError with the name of the file.
+    """
+    try:
+        number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with open(number, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            os.unlink(name)
+            raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,0 +1,156 @@
+"""`nrt-jax data prepare`: tokenise a config's rows once, in parts that outlive the process.
+
+    files ─► slices of rows ─► workers: tokens ─► parts ─► merge: shards, metadata, manifest
+
+A part holds a slice of a source's rows and depends on nothing but the config and the files. So any
+number of processes on any number of machines make the same parts, and a part that a killed process
+did not finish is made again.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nrt_jax.config.data import DataConfig
+from nrt_jax.data.bad_rows import BadRow, BadRows
+from nrt_jax.data.files import find_files
+from nrt_jax.data.mixture import with_source
+from nrt_jax.data.parts import KEY_BYTES, TABLE, Part, write_part
+from nrt_jax.data.plan import ROWS_PER_PART, Plan, Source, begin
+from nrt_jax.data.prepared_files import encode
+from nrt_jax.data.row_fields import RowFields
+from nrt_jax.data.row_tokens import RowTokenizer, as_text
+from nrt_jax.data.rows import Row
+from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.data.training_rows import read_unchanged, with_fields
+from nrt_jax.data.workers import in_workers
+from nrt_jax.types import TokenizedExample
+
+log = logging.getLogger(__name__)
+
+
+class Slice(NamedTuple):
+    """The rows of a part, as they stand in the files."""
+
+    source: int
+    path: Path
+    rows: list[Row]
+
+
+def prepare(
+    config: DataConfig, tokenizer: Tokenizer, out: Path, *, workers: int, share: tuple[int, int]
+) -> Plan:
+    """Tokenise a share of the rows, (its index, how many there are), into parts.
+
+    Parts that are there are kept, and nothing is read when all are.
+
+    Raises InputError for rows and templates that cannot be read, and for an `out` that holds
+    anything else.
+    """
+    plan = begin(config, tokenizer, out)
+    if plan.finished or plan.missing_part() is None:
+        return plan
+    writer = PartWriter(plan.sources, tokenizer)
+    index, count = share
+    rows, done, started = [0] * len(plan.sources), 0, time.monotonic()
+    with tqdm(total=known_rows(plan.sources), unit=" rows", disable=None) as bar:
+
+        def unmade() -> Iterator[Slice]:
+            for number, of_part in enumerate(slices(plan)):
+                rows[of_part.source] += len(of_part.rows)
+                if number % count == index and not of_part.path.exists():
+                    yield of_part
+                else:
+                    # The rate is that of the rows which are tokenised here.
+                    bar.initial += len(of_part.rows)
+                    bar.update(len(of_part.rows))
+
+        for made in in_workers(writer, unmade(), workers):
+            bar.update(made)
+            done += made
+    plan.write_totals(rows, count)
+    seconds = time.monotonic() - started
+    log.info("tokenised %d of %d rows, %.0f per second", done, sum(rows), done / seconds)
+    return plan
+
+
+def slices(plan: Plan) -> Iterator[Slice]:
+    """The rows of all sources in order, by parts."""
+    first = 0
+    for number, source in enumerate(plan.sources):
+        if source.evaluates:
+            first = 0
+        config = source.config
+        assert config.path is not None, "DataConfig requires a path for file sources"
+        unread = read_unchanged(config, config.path, RowFields(config), first)
+        part = 0
+        while rows := list(islice(unread, ROWS_PER_PART)):
+            yield Slice(number, plan.part_path(number, part), rows)
+            first, part = rows[-1].number + 1, part + 1
+
+
+def known_rows(sources: list[Source]) -> int | None:
+    """How many rows there are, where all files are Parquet and tell it; else None."""
+    import pyarrow.parquet
+
+    files = [file for s in sources for file in find_files(s.config.path, s.config.source)]
+    if not all(file.format == "parquet" and isinstance(file.path, Path) for file in files):
+        return None
+    try:
+        return sum(pyarrow.parquet.read_metadata(file.path).num_rows for file in files)
+    except (pyarrow.ArrowException, OSError):
+        # The reader refuses the file, and says why.
+        return None
+
+
+class PartWriter:
+    """Makes the part of a slice; a worker builds the readers and tokenizers that it needs."""
+
+    def __init__(self, sources: list[Source], tokenizer: Tokenizer):
+        self._sources = sources
+        self._tokenizer = tokenizer
+        self._opened: dict[int, tuple[RowFields, RowTokenizer]] = {}
+
+    def __call__(self, of_part: Slice) -> int:
+        """Write the part; the number of its rows."""
+        source = self._sources[of_part.source]
+        if of_part.source not in self._opened:
+            config = source.config
+            opened = RowFields(config), RowTokenizer(config, self._tokenizer)
+            self._opened[of_part.source] = opened
+        fields, tokenizer = self._opened[of_part.source]
+        bad, entries, records, labels = BadRows(""), [], [], {}
+        rows = [with_fields(row, fields) for row in of_part.rows]
+        for row, tokenized in tokenizer.of_rows(rows):
+            if isinstance(tokenized, BadRow):
+                bad.add(row.place, tokenized, file=row.file, fields=row.fields)
+                continue
+            named = with_source(tokenized, source.name)
+            records.append(encode(named, _turns(row, tokenizer, source.config)))
+            label = labels.setdefault(named.example.source, len(labels))
+            entries.append(_entry(named, label, len(records[-1])))
+        part = Part(len(rows), bad.to_json(), list(labels), np.array(entries, TABLE))
+        write_part(of_part.path, part, records)
+        return len(rows)
+
+
+def _entry(example: TokenizedExample, label: int, nbytes: int) -> tuple:
+    question = example.example.question.encode()
+    key = hashlib.blake2b(question, digest_size=KEY_BYTES).digest()
+    return key, nbytes, len(example.prompt_tokens), len(example.answer_tokens), label
+
+
+def _turns(row: Row, tokenizer: RowTokenizer, config: DataConfig) -> list[dict[str, str]]:
+    """The turns of a row that is a conversation, which the prompt may be rendered from anew."""
+    assert isinstance(row.fields, dict), "an unusable row has no tokens"
+    if tokenizer.fields_of(row.fields) != (config.messages_field,):
+        return []
+    turns = row.fields[config.messages_field]
+    return [{"role": turn["role"], "content": str(as_text(turn["content"]))} for turn in turns]
