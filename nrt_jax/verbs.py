@@ -171,20 +171,35 @@ def data_prepare(args: argparse.Namespace) -> None:
 
     data, out = config.data, args.folder
     tokenizer = Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
-    with _exit_on_sigterm():
+    with _exit_on_sigterm(), _keeps_what_is_finished():
         plan = prepare(data, tokenizer, out, workers=args.workers, share=args.shard)
-        if args.shard.count > 1 and not plan.finished:
-            print(f"shard {args.shard} of {out} is there; run nrt-jax data merge {out} after all")
-            return
-        _print_prepared(merge(plan, args.workers))
+        alone = args.shard.count == 1 or plan.finished
+        manifest = merge(plan, args.workers) if alone else None
+    if manifest is None:
+        print(f"{out}: share {args.shard} is there; after all of them run nrt-jax data merge {out}")
+    else:
+        _print_prepared(manifest)
 
 
 def data_merge(args: argparse.Namespace) -> None:
     from nrt_jax.data.merge import merge
     from nrt_jax.data.plan import read_plan
 
-    with _exit_on_sigterm():
-        _print_prepared(merge(read_plan(args.folder), args.workers))
+    with _exit_on_sigterm(), _keeps_what_is_finished():
+        manifest = merge(read_plan(args.folder), args.workers)
+    _print_prepared(manifest)
+
+
+@contextmanager
+def _keeps_what_is_finished() -> Iterator[None]:
+    """Say of a full disk that the same command goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{error.filename or 'the output'}: {error.strerror or error}; make room or allow "
+            "access there, then run the same command again: what is finished is kept"
+        ) from error
 
 
 def _print_prepared(manifest: "Manifest") -> None:

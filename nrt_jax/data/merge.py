@@ -1,7 +1,7 @@
 """`nrt-jax data merge`: from the parts of all processes to shards, metadata and manifest.
 
 Which rows are drawn, held out and left out is decided here, from the questions' digests of all
-parts: 36 bytes per row are in memory, and the records pass through one by one.
+parts. Some 50 bytes per row are in memory for it, and the records pass through one by one.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from nrt_jax.data.manifest import (
     read_manifest,
 )
 from nrt_jax.data.mixture import draw_mixture
-from nrt_jax.data.parts import Part, read_part, read_records, write_whole
+from nrt_jax.data.parts import TABLE, Part, read_part, read_records, read_table, write_whole
 from nrt_jax.data.plan import Plan
 from nrt_jax.data.prepared_files import FOLDER, shard_name, write_metadata, write_shard
 from nrt_jax.data.selection import IN_EVALUATION, select
@@ -38,7 +39,7 @@ from nrt_jax.errors import InputError
 log = logging.getLogger(__name__)
 
 SHARD_BYTES = 2**27
-"""Bytes of records per shard, before they are packed."""
+"""Most bytes of records per shard, before they are packed."""
 
 
 def merge(plan: Plan, workers: int) -> Manifest:
@@ -59,20 +60,9 @@ def _merge(plan: Plan, workers: int) -> None:
     read = [[read_part(path) for path in paths] for paths in plan.part_paths()]
     bad = _bad_rows(plan, read)
     train, held_out, overlap = _choose(plan, read)
-    chosen = {"train": train, "eval": held_out}
-    folder = plan.out / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    tasks = [task for split, rows in chosen.items() for task in _shard_tasks(plan, split, rows)]
-    shards: dict[str, list[Shard]] = {
-        split: [] for split, rows in chosen.items() if len(rows.places)
-    }
-    with tqdm(
-        total=sum(len(rows.places) for rows in chosen.values()), unit=" rows", disable=None
-    ) as bar:
-        for task, shard in zip(tasks, in_workers(write_task, tasks, workers), strict=True):
-            shards[task.split].append(shard)
-            bar.update(shard.rows)
-    write_metadata(folder, {split: [s.rows for s in of] for split, of in shards.items()})
+    chosen = {"train": train} | ({"eval": held_out} if len(held_out.places) else {})
+    shards = _write_shards(plan, chosen, workers)
+    write_metadata(plan.out / FOLDER, {name: [s.rows for s in of] for name, of in shards.items()})
     rejected = [row for of_source in bad for row in of_source.rejected]
     if rejected:
         write_whole(plan.out / REJECTED_FILE, rejected_lines(rejected))
@@ -107,10 +97,9 @@ class Rows(NamedTuple):
     source_names: list[str]
     """To which the table's column `source` points."""
 
-    @property
-    def chosen(self) -> np.ndarray:
-        """The table of the chosen rows."""
-        return self.table[self.places]
+    def column(self, name: str) -> np.ndarray:
+        """A column of the table, for the chosen rows."""
+        return self.table[name][self.places]
 
 
 class _Questions(Sequence[bytes]):
@@ -131,7 +120,7 @@ def _choose(plan: Plan, read: list[list[Part]]) -> tuple[Rows, Rows, int]:
     paths, sources = plan.part_paths(), plan.sources
     trains = [i for i, source in enumerate(sources) if not source.evaluates]
     rows = _joined([read[i] for i in trains], [paths[i] for i in trains])
-    usable = [sum(len(part.table) for part in read[i]) for i in trains]
+    usable = [sum(part.usable for part in read[i]) for i in trains]
     firsts = np.cumsum([0, *usable])[:-1]
     drawn = draw_mixture(plan.config, usable)
     places = [of + first for of, first in zip(drawn, firsts, strict=True)]
@@ -146,15 +135,17 @@ def _choose(plan: Plan, read: list[list[Part]]) -> tuple[Rows, Rows, int]:
 
 def _joined(read: list[list[Part]], paths: list[list[Path]]) -> Rows:
     """All rows of some sources."""
-    parts = [part for of_source in read for part in of_source]
+    parts, files = list(chain.from_iterable(read)), list(chain.from_iterable(paths))
     names = list(dict.fromkeys(name for part in parts for name in part.source_names))
-    table = np.concatenate([part.table for part in parts])
-    first_places = np.cumsum([0, *(len(part.table) for part in parts)])
-    for part, first in zip(parts, first_places, strict=False):
+    ends = np.cumsum([part.usable for part in parts])
+    table = np.empty(ends[-1], TABLE)
+    for part, file, end in zip(parts, files, ends, strict=True):
+        of_part = table[end - part.usable : end]
+        of_part[:] = read_table(file)
         renumbered = np.array([names.index(name) for name in part.source_names], np.uint32)
-        table["source"][first : first + len(part.table)] = renumbered[part.table["source"]]
-    files = [path for of_source in paths for path in of_source]
-    return Rows(np.arange(len(table)), table, first_places[:-1], files, names)
+        of_part["source"] = renumbered[of_part["source"]]
+    first_places = ends - [part.usable for part in parts]
+    return Rows(np.arange(len(table)), table, first_places, files, names)
 
 
 def _bad_rows(plan: Plan, read: list[list[Part]]) -> list[BadRows]:
@@ -164,7 +155,7 @@ def _bad_rows(plan: Plan, read: list[list[Part]]) -> list[BadRows]:
         bad = BadRows(source.config.location)
         for part in parts:
             bad.add_all(part.bad)
-        bad.check(sum(len(part.table) for part in parts), plan.config.max_bad_share)
+        bad.check(sum(part.usable for part in parts), plan.config.max_bad_share)
         found.append(bad)
     return found
 
@@ -175,7 +166,6 @@ def _bad_rows(plan: Plan, read: list[list[Part]]) -> list[BadRows]:
 class ShardTask(NamedTuple):
     """A shard to write."""
 
-    split: str
     out: Path
     name: str
     work: Path
@@ -183,12 +173,24 @@ class ShardTask(NamedTuple):
     """Parts, and the places of the records in each."""
 
 
-def _shard_tasks(plan: Plan, split: str, rows: Rows) -> Iterator[ShardTask]:
-    """Shards of equally many rows, of about `SHARD_BYTES` each."""
+def _write_shards(plan: Plan, chosen: dict[str, Rows], workers: int) -> dict[str, list[Shard]]:
+    (plan.out / FOLDER).mkdir(parents=True, exist_ok=True)
+    shards: dict[str, list[Shard]] = {}
+    total = sum(len(rows.places) for rows in chosen.values())
+    with tqdm(total=total, unit=" rows", disable=None) as bar:
+        for split, rows in chosen.items():
+            count = max(1, -(-int(rows.column("nbytes").sum()) // SHARD_BYTES))
+            tasks = _shard_tasks(plan, split, rows, count)
+            shards[split] = []
+            for shard in in_workers(write_task, tasks, min(workers, count)):
+                shards[split].append(shard)
+                bar.update(shard.rows)
+    return shards
+
+
+def _shard_tasks(plan: Plan, split: str, rows: Rows, count: int) -> Iterator[ShardTask]:
+    """Shards of equally many rows."""
     total = len(rows.places)
-    if not total:
-        return
-    count = max(1, -(-int(rows.chosen["nbytes"].sum()) // SHARD_BYTES))
     for i in range(count):
         places = rows.places[i * total // count : (i + 1) * total // count]
         parts = np.searchsorted(rows.first_places, places, side="right") - 1
@@ -197,7 +199,7 @@ def _shard_tasks(plan: Plan, split: str, rows: Rows) -> Iterator[ShardTask]:
             (rows.paths[of_run[0]], in_run - rows.first_places[of_run[0]])
             for of_run, in_run in zip(np.split(parts, ends), np.split(places, ends), strict=True)
         ]
-        yield ShardTask(split, plan.out, shard_name(split, i, count), plan.work, runs)
+        yield ShardTask(plan.out, shard_name(split, i, count), plan.work, runs)
 
 
 def write_task(task: ShardTask) -> Shard:
@@ -206,7 +208,8 @@ def write_task(task: ShardTask) -> Shard:
     if done.exists() and path.exists():
         return Shard(**json.loads(done.read_bytes()))
     partial = task.work / f".{task.name}.{os.getpid()}"
-    write_shard(partial, (r for part, places in task.runs for r in read_records(part, places)))
+    records = chain.from_iterable(read_records(part, places) for part, places in task.runs)
+    write_shard(partial, records)
     with partial.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     rows = sum(len(places) for _, places in task.runs)
@@ -222,8 +225,8 @@ def write_task(task: ShardTask) -> Shard:
 def _split(rows: Rows, shards: list[Shard]) -> dict[str, Any]:
     return {
         "rows": len(rows.places),
-        "prompt_tokens": int(rows.chosen["prompt_tokens"].sum()),
-        "answer_tokens": int(rows.chosen["answer_tokens"].sum()),
+        "prompt_tokens": int(rows.column("prompt_tokens").sum()),
+        "answer_tokens": int(rows.column("answer_tokens").sum()),
         "shards": [shard._asdict() for shard in shards],
     }
 
@@ -234,7 +237,7 @@ def _sources(plan: Plan, read: list[list[Part]], bad: list[BadRows]) -> list[dic
         {
             **of_plan,
             "rows": sum(part.rows for part in parts),
-            "usable": sum(len(part.table) for part in parts),
+            "usable": sum(part.usable for part in parts),
             "rejected": dict(of_bad.counts),
         }
         for of_plan, parts, of_bad in zip(plan.content["sources"], read, bad, strict=True)
@@ -246,20 +249,14 @@ def _by_source(chosen: dict[str, Rows]) -> dict[str, Any]:
     each length in tokens."""
     found: dict[str, Any] = {}
     for split, rows in chosen.items():
-        table = rows.chosen
-        for number, name in enumerate(rows.source_names):
-            of_source = table[table["source"] == number]
-            if not len(of_source):
-                continue
-            entry = found.setdefault(name, {"licence": None})
-            entry[split] = {
-                "rows": len(of_source),
-                **{column: _histogram(of_source[column]) for column in _LENGTHS},
-            }
+        numbers = rows.column("source")
+        lengths = {name: rows.column(name) for name in ("prompt_tokens", "answer_tokens")}
+        for number in np.unique(numbers):
+            of_source = numbers == number
+            entry = found.setdefault(rows.source_names[number], {"licence": None})
+            entry[split] = {"rows": int(of_source.sum())}
+            entry[split] |= {name: _histogram(of[of_source]) for name, of in lengths.items()}
     return found
-
-
-_LENGTHS = ("prompt_tokens", "answer_tokens")
 
 
 def _histogram(lengths: np.ndarray) -> dict[str, int]:

@@ -28,46 +28,53 @@ the place of its source's name in the part's list."""
 
 
 class Part(NamedTuple):
-    """A slice of a source's rows after it is tokenised."""
+    """What is known of a slice of a source's rows after it is tokenised."""
 
     rows: int
     """Those of the file, unusable ones included."""
+    usable: int
     bad: dict[str, Any]
     """The unusable rows, from `BadRows.to_json`."""
     source_names: list[str]
     """Those that its examples have, in the order of their first."""
-    table: np.ndarray
-    """One entry of `TABLE` per usable row."""
 
 
-def write_part(path: Path, part: Part, records: Iterable[bytes]) -> None:
-    """Write a whole part or none."""
-    described = part._asdict() | {"table": len(part.table)}
-    header = json.dumps(described).encode()
+def write_part(path: Path, part: Part, table: np.ndarray, records: Iterable[bytes]) -> None:
+    """Write a whole part or none; the table has an entry of `TABLE` per record."""
+    header = json.dumps(part._asdict()).encode()
     size = len(header).to_bytes(8, "little")
-    write_whole(path, b"".join([size, header, part.table.tobytes(), *records]))
+    write_whole(path, b"".join([size, header, table.tobytes(), *records]))
 
 
 def read_part(path: Path) -> Part:
-    """All of a part but its records."""
+    """The header alone."""
     with path.open("rb") as file:
-        return _read_head(file)
+        return _read_header(file)
+
+
+def read_table(path: Path) -> np.ndarray:
+    """The table."""
+    with path.open("rb") as file:
+        return _read_table(file)
 
 
 def read_records(path: Path, places: Int64[np.ndarray, "rows"]) -> Iterator[bytes]:
     """The records at `places`, which count from 0."""
     with path.open("rb") as file:
-        nbytes = _read_head(file).table["nbytes"]
+        nbytes = _read_table(file)["nbytes"]
         starts = file.tell() + np.cumsum(nbytes, dtype=np.int64) - nbytes
         for place in places:
             file.seek(starts[place])
             yield file.read(nbytes[place])
 
 
-def _read_head(file: BinaryIO) -> Part:
-    described = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    table = np.frombuffer(file.read(described["table"] * TABLE.itemsize), TABLE)
-    return Part(**described | {"table": table})
+def _read_header(file: BinaryIO) -> Part:
+    return Part(**json.loads(file.read(int.from_bytes(file.read(8), "little"))))
+
+
+def _read_table(file: BinaryIO) -> np.ndarray:
+    usable = _read_header(file).usable
+    return np.frombuffer(file.read(usable * TABLE.itemsize), TABLE)
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -67,7 +67,7 @@ def prepare(
                 rows[of_part.source] += len(of_part.rows)
                 if number % count == index and not of_part.path.exists():
                     yield of_part
-                else:
+                elif not bar.disable:
                     # The rate is that of the rows which are tokenised here.
                     bar.initial += len(of_part.rows)
                     bar.update(len(of_part.rows))
@@ -136,8 +136,8 @@ class PartWriter:
             records.append(encode(named, _turns(row, tokenizer, source.config)))
             label = labels.setdefault(named.example.source, len(labels))
             entries.append(_entry(named, label, len(records[-1])))
-        part = Part(len(rows), bad.to_json(), list(labels), np.array(entries, TABLE))
-        write_part(of_part.path, part, records)
+        part = Part(len(rows), len(records), bad.to_json(), list(labels))
+        write_part(of_part.path, part, np.array(entries, TABLE), records)
         return len(rows)
 
 

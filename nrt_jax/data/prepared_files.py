@@ -91,6 +91,7 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     except RuntimeError as error:
+        path.unlink(missing_ok=True)
         reason = str(error).removeprefix("write() failed: ").partition(";")[0]
         raise OSError(_error_number(reason), reason, str(path)) from error
 
