@@ -14,7 +14,8 @@ from nrt_jax.errors import InputError
 from nrt_jax.strict_json import parse_json
 
 MANIFEST_FILE, REJECTED_FILE = "manifest.json", "rejected.jsonl"
-FORMAT = "nrt-jax prepared data 1"
+_KIND = "nrt-jax prepared data"
+FORMAT = f"{_KIND} 1"
 NAMED = "named"
 """Key of where a tokenizer or template was found, which decides nothing."""
 _AGAIN = "prepare the data again"
@@ -82,7 +83,7 @@ def is_prepared(directory: Path) -> bool:
     """Whether a path is a directory with the manifest of prepared data."""
     try:
         with (directory / MANIFEST_FILE).open("rb") as file:
-            return json.dumps(FORMAT).encode() in file.read(128)
+            return f'"{_KIND} '.encode() in file.read(128)
     except OSError:
         return False
 
