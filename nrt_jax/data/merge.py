@@ -51,7 +51,12 @@ def merge(plan: Plan, workers: int) -> Manifest:
     if not plan.finished:
         if missing := plan.missing_part():
             raise InputError(f"{plan.out}: {missing}")
-        _merge(plan, workers)
+        try:
+            _merge(plan, workers)
+        except FileNotFoundError:
+            # Another process may have merged the same parts, and removed them.
+            if not plan.finished:
+                raise
     shutil.rmtree(plan.work, ignore_errors=True)
     return read_manifest(plan.out)
 

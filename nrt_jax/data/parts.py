@@ -6,25 +6,30 @@ length of the header, 8 bytes | header, JSON | table | records, one after anothe
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
+from nrt_jax.errors import InputError
+
 KEY_BYTES = 16
 TABLE = np.dtype(
     [
         ("key", f"V{KEY_BYTES}"),
         ("nbytes", "<i4"),
+        ("crc", "<u4"),
         ("prompt_tokens", "<i4"),
         ("answer_tokens", "<i4"),
         ("source", "<u4"),
     ]
 )
-"""Of each record a digest of its question, its length in bytes, those of x and y* in tokens, and
-the place of its source's name in the part's list."""
+"""Of each record a digest of its question, its length in bytes and its checksum, the lengths of x
+and y* in tokens, and the place of its source's name in the part's list."""
 
 
 class Part(NamedTuple):
@@ -47,25 +52,39 @@ def write_part(path: Path, part: Part, table: np.ndarray, records: Iterable[byte
 
 
 def read_part(path: Path) -> Part:
-    """The header alone."""
-    with path.open("rb") as file:
+    """The header alone; InputError for a part that is damaged, here and below."""
+    with _opened(path) as file:
         return _read_header(file)
 
 
 def read_table(path: Path) -> np.ndarray:
     """The table."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return _read_table(file)
 
 
 def read_records(path: Path, places: Int64[np.ndarray, "rows"]) -> Iterator[bytes]:
     """The records at `places`, which count from 0."""
-    with path.open("rb") as file:
-        nbytes = _read_table(file)["nbytes"]
-        starts = file.tell() + np.cumsum(nbytes, dtype=np.int64) - nbytes
+    with _opened(path) as file:
+        table = _read_table(file)
+        starts = file.tell() + np.cumsum(table["nbytes"], dtype=np.int64) - table["nbytes"]
         for place in places:
             file.seek(starts[place])
-            yield file.read(nbytes[place])
+            record = file.read(table["nbytes"][place])
+            if zlib.crc32(record) != table["crc"][place]:
+                raise ValueError(f"the checksum of record {place} differs")
+            yield record
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    with path.open("rb") as file:
+        try:
+            yield file
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{path}: is damaged ({error}); remove it and run nrt-jax data prepare again"
+            ) from error
 
 
 def _read_header(file: BinaryIO) -> Part:
@@ -74,7 +93,7 @@ def _read_header(file: BinaryIO) -> Part:
 
 def _read_table(file: BinaryIO) -> np.ndarray:
     usable = _read_header(file).usable
-    return np.frombuffer(file.read(usable * TABLE.itemsize), TABLE)
+    return np.frombuffer(file.read(usable * TABLE.itemsize), TABLE, usable)
 
 
 def write_whole(path: Path, content: bytes) -> None:

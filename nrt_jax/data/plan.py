@@ -14,6 +14,7 @@ from nrt_jax.data.parts import write_whole
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.training_rows import evaluation_source, sources_of
 from nrt_jax.errors import InputError
+from nrt_jax.strict_json import parse_json
 
 ROWS_PER_PART = 1024
 WORK = ".unfinished"
@@ -146,7 +147,12 @@ def _content_of(out: Path) -> dict[str, Any] | None:
         read = [{key: source[key] for key in _OF_SOURCE} for source in content["sources"]]
         return {key: content[key] for key in _OF_PLAN} | {"sources": read}
     path = out / WORK / _PLAN_FILE
-    return json.loads(path.read_bytes()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return parse_json(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: is damaged ({error}); remove {out} and begin again") from error
 
 
 def _content(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:

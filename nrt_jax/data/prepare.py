@@ -10,6 +10,7 @@ did not finish is made again.
 import hashlib
 import logging
 import time
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -135,16 +136,18 @@ class PartWriter:
             named = with_source(tokenized, source.name)
             records.append(encode(named, _turns(row, tokenizer, source.config)))
             label = labels.setdefault(named.example.source, len(labels))
-            entries.append(_entry(named, label, len(records[-1])))
+            entries.append(_entry(named, label, records[-1]))
         part = Part(len(rows), len(records), bad.to_json(), list(labels))
         write_part(of_part.path, part, np.array(entries, TABLE), records)
         return len(rows)
 
 
-def _entry(example: TokenizedExample, label: int, nbytes: int) -> tuple:
+def _entry(example: TokenizedExample, label: int, record: bytes) -> tuple:
+    """The line of the part's table."""
     question = example.example.question.encode()
     key = hashlib.blake2b(question, digest_size=KEY_BYTES).digest()
-    return key, nbytes, len(example.prompt_tokens), len(example.answer_tokens), label
+    lengths = len(example.prompt_tokens), len(example.answer_tokens)
+    return key, len(record), zlib.crc32(record), *lengths, label
 
 
 def _turns(row: Row, tokenizer: RowTokenizer, config: DataConfig) -> list[dict[str, str]]:

@@ -257,6 +257,24 @@ def test_a_missing_share_is_named(configs, make, tokenizer, tmp_path):
     merge.merge(plan.read_plan(out), 1)
 
 
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [(-9, "the checksum of record 14 differs"), (20, "."), (400, ".")],
+)
+def test_a_damaged_part_is_named(place, said, configs, make, tokenizer, tmp_path):
+    config, out = configs["held out"], tmp_path / "out"
+    begun = prepare.prepare(config, tokenizer, out, workers=1, share=(0, 1))
+    part = begun.part_path(0, 0)
+    content = part.read_bytes()
+    changed = bytearray(content)
+    changed[place] ^= 2
+    part.write_bytes(content[:place] if place > 0 else changed)
+    with pytest.raises(InputError, match=rf"{part}: is damaged \({said}.*\); remove it and run"):
+        merge.merge(begun, 1)
+    part.unlink()
+    make(config)
+
+
 def test_too_many_bad_rows_stop_the_preparation(make_config, make, tokenizer, write_rows):
     config = make_config(path=write_rows(additions(10)), eval_rows=2)
     with pytest.raises(InputError) as expected:
