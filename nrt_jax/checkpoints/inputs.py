@@ -24,6 +24,7 @@ from nrt_jax.data.manifest import MANIFEST_FILE
 from nrt_jax.data.prepared import prepared_directory
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.tokenizer_files import LEGACY_FILES, SETTINGS_FILE, TOKENIZER_FILE
+from nrt_jax.data.training_rows import evaluation_source
 from nrt_jax.errors import InputError
 from nrt_jax.types import TokenizedExample
 
@@ -135,7 +136,7 @@ def read_inputs(
         elif not data.generated:
             inputs["data"] = Input(data.location, digests_of_training_data(data))
         if eval_path is not None:
-            inputs["eval_data"].parts.update(digests_of_data(eval_path, data.source))
+            inputs["eval_data"].parts.update(digests_of_data(evaluation_source(data), eval_path))
         inputs["eval_data"].parts[_HELD_OUT] = _of_rows(held_out)
         names = (TOKENIZER_FILE, SETTINGS_FILE, *LEGACY_FILES)
         inputs["tokenizer"] = Input(

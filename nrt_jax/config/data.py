@@ -52,6 +52,8 @@ class DataConfig(RowsConfig):
     eval_rows: int = Field(default=1024, ge=0)
     """Evaluation questions: held out of path by seed, drawn by seed from eval_path (all of it when
     it has fewer), or generated (the same ones for every seed)."""
+    eval_split: str | None = None
+    """tfds and hub: the split of eval_path; null: that of split."""
     template: Literal["plain", "tulu", "tokenizer"] = "plain"
     """plain: the prompt is the question, unchanged; tulu: the chat format of tulu-3; tokenizer: the
     chat template of the tokenizer's directory."""
@@ -96,6 +98,11 @@ class DataConfig(RowsConfig):
             raise ValueError(
                 f"chain.totals_rows={self.chain.totals_rows} is a curriculum and needs the "
                 "order of the source; set data.shuffle=false"
+            )
+        if self.eval_split is not None and self.eval_path is None:
+            raise ValueError(
+                f"eval_split={self.eval_split} is a split of eval_path; set eval_path, also where "
+                "it is the same as path"
             )
         for part in (self, *self.mixture):
             if self.template == "plain" and part.preset in CONVERSATIONS:

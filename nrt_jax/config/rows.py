@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from nrt_jax.config.load import Section, resolve_path
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
+Library = Literal["tfds", "hub"]
 Generator = Literal["chain_addition", "chain_documents"]
 GENERATORS = ("chain_addition", "chain_documents")
 Preset = Literal[
@@ -26,7 +27,11 @@ CONVERSATIONS = ("sharegpt", "messages", "oasst")
 _REMOTE = re.compile(r"(gs|s3|az|hf)://[^/]")
 
 
-def _data_paths(value: Any) -> Any:
+def _data_paths(value: Any, info: Any) -> Any:
+    """Paths, but the names of data sets as they are."""
+    named = info.data.get("source") == "hub" or info.data.get("data_dir") is not None
+    if named and (value is None or isinstance(value, str)):
+        return None if value is None else str(value)
     if isinstance(value, list | tuple):
         return tuple(_data_path(item) for item in value)
     return _data_path(value)
@@ -40,8 +45,11 @@ def _data_path(value: Any) -> Any:
     return resolve_path(value)
 
 
+DataFolder = Annotated[Path | str | None, BeforeValidator(_data_path)]
+"""A folder; text is an address such as gs://bucket/sets."""
 DataPaths = Annotated[Path | str | tuple[Path | str, ...] | None, BeforeValidator(_data_paths)]
-"""A file, a folder, a glob, or a list of these; text is an address such as gs://bucket/rows."""
+"""A file, a folder, a glob, or a list of these; text is an address such as gs://bucket/rows, or the
+name of a data set."""
 
 
 def location(where: Path | str | Sequence[Path | str]) -> str:
@@ -52,15 +60,26 @@ def location(where: Path | str | Sequence[Path | str]) -> str:
 class RowsConfig(Section):
     """One source of rows."""
 
-    source: FileFormat | Literal["prepared"] | Generator | None = None
-    """A file format, prepared for what nrt-jax data prepare has written, or a built-in generator;
-    null: told by the name of each file, such as rows.jsonl.gz, and by the manifest of prepared
-    data. json: an array of objects, or JSON Lines; arrow: a file of a saved data set of the library
-    datasets."""
+    source: FileFormat | Library | Literal["prepared"] | Generator | None = None
+    """A file format, a library, prepared for what nrt-jax data prepare has written, or a built-in
+    generator; null: told by the name of each file, such as rows.jsonl.gz, and by the metadata of
+    prepared data. json: an array of objects, or JSON Lines; arrow: a file of a saved data set of
+    the library datasets; tfds: TensorFlow Datasets; hub: a data set of the Hugging Face hub (pip
+    install 'nrt-jax[hub]')."""
+    data_dir: DataFolder = None
+    """tfds: folder of prepared data sets, of which path names one, such as
+    my_set/my_config:1.0.0; null: path is the directory of one."""
     path: DataPaths = None
     """A file, a folder of shards, a glob such as 'part-*.jsonl', a directory that the library
     datasets has saved, or a list of these. Text files may be packed with gzip or zstd. An address
-    gs://, s3://, az:// or hf:// is read by the package that fsspec has for it."""
+    gs://, s3://, az:// or hf:// is read by the package that fsspec has for it. hub: the name of a
+    data set, OWNER/NAME."""
+    split: str = "train"
+    """tfds and hub: the split that is read; of tfds also a part, such as 'train[:1000]'."""
+    subset: str | None = None
+    """hub: the configuration of a data set that has several."""
+    revision: str | None = None
+    """hub: branch, tag or commit; null: the main branch. A run records the commit."""
     columns: tuple[str, ...] = ()
     """csv and tsv: names of the columns of files without a header; empty: the first line has
     them."""
@@ -91,6 +110,21 @@ class RowsConfig(Section):
                 raise ValueError(
                     f"preset={self.preset} and {name} both say how rows are read; leave one out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_of_the_library(self) -> "RowsConfig":
+        for name, source in (("subset", "hub"), ("revision", "hub"), ("data_dir", "tfds")):
+            if getattr(self, name) is not None and self.source != source:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is a setting of the source {source}; set "
+                    f"data.source={source} or leave it out"
+                )
+        if self.split != "train" and self.source not in (None, "tfds", "hub"):
+            raise ValueError(
+                f"split={self.split} chooses from a data set of tfds or the hub, and the source "
+                f"{self.source} has no splits; leave it out"
+            )
         return self
 
     @property

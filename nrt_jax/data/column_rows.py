@@ -4,30 +4,47 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from nrt_jax.data.parquet_values import column_values
-from nrt_jax.data.rows import FieldsOf, Row
+from nrt_jax.data.rows import FieldsOf, Keep, Row, every_row
 from nrt_jax.errors import InputError
 from nrt_jax.file_kinds import HEAD_BYTES, recognise
 
 BATCH_ROWS = 1024
 
 
-def read_parquet(path: Any, file: Any, fields_of: FieldsOf) -> Iterator[Row]:
-    """The rows of a Parquet file; only the columns `fields_of(names of all columns)` are read."""
+def read_parquet(
+    path: Any, file: Any, fields_of: FieldsOf, keep: Keep = every_row
+) -> Iterator[Row]:
+    """The rows of a Parquet file; only the columns `fields_of(names of all columns)` are read.
+
+    Rows that are not kept have no fields.
+    """
     import pyarrow
     import pyarrow.parquet
 
     _check_kind(path, file, (b"PAR1",))
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            columns = _columns(path, table.schema_arrow.names, fields_of)
+            columns = columns_of(path, table.schema_arrow.names, fields_of)
             batches = table.iter_batches(batch_size=BATCH_ROWS, columns=columns)
-            yield from _rows(batches, columns)
+            yield from _rows(batches, columns, keep)
     # Of a damaged file pyarrow raises also a bare OSError.
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, "Parquet", error) from error
 
 
-def read_arrow(path: Any, file: Any, fields_of: FieldsOf) -> Iterator[Row]:
+def count_parquet(path: Any) -> int:
+    """The number of rows that a Parquet file tells."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with path.open("rb") as file:
+            return pyarrow.parquet.read_metadata(file).num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise _unreadable(path, "Parquet", error) from error
+
+
+def read_arrow(path: Any, file: Any, fields_of: FieldsOf, keep: Keep = every_row) -> Iterator[Row]:
     """The rows of an Arrow stream, as `datasets` saves it, or of an Arrow file, batch by batch."""
     import pyarrow
     import pyarrow.ipc
@@ -36,13 +53,13 @@ def read_arrow(path: Any, file: Any, fields_of: FieldsOf) -> Iterator[Row]:
     try:
         if head.startswith(b"ARROW1"):
             with pyarrow.ipc.open_file(file) as table:
-                columns = _columns(path, table.schema.names, fields_of)
+                columns = columns_of(path, table.schema.names, fields_of)
                 every = (table.get_batch(i) for i in range(table.num_record_batches))
-                yield from _rows(_small(every), columns)
+                yield from _rows(_small(every), columns, keep)
         else:
             with pyarrow.ipc.open_stream(file) as stream:
-                columns = _columns(path, stream.schema.names, fields_of)
-                yield from _rows(_small(stream), columns)
+                columns = columns_of(path, stream.schema.names, fields_of)
+                yield from _rows(_small(stream), columns, keep)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(path, "Arrow", error) from error
 
@@ -56,12 +73,18 @@ def _check_kind(path: Any, file: Any, marks: tuple[bytes, ...]) -> bytes:
     return head
 
 
-def _rows(batches: Iterable[Any], columns: Sequence[str]) -> Iterator[Row]:
+def _rows(batches: Iterable[Any], columns: Sequence[str], keep: Keep) -> Iterator[Row]:
+    import pyarrow
+
     number = 0
     for batch in batches:
-        values = [column_values(batch.column(name)) for name in columns]
-        for row in zip(*values, strict=True):
-            yield Row(number, f"row {number}", dict(zip(columns, row, strict=True)))
+        kept = [keep(number + i) for i in range(batch.num_rows)]
+        # To convert a value costs far more than to leave its row out.
+        read = batch if all(kept) else batch.filter(pyarrow.array(kept, pyarrow.bool_()))
+        values = zip(*(column_values(read.column(name)) for name in columns), strict=True)
+        for is_kept in kept:
+            fields = dict(zip(columns, next(values), strict=True)) if is_kept else {}
+            yield Row(number, f"row {number}", fields)
             number += 1
 
 
@@ -77,7 +100,7 @@ def _unreadable(path: Any, kind: str, error: Exception) -> InputError:
     return InputError(f"{path}: not a readable {kind} file ({reason}); check data.source")
 
 
-def _columns(path: Any, names: Sequence[str], fields_of: FieldsOf) -> list[str]:
+def columns_of(path: Any, names: Sequence[str], fields_of: FieldsOf) -> list[str]:
     """The columns to read; InputError when one of them is missing or there twice."""
     columns = list(dict.fromkeys(fields_of(names)))
     for column in columns:

@@ -2,13 +2,13 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from nrt_jax.config.data import DataConfig
-from nrt_jax.config.rows import FileFormat
+from nrt_jax.data.all_rows import library_rows
 from nrt_jax.data.files import find_files, reaching
+from nrt_jax.data.hub_rows import HubRows
 
 WHOLE = ""
 """Name of the only part of an input that is one file, however the file is called."""
@@ -19,16 +19,23 @@ def digests_of_training_data(data: DataConfig) -> dict[str, str]:
     parts = {}
     for name, source in zip(data.source_names, data.sources, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"
-        of_source = digests_of_data(source.path, source.source)
+        of_source = digests_of_data(source, source.path)
         parts |= {f"{name}/{file}".strip("/"): digest for file, digest in of_source.items()}
     return parts
 
 
-def digests_of_data(
-    where: Path | str | Sequence[Path | str], source: FileFormat | None
-) -> dict[str, str]:
-    """Digests of the files that a data path means, named from the folder that holds all of them."""
-    files = [file.path for file in find_files(where, source)]
+def digests_of_data(config: DataConfig, where: Any) -> dict[str, str]:
+    """Digests of the files that a data path means, named from the folder that holds all of them.
+
+    Of a set of TFDS these are the files of the split and the types of the fields; of the hub the
+    commit, which names the content of all files, stands for them.
+    """
+    library = library_rows(config, where)
+    if isinstance(library, HubRows):
+        return {WHOLE: library.commit}
+    if library is not None:
+        return digests_of_files(library.files)
+    files = [file.path for file in find_files(where, config.source)]
     if len(files) == 1:
         return digests_of_files({WHOLE: files[0]})
     folder = os.path.commonpath([file.parent for file in files])

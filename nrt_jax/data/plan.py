@@ -161,7 +161,7 @@ def _content(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
             "name": source.name,
             "path": source.config.location,
             "evaluates": source.evaluates,
-            "files": digests_of_data(source.config.path, source.config.source),
+            "files": digests_of_data(source.config, source.config.path),
         }
         for source in sources(config)
         if source.config.path is not None

@@ -20,8 +20,8 @@ import numpy as np
 from tqdm import tqdm
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.data.all_rows import told_rows
 from nrt_jax.data.bad_rows import BadRow, BadRows
-from nrt_jax.data.files import find_files
 from nrt_jax.data.mixture import with_source
 from nrt_jax.data.parts import KEY_BYTES, TABLE, Part, write_part
 from nrt_jax.data.plan import ROWS_PER_PART, Plan, Source, begin
@@ -98,17 +98,10 @@ def slices(plan: Plan) -> Iterator[Slice]:
 
 
 def known_rows(sources: list[Source]) -> int | None:
-    """How many rows there are, where all files are Parquet and tell it; else None."""
-    import pyarrow.parquet
-
-    files = [file for s in sources for file in find_files(s.config.path, s.config.source)]
-    if not all(file.format == "parquet" and isinstance(file.path, Path) for file in files):
-        return None
-    try:
-        return sum(pyarrow.parquet.read_metadata(file.path).num_rows for file in files)
-    except (pyarrow.ArrowException, OSError):
-        # The reader refuses the file, and says why.
-        return None
+    """How many rows there are, where all sources tell it; else None."""
+    told = [told_rows(source.config, source.config.path) for source in sources]
+    counts = [count for count in told if count is not None]
+    return sum(counts) if len(counts) == len(told) else None
 
 
 class PartWriter:

@@ -9,6 +9,13 @@ from nrt_jax.data.bad_rows import BadRow
 
 FieldsOf = Callable[[Sequence[str]], Sequence[str]]
 """From the names of all fields to those that are read."""
+Keep = Callable[[int], bool]
+"""Whether the row of a number is read; those that are not come without fields, or not at all."""
+
+
+def every_row(number: int) -> bool:
+    """All rows are read."""
+    return True
 
 
 class Row(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 from nrt_jax.config.rows import FileFormat
 from nrt_jax.data.column_rows import read_arrow, read_parquet
 from nrt_jax.data.json_rows import read_json, read_jsonl
-from nrt_jax.data.rows import FieldsOf, Row
+from nrt_jax.data.rows import FieldsOf, Keep, Row, every_row
 from nrt_jax.data.table_rows import read_csv, read_tsv
 from nrt_jax.errors import InputError
 from nrt_jax.file_kinds import GZIP_MAGIC, HEAD_BYTES, ZSTD_MAGIC, why_missing
@@ -26,17 +26,19 @@ def read_rows(
     *,
     columns: Sequence[str] = (),
     unescape: bool = False,
+    keep: Keep = every_row,
 ) -> Iterator[Row]:
     """The rows of a file in order, a few of them in memory at a time.
 
     `path` is a Path, or an epath.Path of another place. Text formats may be packed with gzip or
     zstd. Of Parquet and Arrow files only the columns `fields_of(names of all columns)` are read.
-    `columns` and `unescape` are those of `DataConfig`. Raises InputError when the file cannot be
+    `columns` and `unescape` are those of `DataConfig`. Of rows that are not kept the fields may be
+    missing. Raises InputError when the file cannot be
     read, is of another kind, or has one of the columns twice or not.
     """
     if source in ("parquet", "arrow"):
         reader = read_parquet if source == "parquet" else read_arrow
-        yield from _opened(path, partial(reader, path, fields_of=fields_of))
+        yield from _opened(path, partial(reader, path, fields_of=fields_of, keep=keep))
         return
     readers: dict[str, Callable[[Any], Iterator[Row]]] = {
         "jsonl": lambda file: read_jsonl(path, file),

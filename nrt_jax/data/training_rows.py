@@ -4,12 +4,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.data.all_rows import read_all
 from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.files import find_files, reaching
 from nrt_jax.data.row_fields import RowFields
 from nrt_jax.data.row_presets import with_preset
 from nrt_jax.data.rows import Row
-from nrt_jax.data.sources import read_rows
 
 
 def sources_of(config: DataConfig) -> list[DataConfig]:
@@ -19,7 +18,12 @@ def sources_of(config: DataConfig) -> list[DataConfig]:
 
 def evaluation_source(config: DataConfig) -> DataConfig:
     """The config of the rows of `eval_path`, as that of a source."""
-    return with_preset(config.model_copy(update={"mixture": (), "path": config.eval_path}))
+    others = {
+        "mixture": (),
+        "path": config.eval_path,
+        "split": config.eval_split or config.split,
+    }
+    return with_preset(config.model_copy(update=others))
 
 
 def read_source(
@@ -38,16 +42,7 @@ def read_unchanged(
     config: DataConfig, where: Path | str | Sequence[Path | str], fields: RowFields, first: int = 0
 ) -> Iterator[Row]:
     """The rows as they stand in the files, for `with_fields`; else as `read_source`."""
-    files = find_files(where, config.source)
-    options = {"columns": config.columns, "unescape": config.unescape}
-    for file in files:
-        number = -1
-        with reaching(file.path):
-            for row in read_rows(file.format, file.path, fields.columns, **options):
-                number = row.number
-                place = row.place if len(files) == 1 else f"{file.path} {row.place}"
-                yield Row(first + number, place, row.fields, str(file.path))
-        first += number + 1
+    return read_all(config, where, fields.columns, first)
 
 
 def with_fields(row: Row, fields: RowFields) -> Row:
