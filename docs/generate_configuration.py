@@ -107,6 +107,8 @@ def _values(annotation: Any, metadata: list[Any]) -> str:
         return _values(inner, metadata)
     if get_origin(annotation) in (list, tuple):
         return f"list of {_values(get_args(annotation)[0], metadata)}"
+    if get_origin(annotation) is dict:
+        return f"mapping to {_values(get_args(annotation)[1], metadata)}"
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in get_args(annotation))
     if isinstance(annotation, type) and issubclass(annotation, Section):

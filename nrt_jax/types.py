@@ -23,7 +23,8 @@ class Example:
     user_text: str = ""
     """What the last user turn says, for people to read; empty where x is that text."""
     source: str = ""
-    """Name of its source in a mixture; empty where there is one source."""
+    """Name of its source: that in the mixture, that which its row names, or both with a slash;
+    empty where there is neither."""
 
 
 @dataclass(frozen=True)

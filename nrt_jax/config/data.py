@@ -1,12 +1,17 @@
 """The `data` section: questions and reference answers, and how they become tokens."""
 
 import math
-from typing import Literal
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from nrt_jax.config.load import MOST_TOKENS, ConfigPath, Section
 from nrt_jax.config.rows import CONVERSATIONS, GENERATORS, DataPaths, MixturePart, RowsConfig
+from nrt_jax.config.tulu3 import SOURCES, TABLE4
+
+UNSTATED = "unstated"
+"""In data.exclude_licences, what no licence is stated for."""
 
 
 class ChainConfig(Section):
@@ -54,6 +59,24 @@ class DataConfig(RowsConfig):
     it has fewer), or generated (the same ones for every seed)."""
     eval_split: str | None = None
     """tfds and hub: the split of eval_path; null: that of split."""
+    permutation_seed: int | None = Field(default=None, ge=0)
+    """Permute all rows of path, before any is left out, by
+    numpy.random.default_rng(permutation_seed): without eval_path the first eval_rows of them
+    evaluate, and the others train in this order. That is train_test_split of the library datasets.
+    null: the order of path."""
+    total_rows: int | None = Field(default=None, ge=1)
+    """With permutation_seed: how many rows path must have, since another number gives another
+    permutation; null: they are counted."""
+    train_rows: int | None = Field(default=None, ge=1)
+    """With permutation_seed: how many usable rows are trained on, the first in the permuted order;
+    null: all of them. As many rows are read as suffice when max_bad_share of them cannot be
+    used."""
+    source_rows: dict[str, Annotated[int, Field(ge=0)]] | Literal["tulu3_table4"] | None = None
+    """With permutation_seed and source_field: how many usable rows of each source are trained on,
+    the first of each in the permuted order; tulu3_table4: the counts of the paper's Table 4."""
+    exclude_licences: tuple[str, ...] = ()
+    """Sources with these licences are left out, unstated those without one: parts of mixture by
+    their licence, and with source_field the sources of tulu-3 by that of its card."""
     template: Literal["plain", "tulu", "tokenizer"] = "plain"
     """plain: the prompt is the question, unchanged; tulu: the chat format of tulu-3; tokenizer: the
     chat template of the tokenizer's directory."""
@@ -99,11 +122,7 @@ class DataConfig(RowsConfig):
                 f"chain.totals_rows={self.chain.totals_rows} is a curriculum and needs the "
                 "order of the source; set data.shuffle=false"
             )
-        if self.eval_split is not None and self.eval_path is None:
-            raise ValueError(
-                f"eval_split={self.eval_split} is a split of eval_path; set eval_path, also where "
-                "it is the same as path"
-            )
+        self._check_choice_of_rows()
         for part in (self, *self.mixture):
             if self.template == "plain" and part.preset in CONVERSATIONS:
                 raise ValueError(
@@ -112,9 +131,51 @@ class DataConfig(RowsConfig):
                 )
         return self
 
+    def _check_choice_of_rows(self) -> None:
+        if self.permutation_seed is not None and (self.mixture or self.generated):
+            named = "a mixture draws" if self.mixture else f"source '{self.source}' generates"
+            raise ValueError(
+                f"permutation_seed={self.permutation_seed} permutes the rows of path, and {named} "
+                "its own; leave it out"
+            )
+        for name in ("total_rows", "train_rows", "source_rows"):
+            if getattr(self, name) is not None and self.permutation_seed is None:
+                raise ValueError(f"{name} counts rows in a permuted order; set permutation_seed")
+        if self.source_rows is not None and self.source_field is None:
+            raise ValueError("source_rows counts rows by their source; set source_field")
+        if self.exclude_licences and self.source_field is None and not self.mixture:
+            raise ValueError("exclude_licences leaves sources out; set source_field or a mixture")
+        if self.source_rows is not None and self.train_rows not in (None, self.rows_in_all):
+            raise ValueError(
+                f"train_rows={self.train_rows} and source_rows, which has {self.rows_in_all} rows "
+                "in all, differ; leave one out"
+            )
+        if self.eval_split is not None and self.eval_path is None:
+            raise ValueError(
+                f"eval_split={self.eval_split} is a split of eval_path; set eval_path, also where "
+                "it is the same as path"
+            )
+
+    @field_validator("exclude_licences")
+    @classmethod
+    def _licences_that_are_known(cls, names: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        parts, of_rows = info.data.get("mixture", ()), info.data.get("source_field") is not None
+        stated = [info.data.get("licence"), *(part.licence for part in parts)]
+        if of_rows or any(part.source_field for part in parts):
+            stated += [source.licence for source in SOURCES.values()]
+        known = sorted({licence for licence in stated if licence is not None} | {UNSTATED})
+        for name in names:
+            if name not in known:
+                near = get_close_matches(name, known, n=1, cutoff=0.5)
+                meant = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}"
+                raise ValueError(f"{name}: no source has this licence; {meant}")
+        return names
+
     def _check_mixture(self) -> None:
         if self.path is not None or self.source in GENERATORS:
             raise ValueError("mixture and path both name training rows; leave one out")
+        if not self.parts:
+            raise ValueError("exclude_licences leaves no source of mixture; keep one")
         names = [part.name for part in self.mixture]
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"mixture has two sources of the name {twice[0]}; rename one")
@@ -124,6 +185,35 @@ class DataConfig(RowsConfig):
                 "some sources of mixture have a weight and others none; give every one a weight, "
                 "or each its number of rows"
             )
+
+    @property
+    def rows_by_source(self) -> dict[str, int] | None:
+        """How many rows of each source are trained on, where source_rows says it."""
+        counts = self.source_rows
+        if counts == TABLE4:
+            counts = {name: source.table4 for name, source in SOURCES.items()}
+        assert not isinstance(counts, str), counts
+        return counts and {name: rows for name, rows in counts.items() if not self.excludes(name)}
+
+    @property
+    def rows_in_all(self) -> int | None:
+        """How many rows are trained on; None for all of them."""
+        by_source = self.rows_by_source
+        return self.train_rows if by_source is None else sum(by_source.values())
+
+    def licence_of(self, name: str) -> str | None:
+        """The licence of what source_field names; None where none is stated."""
+        return SOURCES[name].licence if name in SOURCES else self.licence
+
+    def excludes(self, name: str) -> bool:
+        """Whether the licence of what source_field names is excluded."""
+        return (self.licence_of(name) or UNSTATED) in self.exclude_licences
+
+    @property
+    def parts(self) -> tuple[MixturePart, ...]:
+        """The parts of the mixture whose licences are not excluded."""
+        excluded = self.exclude_licences
+        return tuple(part for part in self.mixture if (part.licence or UNSTATED) not in excluded)
 
     @property
     def generated(self) -> bool:
@@ -147,7 +237,7 @@ class DataConfig(RowsConfig):
     @property
     def source_names(self) -> tuple[str, ...]:
         """The names of the sources of a mixture, or one empty name."""
-        return tuple(part.name for part in self.mixture) or ("",)
+        return tuple(part.name for part in self.parts) or ("",)
 
     @property
     def sources(self) -> "tuple[DataConfig, ...]":
@@ -158,5 +248,5 @@ class DataConfig(RowsConfig):
             self.model_copy(
                 update={"mixture": (), **{k: getattr(part, k) for k in RowsConfig.model_fields}}
             )
-            for part in self.mixture
+            for part in self.parts
         )

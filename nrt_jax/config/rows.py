@@ -102,6 +102,12 @@ class RowsConfig(Section):
     question_jinja is set."""
     strip_suffixes: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Endings to remove from answers, such as <|endoftext|>."""
+    source_field: str | None = None
+    """Field of a row that names its source, for counts, licences and logs; null: rows have none of
+    their own."""
+    licence: str | None = None
+    """Licence of the rows, such as CC-BY-4.0, for the manifest of prepared data; null: none is
+    stated. With source_field the sources of tulu-3 have their own."""
 
     @model_validator(mode="after")
     def _one_way_to_read_a_row(self) -> "RowsConfig":

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 from tqdm import tqdm
 
+from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRows, rejected_lines
 from nrt_jax.data.manifest import (
     FORMAT,
@@ -32,7 +33,9 @@ from nrt_jax.data.mixture import draw_mixture
 from nrt_jax.data.parts import TABLE, Part, read_part, read_records, read_table, write_whole
 from nrt_jax.data.plan import Plan
 from nrt_jax.data.prepared_files import FOLDER, shard_name, write_metadata, write_shard
-from nrt_jax.data.selection import IN_EVALUATION, select
+from nrt_jax.data.row_choice import row_ranks
+from nrt_jax.data.selection import IN_EVALUATION, Permuted, select
+from nrt_jax.data.source_counts import licences
 from nrt_jax.data.workers import in_workers
 from nrt_jax.errors import InputError
 
@@ -78,7 +81,7 @@ def _merge(plan: Plan, workers: int) -> None:
         "format": FORMAT,
         "rejected": dict(reasons),
         "splits": {split: _split(chosen[split], of) for split, of in shards.items()},
-        "examples_by_source": _by_source(chosen),
+        "examples_by_source": _by_source(plan.config, chosen),
         **plan.content,
         "sources": _sources(plan, read, bad),
     }
@@ -132,10 +135,17 @@ def _choose(plan: Plan, read: list[list[Part]]) -> tuple[Rows, Rows, int]:
     rows = rows._replace(places=np.concatenate(places))
     from_files = _joined(read[-1:], paths[-1:]) if sources[-1].evaluates else None
     in_files = None if from_files is None else _Questions(from_files)
-    chosen = select(plan.config, _Questions(rows), in_files)
+    chosen = select(plan.config, _Questions(rows), in_files, _permuted(plan.config, rows))
     evaluates = rows if from_files is None else from_files
     held_out = evaluates._replace(places=evaluates.places[chosen.evaluation])
     return rows._replace(places=rows.places[chosen.train]), held_out, chosen.overlap
+
+
+def _permuted(config: DataConfig, rows: Rows) -> Permuted | None:
+    if config.permutation_seed is None:
+        return None
+    names = [rows.source_names[number] for number in rows.column("source")]
+    return Permuted(row_ranks(config)[rows.column("index")], names)
 
 
 def _joined(read: list[list[Part]], paths: list[list[Path]]) -> Rows:
@@ -249,16 +259,19 @@ def _sources(plan: Plan, read: list[list[Part]], bad: list[BadRows]) -> list[dic
     ]
 
 
-def _by_source(chosen: dict[str, Rows]) -> dict[str, Any]:
+def _by_source(config: DataConfig, chosen: dict[str, Rows]) -> dict[str, Any]:
     """By the source's name of the examples: licence, rows of the splits, and how many examples have
     each length in tokens."""
     found: dict[str, Any] = {}
+    licence_of = licences(config)
     for split, rows in chosen.items():
         numbers = rows.column("source")
         lengths = {name: rows.column(name) for name in ("prompt_tokens", "answer_tokens")}
         for number in np.unique(numbers):
             of_source = numbers == number
-            entry = found.setdefault(rows.source_names[number], {"licence": None})
+            source = rows.source_names[number]
+            licence = licence_of.get(source, config.licence)
+            entry = found.setdefault(source, {"licence": licence})
             entry[split] = {"rows": int(of_source.sum())}
             entry[split] |= {name: _histogram(of[of_source]) for name, of in lengths.items()}
     return found

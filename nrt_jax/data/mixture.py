@@ -15,8 +15,11 @@ log = logging.getLogger(__name__)
 
 
 def with_source(example: TokenizedExample, name: str) -> TokenizedExample:
-    """The example with the name of its source."""
-    return replace(example, example=replace(example.example, source=name)) if name else example
+    """The example of a part of a mixture with the part's name, before that of its own source."""
+    if not name:
+        return example
+    named = "/".join(filter(None, (name, example.example.source)))
+    return replace(example, example=replace(example.example, source=named))
 
 
 def draw_mixture(config: DataConfig, available: Sequence[int]) -> list[np.ndarray]:
@@ -27,12 +30,12 @@ def draw_mixture(config: DataConfig, available: Sequence[int]) -> list[np.ndarra
     """
     if not config.mixture:
         return [np.arange(count) for count in available]
-    counts = mixture_counts(config.mixture, available)
+    counts = mixture_counts(config.parts, available)
     drawn = []
     for i, (rows, count) in enumerate(zip(available, counts, strict=True)):
         order = np.random.default_rng((config.seed, i)).permutation(rows)
         drawn.append(np.sort(order[:count]))
-        log.info("data: %d of %d rows of %s", count, rows, config.mixture[i].name)
+        log.info("data: %d of %d rows of %s", count, rows, config.parts[i].name)
     return drawn
 
 

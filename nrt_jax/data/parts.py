@@ -21,6 +21,7 @@ KEY_BYTES = 16
 TABLE = np.dtype(
     [
         ("key", f"V{KEY_BYTES}"),
+        ("index", "<i8"),
         ("nbytes", "<i4"),
         ("crc", "<u4"),
         ("prompt_tokens", "<i4"),
@@ -28,8 +29,9 @@ TABLE = np.dtype(
         ("source", "<u4"),
     ]
 )
-"""Of each record a digest of its question, its length in bytes and its checksum, the lengths of x
-and y* in tokens, and the place of its source's name in the part's list."""
+"""Of each record a digest of its question, the number of its row, its length in bytes and its
+checksum, the lengths of x and y* in tokens, and the place of its source's name in the part's
+list."""
 
 
 class Part(NamedTuple):

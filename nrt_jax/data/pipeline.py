@@ -14,8 +14,10 @@ from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
 from nrt_jax.data.epochs import EpochOrder
 from nrt_jax.data.mixture import draw_mixture, with_source
 from nrt_jax.data.prepared import open_prepared, prepared_directory
+from nrt_jax.data.row_choice import row_ranks
 from nrt_jax.data.row_tokens import RowTokenizer
-from nrt_jax.data.selection import IN_EVALUATION, select
+from nrt_jax.data.selection import IN_EVALUATION, Permuted, select
+from nrt_jax.data.source_counts import log_counts
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.training_rows import evaluation_source, read_source, sources_of
 from nrt_jax.errors import InputError
@@ -51,14 +53,14 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     if config.eval_path is not None:
         read = _read_files(evaluation_source(config), config.eval_path, tokenizer, 0)
         from_files, bad = read.examples, [*bad, read.bad]
-    chosen = select(
-        config, _questions(train), None if from_files is None else _questions(from_files)
-    )
+    in_files = None if from_files is None else _questions(from_files)
+    chosen = select(config, _questions(train), in_files, _permuted(config, train))
     evaluation = [(train if from_files is None else from_files)[i] for i in chosen.evaluation]
     bad_rows = sum((one.counts for one in bad), Counter())
     if chosen.overlap:
         bad_rows[IN_EVALUATION] = chosen.overlap
     kept = [train[i] for i in chosen.train]
+    log_counts(config, (example.example.source for example in kept))
     return Dataset(kept, evaluation, dict(bad_rows), [row for one in bad for row in one.rejected])
 
 
@@ -179,6 +181,14 @@ def _read_files(
         first = rows_of_slice[-1].number + 1
     bad_rows.check(len(examples), config.max_bad_share)
     return _ReadFiles(examples, bad_rows, first)
+
+
+def _permuted(config: DataConfig, train: list[TokenizedExample]) -> Permuted | None:
+    if config.permutation_seed is None:
+        return None
+    examples = [example.example for example in train]
+    ranks = row_ranks(config)[[example.index for example in examples]]
+    return Permuted(ranks, [example.source for example in examples])
 
 
 def _questions(examples: list[TokenizedExample]) -> list[str]:

@@ -20,12 +20,12 @@ import numpy as np
 from tqdm import tqdm
 
 from nrt_jax.config.data import DataConfig
-from nrt_jax.data.all_rows import told_rows
 from nrt_jax.data.bad_rows import BadRow, BadRows
 from nrt_jax.data.mixture import with_source
 from nrt_jax.data.parts import KEY_BYTES, TABLE, Part, write_part
 from nrt_jax.data.plan import ROWS_PER_PART, Plan, Source, begin
 from nrt_jax.data.prepared_files import encode
+from nrt_jax.data.row_choice import rows_to_read
 from nrt_jax.data.row_fields import RowFields
 from nrt_jax.data.row_tokens import RowTokenizer, as_text
 from nrt_jax.data.rows import Row
@@ -98,8 +98,8 @@ def slices(plan: Plan) -> Iterator[Slice]:
 
 
 def known_rows(sources: list[Source]) -> int | None:
-    """How many rows there are, where all sources tell it; else None."""
-    told = [told_rows(source.config, source.config.path) for source in sources]
+    """How many rows are read, where all sources tell it; else None."""
+    told = [rows_to_read(source.config) for source in sources]
     counts = [count for count in told if count is not None]
     return sum(counts) if len(counts) == len(told) else None
 
@@ -140,7 +140,7 @@ def _entry(example: TokenizedExample, label: int, record: bytes) -> tuple:
     question = example.example.question.encode()
     key = hashlib.blake2b(question, digest_size=KEY_BYTES).digest()
     lengths = len(example.prompt_tokens), len(example.answer_tokens)
-    return key, len(record), zlib.crc32(record), *lengths, label
+    return key, example.example.index, len(record), zlib.crc32(record), *lengths, label
 
 
 def _turns(row: Row, tokenizer: RowTokenizer, config: DataConfig) -> list[dict[str, str]]:

@@ -126,13 +126,22 @@ def prepared_directory(config: DataConfig) -> Path | None:
 
 def rows_by_number(directory: Path, config: DataConfig, wanted: Sequence[int]) -> Iterator[Row]:
     """Training rows with the fields that they were rendered from, by their numbers in order."""
-    train = PreparedExamples(directory, read_manifest(directory).splits["train"])
+    manifest = read_manifest(directory)
+    train = PreparedExamples(directory, manifest.splits["train"])
+    permuted = manifest.content["config"]["permutation_seed"] is not None
+    numbers = _by_number(train) if permuted else range(len(train))
     for number in wanted:
-        index = bisect_left(train, number, key=lambda example: example.example.index)
+        index = numbers[bisect_left(numbers, number, key=lambda i: train[i].example.index)]
         of = train[index].example
         question, turns = of.user_text or of.question, train.turns(index)
         fields: dict[str, Any] = {config.question_field: question, config.answer_field: of.answer}
         yield Row(number, f"row {number}", {config.messages_field: turns} if turns else fields)
+
+
+def _by_number(train: PreparedExamples) -> list[int]:
+    """The places of examples in a permuted order by their numbers; all of them are read."""
+    numbers = [example.example.index for example in train]
+    return sorted(range(len(numbers)), key=numbers.__getitem__)
 
 
 def _paths(where: Any) -> list[Path]:

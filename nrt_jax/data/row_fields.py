@@ -36,10 +36,11 @@ class RowFields:
     def columns(self, names: Sequence[str]) -> tuple[str, ...]:
         """Those of the columns `names` that are read: of chats the messages, else both sides."""
         config = self._config
+        own = () if config.source_field is None else (root_of(config.source_field, names),)
         if self._reads_messages(names):
-            return (_root(config.messages_field, names),)
+            return (root_of(config.messages_field, names), *own)
         question = _roots(self._question, config.question_field, names)
-        return (*question, *_roots(self._answer, config.answer_field, names))
+        return (*question, *_roots(self._answer, config.answer_field, names), *own)
 
     def read(self, fields: dict) -> dict:
         """The row with the values that the config's names stand for; BadRow where it has none.
@@ -48,8 +49,10 @@ class RowFields:
         what the row has.
         """
         config, result = self._config, dict(fields)
+        if config.source_field is not None:
+            result[config.source_field] = value_of(fields, config.source_field)
         if self._reads_messages(fields):
-            turns = _lookup(fields, config.messages_field)
+            turns = value_of(fields, config.messages_field)
             if self._turns is not None:
                 turns = self._turns(turns, config.messages_field)
             result[config.messages_field] = self._stripped_turns(turns)
@@ -62,7 +65,7 @@ class RowFields:
             if make is not None:
                 result[field] = make.of(fields)
             elif field in fields or _leads(field):
-                result[field] = _lookup(fields, field)
+                result[field] = value_of(fields, field)
         if config.answer_field in result:
             result[config.answer_field] = self._stripped(result[config.answer_field])
         return result
@@ -70,7 +73,7 @@ class RowFields:
     def _reads_messages(self, names: Collection[str]) -> bool:
         if not self._chat or self._question is not None:
             return False
-        return self._turns is not None or _root(self._config.messages_field, names) in names
+        return self._turns is not None or root_of(self._config.messages_field, names) in names
 
     def _stripped_turns(self, turns: Any) -> Any:
         if not self._config.strip_suffixes or not isinstance(turns, list):
@@ -99,11 +102,12 @@ def _leads(field: str) -> bool:
     return _PATH.fullmatch(field) is not None and len(_STEP.findall(field)) > 1
 
 
-def _root(field: str, names: Collection[str]) -> str:
+def root_of(field: str, names: Collection[str]) -> str:
+    """The field of a row that a name or path starts from."""
     return field if field in names or not _leads(field) else _STEP.findall(field)[0]
 
 
-def _lookup(fields: dict, field: str) -> Any:
+def value_of(fields: dict, field: str) -> Any:
     """The value of a field by its name, or by the path that its name is."""
     if field in fields:
         return fields[field]
@@ -172,7 +176,7 @@ def _jinja(text: str | None, name: str) -> _Jinja | None:
 def _roots(make: _Jinja | None, field: str, names: Sequence[str]) -> tuple[str, ...]:
     """The columns that one side reads; of Jinja those that are there, since it may ask for them."""
     if make is None:
-        return (_root(field, names),)
+        return (root_of(field, names),)
     if _WHOLE_ROW in make.fields:
         return tuple(dict.fromkeys(names))
     found = tuple(name for name in dict.fromkeys(names) if name in make.fields)

@@ -28,6 +28,8 @@ class Rendered(NamedTuple):
     """Other right answers."""
     user_text: str = ""
     """The last user turn, where a chat template surrounds it."""
+    source: str = ""
+    """What the row names as its source."""
 
 
 class RowTokenizer:
@@ -112,7 +114,9 @@ class RowTokenizer:
         if isinstance(row.fields, BadRow):
             return row.fields
         try:
-            return self._render_fields(row.fields)
+            rendered = self._render_fields(row.fields)
+            field = self._config.source_field
+            return rendered if field is None else rendered._replace(source=_text(row.fields, field))
         except BadRow as bad:
             return bad
 
@@ -163,6 +167,7 @@ class RowTokenizer:
                 answer=rendered.answer,
                 aliases=rendered.aliases,
                 user_text=rendered.user_text,
+                source=rendered.source,
             ),
             prompt_tokens=np.array(prompt, np.int32),
             answer_tokens=np.array(answer, np.int32),

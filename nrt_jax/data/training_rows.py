@@ -6,6 +6,7 @@ from pathlib import Path
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.all_rows import read_all
 from nrt_jax.data.bad_rows import BadRow
+from nrt_jax.data.row_choice import choose_rows
 from nrt_jax.data.row_fields import RowFields
 from nrt_jax.data.row_presets import with_preset
 from nrt_jax.data.rows import Row
@@ -17,11 +18,13 @@ def sources_of(config: DataConfig) -> list[DataConfig]:
 
 
 def evaluation_source(config: DataConfig) -> DataConfig:
-    """The config of the rows of `eval_path`, as that of a source."""
+    """The config of the rows of `eval_path`, as that of a source; none of them is left out."""
     others = {
         "mixture": (),
         "path": config.eval_path,
         "split": config.eval_split or config.split,
+        "permutation_seed": None,
+        "exclude_licences": (),
     }
     return with_preset(config.model_copy(update=others))
 
@@ -42,7 +45,10 @@ def read_unchanged(
     config: DataConfig, where: Path | str | Sequence[Path | str], fields: RowFields, first: int = 0
 ) -> Iterator[Row]:
     """The rows as they stand in the files, for `with_fields`; else as `read_source`."""
-    return read_all(config, where, fields.columns, first)
+    choice = choose_rows(config)
+    if choice is None:
+        return read_all(config, where, fields.columns, first)
+    return read_all(config, where, fields.columns, first, choice.keep(first))
 
 
 def with_fields(row: Row, fields: RowFields) -> Row:

@@ -207,6 +207,19 @@ def test_rows_of_the_hub(hub, tokenizer):
     assert dataset.bad_rows == {"question of the evaluation": 2}
 
 
+def test_the_permuted_rows_of_the_hub(hub, tokenizer):
+    order = np.random.default_rng(3).permutation(5).tolist()
+    permuted = (*hub, "permutation_seed=3", "eval_rows=2", "train_rows=2")
+    dataset = load_dataset(config_of(*permuted, "total_rows=5"), tokenizer)
+    assert [row.example.index for row in dataset.train] == order[2:4]
+    with pytest.raises(
+        InputError, match=r"does not tell how many rows it has.*set data.total_rows"
+    ):
+        load_dataset(config_of(*permuted), tokenizer)
+    with pytest.raises(InputError, match=r"owner/name: has more rows than data.total_rows=4"):
+        load_dataset(config_of(*permuted, "total_rows=4"), tokenizer)
+
+
 def test_the_commit_is_the_digest(hub):
     config = config_of(*hub, "revision=v2")
     assert digests_of_data(config, "owner/name") == {"": "commit of v2"}
