@@ -2,6 +2,9 @@
 
 from typing import Any, NamedTuple
 
+_NANOSECONDS = "[ns"
+"""In the name of a type that has them, as in timestamp[ns, tz=UTC]."""
+
 
 class Unreadable(NamedTuple):
     """A value that Python has no type for, such as a time in nanoseconds."""
@@ -15,6 +18,8 @@ class Unreadable(NamedTuple):
 
 def column_values(array: Any) -> list[Any]:
     """Each value of an Arrow array; those that cannot be converted as `Unreadable`."""
+    if _NANOSECONDS in str(array.type):
+        return [_value(scalar) for scalar in array]
     try:
         values = array.to_pylist()
     except Exception:  # of many kinds: of Arrow, of datetime, of zoneinfo, of UTF-8
@@ -28,9 +33,24 @@ def column_values(array: Any) -> list[Any]:
 
 def _value(scalar: Any) -> Any:
     try:
-        return scalar.as_py()
+        return _in_microseconds(scalar).as_py()
     except Exception:  # as above
         return _parts(scalar)
+
+
+def _in_microseconds(scalar: Any) -> Any:
+    """The scalar, a time in microseconds; an exception where one of nanoseconds has more digits.
+
+    Arrow gives nanoseconds as values of pandas where pandas is installed.
+    """
+    import pyarrow
+
+    of = scalar.type
+    if not scalar.is_valid or _NANOSECONDS not in str(of):
+        return scalar
+    if pyarrow.types.is_timestamp(of):
+        return scalar.cast(pyarrow.timestamp("us", of.tz))
+    return scalar.cast(pyarrow.duration("us") if pyarrow.types.is_duration(of) else "time64[us]")
 
 
 def _parts(scalar: Any) -> Any:
