@@ -30,6 +30,7 @@ PHASES = {
     "data": "reading data",
     "generate": "sampling traces",
     "update": "scoring and updating",
+    "rollout_log": "logging rollouts",
     "evaluate": "evaluating",
     "total": "in total",
     "compile": "of which compiling",

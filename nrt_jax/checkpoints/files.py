@@ -7,12 +7,12 @@ from pathlib import Path
 PART_SUFFIX = ".part"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview, part: Path | None = None) -> None:
     """Write a file so that no reader, and no restart after a crash, ever sees a part of it.
 
-    Raises OSError with the name of the file.
+    `part` is the name that it has until it is whole. Raises OSError with the name of the file.
     """
-    part = path.with_name(path.name + PART_SUFFIX)
+    part = part or path.with_name(path.name + PART_SUFFIX)
     try:
         with part.open("wb") as file:
             file.write(content)

@@ -14,6 +14,9 @@ class LoggingConfig(Section):
     """Steps between lines on the terminal; the files get every step."""
     tensorboard: bool = True
     """Write TensorBoard events to the run directory."""
+    rollouts: bool = False
+    """Write every trace that NRT samples to rollouts/ in the run directory, as Parquet: tokens,
+    logprobs, reward, baseline, advantage and how it ended."""
     wandb_project: str | None = Field(default=None, min_length=1)
     """Weights & Biases project to log to; needs the extra `wandb`. Null for none."""
     wandb_entity: str | None = Field(default=None, min_length=1)

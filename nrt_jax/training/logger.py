@@ -1,4 +1,4 @@
-"""Write metrics to metrics.jsonl, TensorBoard, the trackers and the terminal."""
+"""Write metrics to metrics.jsonl, TensorBoard, the trackers and the terminal, and rollouts."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nrt_jax.checkpoints.files import append, open_to_append, write_atomically
 from nrt_jax.config.logging import LoggingConfig
@@ -16,9 +16,14 @@ from nrt_jax.training.progress_bar import ProgressBar
 from nrt_jax.training.tensorboard import EventFile
 from nrt_jax.training.trackers import open_trackers
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from nrt_jax.training.rollout_shards import RolloutShards
+
 NOT_FINITE = "metrics/not_finite"
 """Number of metrics of the line that are NaN or infinite."""
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+METRICS_FILE, SAMPLES_FILE, ROLLOUTS = "metrics.jsonl", "samples.jsonl", "rollouts"
 TIMING_PREFIXES = ("time/", "speed/", "weights/seconds")
 """Metrics that differ between two otherwise equal runs."""
 
@@ -93,6 +98,9 @@ class MetricsWriter:
         with ExitStack() as opened:
             self._metrics = opened.enter_context(open_to_append(run_dir / METRICS_FILE))
             self._samples = opened.enter_context(open_to_append(run_dir / SAMPLES_FILE))
+            self._rollouts = _open_rollouts(run_dir / ROLLOUTS, config, after)
+            if self._rollouts is not None:
+                opened.enter_context(self._rollouts)
             self._events: EventFile | None = None
             if config.tensorboard:
                 events = EventFile(run_dir / "tensorboard", after + 1)
@@ -127,6 +135,11 @@ class MetricsWriter:
         lines = [json.dumps({"step": step} | sample, ensure_ascii=False) for sample in samples]
         append(self._samples, "".join(line + "\n" for line in lines).encode())
 
+    def write_rollouts(self, table: "pa.Table") -> None:
+        """Keep the traces of one step until a file of them is full, or until `sync`."""
+        assert self._rollouts is not None, "logging.rollouts is false"
+        self._rollouts.add(table)
+
     def _show(self, step: int, row: dict[str, Any]) -> None:
         shown = {TERMINAL_NAMES[name]: row[name] for name in TERMINAL_NAMES if name in row}
         texts = [f"{name} {value:.4g}" for name, value in shown.items()]
@@ -136,9 +149,11 @@ class MetricsWriter:
             print(f"step {step}/{self._total}  {'  '.join(texts)}", flush=True)
 
     def sync(self) -> None:
-        """Force written lines to the disk; called before a checkpoint is saved."""
+        """Force everything up to now to the disk; called before a checkpoint is saved."""
         for file in (self._metrics, self._samples):
             os.fsync(file.fileno())
+        if self._rollouts is not None:
+            self._rollouts.sync()
 
     def __enter__(self) -> "MetricsWriter":
         return self
@@ -164,8 +179,22 @@ class SilentWriter:
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Leave the samples to process 0."""
 
+    def write_rollouts(self, table: "pa.Table") -> None:
+        """Leave the traces to process 0."""
+
     def sync(self) -> None:
         """There is nothing to force to the disk."""
+
+
+def _open_rollouts(folder: Path, config: LoggingConfig, after: int) -> "RolloutShards | None":
+    """The log of rollouts; None where none is kept. An earlier one ends with step `after` too."""
+    if not config.rollouts and not folder.is_dir():
+        return None
+    # pyarrow is imported where there are rollouts.
+    from nrt_jax.training.rollout_shards import RolloutShards
+
+    rollouts = RolloutShards(folder, after=after)
+    return rollouts if config.rollouts else None
 
 
 def _number(value: Any) -> float | int:

@@ -14,6 +14,7 @@ from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.objective import losses
 from nrt_jax.objective.masked import masked_fill, masked_sum
 from nrt_jax.objective.rewards import Rewards, compute_rewards, of_equal_traces
+from nrt_jax.objective.schemes import rewards_of
 from nrt_jax.training.batch import (
     GroupArrays,
     NrtBatch,
@@ -51,6 +52,19 @@ class TermWeights(NamedTuple):
 
 
 ALL_TERMS = TermWeights.only(*TermWeights._fields)
+
+
+class TraceValues(NamedTuple):
+    """What the loss computes of each trace, under the weights before the update."""
+
+    logprob_PKT: Float[Array, "P K T"]
+    """Of every target: z, t_end and y*; 0 at padding."""
+    log_c_PKA: Float[Array, "P K A"]
+    log_c_base_PA: Float[Array, "P A"]
+    reward_PK: Float[Array, "P K"]
+    baseline_P: Float[Array, " P"]
+    """Reward of the empty trace."""
+    advantage_PK: Float[Array, "P K"]
 
 
 def terms_of(objective: ObjectiveConfig) -> list[str]:
@@ -116,7 +130,33 @@ def nrt_loss(
         policy, completions, rewards, format_PK, log_c_base_PA, groups, objective
     )
     loss = sum(losses_by_term.values(), start=jnp.zeros(()))
-    return loss, metrics._replace(sums=losses_by_term)
+    of_traces = trace_values(completions, log_c_PKA, log_c_base_PA, rewards, objective)
+    return loss, metrics._replace(sums=losses_by_term, of_traces=of_traces)
+
+
+def trace_values(
+    completions: Completions,
+    log_c_PKA: Float[Array, "P K A"],
+    log_c_base_PA: Float[Array, "P A"],
+    rewards: Rewards,
+    objective: ObjectiveConfig,
+) -> TraceValues:
+    """The values of the log of rollouts.
+
+    They are outputs of every update, also of one that nobody logs: as outputs of some they would
+    give these another program, which rounds differently.
+    """
+    reward_PK, baseline_P = (
+        rewards_of(objective.scheme, x) for x in (rewards.log_reward_PK, rewards.log_baseline_P)
+    )
+    return TraceValues(
+        logprob_PKT=completions.logprob_PKT,
+        log_c_PKA=log_c_PKA,
+        log_c_base_PA=log_c_base_PA,
+        reward_PK=reward_PK,
+        baseline_P=baseline_P,
+        advantage_PK=rewards.advantage_PK,
+    )
 
 
 def mask_completions(

@@ -19,6 +19,7 @@ from nrt_jax.training.frozen_logprobs import FrozenLogprobsFn, frozen_logprobs_f
 from nrt_jax.training.loss import ALL_TERMS, TermWeights, nrt_loss, terms_of
 from nrt_jax.training.packing import Packer, packing_metrics
 from nrt_jax.training.progress import Prefetched
+from nrt_jax.training.rollout_rows import log_rollouts
 from nrt_jax.training.rollouts import MiniBatch, Sampler, make_batches, rollout_metrics
 from nrt_jax.training.run_health import CollapseWatch, check_health, look_for_collapse
 from nrt_jax.training.same_tokens import check_same_groups
@@ -64,12 +65,14 @@ def train_nrt(run: Run, stop: StopRequest, generate: Generate) -> None:
             partial(functions.gradient_shares, progress.state.params, minis[0][0]),
         )
         with timer("update"):
-            progress.state, updates = functions.run_mini_batches(progress.state, minis)
+            progress.state, updates, of_traces = functions.run_mini_batches(progress.state, minis)
         prefetches = config.rollout.staleness > 0 and step < config.train.steps
         progress.prefetched = _sample(run, sampler, step + 1) if prefetches else None
         with timer("update"):
             metrics = _step_metrics(updates, batches, run.data.packer)
         metrics |= rollout_metrics(sampler, groups, step) | health
+        if config.logging.rollouts:
+            log_rollouts(run, step, groups, batches, of_traces)
         warned = warned or _warn_of_zero_signals(step, metrics, config.objective.scheme)
         finish_step(run, metrics | dict(weights_metrics))
         look_for_collapse(run, watch, metrics)
@@ -96,17 +99,21 @@ class StepFunctions:
 
     def run_mini_batches(
         self, state: TrainState, minis: Sequence[Sequence[NrtBatch]]
-    ) -> tuple[TrainState, list[dict[str, Any]]]:
-        """Compute the frozen logprobs of all mini-batches, then make one update per mini-batch."""
+    ) -> tuple[TrainState, list[dict[str, Any]], list[list[Any]]]:
+        """Compute the frozen logprobs of all mini-batches, then make one update per mini-batch.
+
+        Gives the metrics of each update, and the values of traces of each of its micro-batches.
+        """
         frozen = [[self.frozen_logprobs(state.params, micro) for micro in mini] for mini in minis]
-        updates = []
+        updates, of_traces = [], []
         for mini, logprobs in zip(minis, frozen, strict=True):
             micro_batches = [
                 (micro, of_micro, ALL_TERMS) for micro, of_micro in zip(mini, logprobs, strict=True)
             ]
-            state, metrics = self.update(state, micro_batches)
+            state, metrics, of_mini = self.update.with_traces(state, micro_batches)
             updates.append(metrics)
-        return state, updates
+            of_traces.append(of_mini)
+        return state, updates, of_traces
 
     def gradient_shares(self, params: Any, micro: NrtBatch) -> dict[str, float]:
         """Norm of each term's gradient over the sum of these norms, on one micro-batch.

@@ -138,6 +138,8 @@ class MiniBatch(NamedTuple):
     plans: list[Plan]
     kept: bool
     """False when every group was dropped: the arrays then hold one that has no part in the loss."""
+    chosen: list[int]
+    """The groups that the plans count, by their index in the mini-batch."""
 
 
 def make_batches(
@@ -169,10 +171,11 @@ def mini_batch(
 ) -> MiniBatch:
     """Arrays of the groups that are kept; where none is, of one that has no part in the loss."""
     # An update needs at least one group for the shapes of its arrays.
-    chosen = [group for group, kept in zip(groups, kept_P, strict=True) if kept] or groups[:1]
-    kept, plans = bool(kept_P.any()), packer.plan([group_lengths(group) for group in chosen])
+    chosen = np.flatnonzero(kept_P).tolist() or [0]
+    members = [groups[p] for p in chosen]
+    kept, plans = bool(kept_P.any()), packer.plan([group_lengths(group) for group in members])
     how = {"think_start": think_start, "think_end": think_end, "kept": kept}
-    return MiniBatch([nrt_batch(chosen, plan, **how) for plan in plans], plans, kept)
+    return MiniBatch([nrt_batch(members, plan, **how) for plan in plans], plans, kept, chosen)
 
 
 _zero_std = partial(jax.jit, static_argnames=("estimator", "logs"))(zero_std)

@@ -16,12 +16,14 @@ from nrt_jax.models.sharding import on_device
 
 
 class Metrics(NamedTuple):
-    """Metrics that add up over micro-batches."""
+    """Metrics that add up over micro-batches, and values of one micro-batch."""
 
     sums: dict[str, Any]
     means: dict[str, Any]
     """Pairs of a sum and a count."""
     maxima: dict[str, Any]
+    of_traces: Any = None
+    """Values of single traces, which no other micro-batch has; None where there are no traces."""
 
 
 LossFn = Callable[[Any, Any], tuple[Float[Array, ""], Metrics]]
@@ -48,20 +50,23 @@ class Total(NamedTuple):
     gradient: Any
     """Of the sum of their losses, in float32."""
     metrics: Metrics
+    """Without values of single traces."""
 
 
 def zero_total(loss_fn: LossFn, params: Any, batch: Any) -> Total:
     """Zeros for gradient and metrics, in the shapes that a micro-batch like `batch` gives."""
-    shapes = jax.eval_shape(jax.grad(loss_fn, has_aux=True), params, batch)
-    return Total(*jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+    gradient, metrics = jax.eval_shape(jax.grad(loss_fn, has_aux=True), params, batch)
+    shapes = Total(gradient, metrics._replace(of_traces=None))
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def add_micro_batch(loss_fn: LossFn, params: Any, total: Total, batch: Any) -> Total:
-    """`total` with the gradient and the metrics of one more micro-batch."""
+def add_micro_batch(loss_fn: LossFn, params: Any, total: Total, batch: Any) -> tuple[Total, Any]:
+    """`total` with one more micro-batch's gradient and metrics, and the values of its traces."""
     gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
-    return Total(
+    total = Total(
         jax.tree.map(jnp.add, total.gradient, gradient), add_metrics(total.metrics, metrics)
     )
+    return total, metrics.of_traces
 
 
 def apply_update(
@@ -144,7 +149,7 @@ class Update:
         self._loss_fn, self._rule, self._rates = loss_fn, rule, rates
         self._sums = Total(rule.shardings.params, None)
         add = wraps(add_micro_batch)(partial(add_micro_batch, loss_fn))
-        self.add = jax.jit(add, donate_argnums=1, out_shardings=self._sums)
+        self.add = jax.jit(add, donate_argnums=1, out_shardings=(self._sums, None))
         self._norm = jax.jit(optax.tree.norm)
         self._zeros: Callable[[], Total] | None = None
         self._on_compiled = on_compiled
@@ -157,18 +162,28 @@ class Update:
 
         The update consumes `state`: its buffers are reused.
         """
+        state, metrics, _ = self.with_traces(state, batches)
+        return state, metrics
+
+    def with_traces(
+        self, state: TrainState, batches: Sequence[Any]
+    ) -> tuple[TrainState, dict[str, Array], list[Any]]:
+        """The same, and the values of single traces, micro-batch by micro-batch."""
         keys = {("a micro-batch", _shapes(batch)) for batch in batches}
         WATCH.to_come = len(keys - self._programs.keys()) + (not self._rule.programs)
         total = self._zero(state.params, batches[0])
+        of_traces = []
         for batch in batches:
-            total = self._add(state.params, total, batch)
+            total, of_batch = self._add(state.params, total, batch)
+            of_traces.append(of_batch)
         rule, args = self._rule, (state, total.gradient, self._rates)
         state, metrics = self._run(rule.programs, rule.apply, ("the update", ()), *args)
-        return state, _summary(total.metrics) | metrics
+        return state, _summary(total.metrics) | metrics, of_traces
 
     def gradient_norm(self, params: Any, batch: Any) -> Float[Array, ""]:
         """Norm of one micro-batch's gradient, by the program that adds it to an update's sum."""
-        return self._norm(self._add(params, self._zero(params, batch), batch).gradient)
+        total, _ = self._add(params, self._zero(params, batch), batch)
+        return self._norm(total.gradient)
 
     def _zero(self, params: Any, batch: Any) -> Total:
         """Sums over no micro-batch, whose shapes do not depend on those of the batch."""
@@ -178,7 +193,7 @@ class Update:
             self._zeros = jax.jit(zeros, out_shardings=self._sums)
         return self._zeros()
 
-    def _add(self, params: Any, total: Total, batch: Any) -> Total:
+    def _add(self, params: Any, total: Total, batch: Any) -> tuple[Total, Any]:
         key = ("a micro-batch", _shapes(batch))
         return self._run(self._programs, self.add, key, params, total, batch)
 

@@ -24,7 +24,7 @@ from nrt_jax.checkpoints import hf_weights
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.models.decoder import Decoder
-from nrt_jax.training.logger import TIMING_PREFIXES
+from nrt_jax.training.logger import ROLLOUTS, TIMING_PREFIXES
 from tests.data.made_tokenizers import write_made_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -286,6 +286,12 @@ class TinyRun:
             for row in self.lines("metrics.jsonl")
         ]
 
+    def rollouts(self) -> dict[str, bytes]:
+        """The files of the log of rollouts; none in a run without one."""
+        return {
+            path.name: path.read_bytes() for path in sorted((self.directory / ROLLOUTS).glob("*"))
+        }
+
     def arrays(self, step: int) -> dict[str, np.ndarray]:
         """Weights, moments and counters of a checkpoint."""
         tree = ocp.StandardCheckpointer().restore(self.checkpoints / str(step) / "state")
@@ -294,9 +300,11 @@ class TinyRun:
 
 
 def assert_same(run: TinyRun, reference: TinyRun) -> None:
-    """Equal metrics but for times, equal samples, bit-identical state, and nothing left over."""
+    """Equal metrics but for times, equal samples and rollouts, bit-identical state, and nothing
+    left over."""
     assert run.metrics() == reference.metrics()
     assert run.lines("samples.jsonl") == reference.lines("samples.jsonl")
+    assert run.rollouts() == reference.rollouts()
     last = max(reference.steps)
     assert run.steps == reference.steps
     mine, theirs = run.arrays(last), reference.arrays(last)

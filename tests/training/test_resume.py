@@ -9,7 +9,7 @@ import pytest
 
 from tests.training.runs import Outcome, TinyRun, assert_same
 
-NRT = ("method=nrt",)
+NRT = ("method=nrt", "logging.rollouts=true")
 SFT = ("method=sft",)
 BOTH = [NRT, pytest.param(SFT, marks=pytest.mark.slow)]
 """SFT among the slow tests: of each product one method is quick."""

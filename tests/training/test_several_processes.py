@@ -12,9 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nrt_jax.local import _environment, _free_port
+from nrt_jax.training.logger import ROLLOUTS
 from tests.training.runs import Outcome, Process, TinyRun, names
 
 SFT = (
@@ -29,6 +32,7 @@ NRT = (
     "train.mini_batch_prompts=4",
     "objective.kl_coefficient=0",
     "evaluation.every_steps=8",
+    "logging.rollouts=true",
 )
 
 
@@ -93,6 +97,9 @@ def assert_alike(run: TinyRun, reference: TinyRun, processes: int) -> None:
     for mine, theirs in zip(run.metrics(), reference.metrics(), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-5)
         assert mine.get("trace/tokens") == theirs.get("trace/tokens")
+    for name in ("tokens", "finish", "reward", "advantage", "answer_logprobs"):
+        mine, theirs = (column(each, name) for each in (run, reference))
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4), name
     last = max(run.steps)
     found, wanted = arrays(run, last), arrays(reference, last)
     assert found.keys() == wanted.keys()
@@ -100,6 +107,14 @@ def assert_alike(run: TinyRun, reference: TinyRun, processes: int) -> None:
         np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-5, err_msg=name)
     logs = [f"log.{process}.txt" for process in range(1, processes)]
     assert [name for name in names(run.directory) if name not in logs] == names(reference.directory)
+
+
+def column(run: TinyRun, name: str) -> list:
+    """Every value of a column of the log of rollouts, those of lists one by one; none in SFT."""
+    if not run.rollouts():
+        return []
+    values = pq.read_table(run.directory / ROLLOUTS)[name].combine_chunks()
+    return (values.flatten() if pa.types.is_list(values.type) else values).to_pylist()
 
 
 def test_two_processes_train_what_one_does(new_run, tmp_path):

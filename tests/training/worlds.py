@@ -91,7 +91,7 @@ def summed(loss_fn, params, batches) -> tuple[Metrics, dict]:
     add = jax.jit(partial(add_micro_batch, loss_fn))
     total = zero_total(loss_fn, params, batches[0])
     for batch in batches:
-        total = add(params, total, batch)
+        total, _ = add(params, total, batch)
     return total.metrics, total.gradient
 
 
