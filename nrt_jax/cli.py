@@ -263,7 +263,7 @@ def _add_checkpoint_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> N
 
 
 def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
-    data = subparsers.add_parser("data", help="show a config's data, or prepare it once")
+    data = subparsers.add_parser("data", help="show, measure or prepare a config's data")
     data_verbs = data.add_subparsers(required=True, metavar="VERB")
     show_data = data_verbs.add_parser(
         "show", help="print rows as the model sees them, part by part"
@@ -272,6 +272,17 @@ def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     show_data.add_argument("--rows", type=row_count, default=3, help="how many, 3 by default")
     show_data.add_argument("--color", choices=("auto", "always", "never"), default="auto")
     show_data.set_defaults(verb=verbs.data_show)
+    stats = data_verbs.add_parser(
+        "stats", help="count rows and tokens by source, reasons for rows left out, and padding"
+    )
+    _add_config(stats)
+    stats.add_argument(
+        "--rows", type=row_count, help="read the first rows of each source alone, so many"
+    )
+    stats.add_argument(
+        "--out", type=path, help="write data_stats.html, data_stats.png and data_stats.json there"
+    )
+    stats.set_defaults(verb=verbs.data_stats)
     _add_prepare(data_verbs)
 
     report = subparsers.add_parser(

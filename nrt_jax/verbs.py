@@ -163,6 +163,13 @@ def data_show(args: argparse.Namespace) -> None:
         print(line)
 
 
+def data_stats(args: argparse.Namespace) -> None:
+    config = load(args)
+    from nrt_jax.analysis.data_stats import write_stats
+
+    write_stats(config, args.rows, args.out)
+
+
 def data_prepare(args: argparse.Namespace) -> None:
     config = load(args)
     from nrt_jax.data.merge import merge

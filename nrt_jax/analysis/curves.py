@@ -1,17 +1,26 @@
 """Metrics over the steps of all runs: one PNG, and one SVG per panel for light and dark themes."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from nrt_jax.analysis.ink import (
+    MARKERS,
+    PRINT,
+    STYLE,
+    VARIABLES,
+    Ink,
+    as_svg,
+    cycle,
+    print_figure,
+    style_axes,
+)
 from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord
 from nrt_jax.analysis.seeds import SeedGroup
 
@@ -49,47 +58,15 @@ WARMUP = Panel(
 )
 """Over the steps up to 0, of runs that begin with a warm-up."""
 
-# Okabe and Ito's hues, darkened for contrast with white or lightened for contrast with black. Lines
-# differ by their markers as well.
-LIGHT = ("#0072b2", "#c24a00", "#00785a", "#9c3f80", "#6b6b6b", "#8a6100", "#000000")
-DARK = ("#5cb8ee", "#ff9455", "#35c9a0", "#e79fca", "#a6a6a6", "#e3b505", "#ffffff")
-MARKERS = "os^DvpX"
-GLYPHS = "●■▲◆▼⬟✖"
-"""The markers as text."""
-
-
-@dataclass(frozen=True)
-class _Ink:
-    text: str
-    grid: str
-    runs: Sequence[str]
-
-
-_PRINT = _Ink("#222222", "#d9d9d9", LIGHT)
-# Placeholders of CSS variables, whose values the page sets for each theme.
-_VARIABLES = _Ink("#fd0001", "#fd0002", [f"#fe{i:02x}01" for i in range(len(LIGHT))])
-
-_STYLE = {
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "svg.fonttype": "none",
-}
-
 
 def write_png(groups: Sequence[SeedGroup], path: Path) -> None:
     """All panels in one picture on white, legible at a width of 800 pixels."""
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(10, 6.8), dpi=160, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(hspace=0.08, wspace=0.06)  # type: ignore[union-attr]
+    with matplotlib.rc_context(STYLE):
+        figure = print_figure(10.0, 6.8)
         for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-            _draw(axes, panel, groups, _PRINT)
+            _draw(axes, panel, groups, PRINT)
         handles = [
-            Line2D([], [], color=cycle(_PRINT.runs, i), marker=cycle(MARKERS, i), linewidth=2)
+            Line2D([], [], color=cycle(PRINT.runs, i), marker=cycle(MARKERS, i), linewidth=2)
             for i in range(len(groups))
         ]
         names = [_legend(group) for group in groups]
@@ -101,19 +78,11 @@ def write_png(groups: Sequence[SeedGroup], path: Path) -> None:
 
 def panel_svg(panel: Panel, groups: Sequence[SeedGroup]) -> str:
     """One panel as an SVG element whose colours are --ink, --grid and --run-0, --run-1, ..."""
-    with matplotlib.rc_context(_STYLE | {"svg.hashsalt": panel.title}):
+    with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
         figure = Figure(figsize=(5.2, 3.3), layout="constrained")
         figure.patch.set_visible(False)
-        _draw(figure.subplots(), panel, groups, _VARIABLES)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    variables = {_VARIABLES.text: "ink", _VARIABLES.grid: "grid"}
-    variables |= {colour: f"run-{i}" for i, colour in enumerate(_VARIABLES.runs)}
-    for colour, name in variables.items():
-        svg = svg.replace(colour, f"var(--{name})")
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{panel.title} over steps" ', 1)
+        _draw(figure.subplots(), panel, groups, VARIABLES)
+        return as_svg(figure, f"{panel.title} over steps")
 
 
 def series(record: RunRecord, metric: str) -> tuple[list[float], list[float]]:
@@ -134,17 +103,12 @@ def band(group: SeedGroup, metric: str) -> tuple[list[float], list[list[float]]]
     return steps, [[run[step] for run in runs] for step in steps]
 
 
-def cycle(values: Sequence[str], index: int) -> str:
-    """The value of the run at an index; values repeat when runs outnumber them."""
-    return values[index % len(values)]
-
-
 def _legend(group: SeedGroup) -> str:
     seeds = len(group.records)
     return group.label if seeds == 1 else f"{group.label}, mean and range of {seeds} seeds"
 
 
-def _draw(axes: Axes, panel: Panel, groups: Sequence[SeedGroup], ink: _Ink) -> None:
+def _draw(axes: Axes, panel: Panel, groups: Sequence[SeedGroup], ink: Ink) -> None:
     drawn = [
         _draw_line(axes, panel, group, metric, ink, index)
         for index, group in enumerate(groups)
@@ -162,15 +126,11 @@ def _draw(axes: Axes, panel: Panel, groups: Sequence[SeedGroup], ink: _Ink) -> N
     axes.set_xlabel("training step", color=ink.text)
     axes.set_ylabel(panel.unit, color=ink.text)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axes.grid(color=ink.grid, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.patch.set_visible(False)
-    axes.tick_params(colors=ink.text, length=0)
-    axes.spines[["left", "bottom"]].set_color(ink.grid)
+    style_axes(axes, ink)
 
 
 def _draw_line(
-    axes: Axes, panel: Panel, group: SeedGroup, metric: str, ink: _Ink, index: int
+    axes: Axes, panel: Panel, group: SeedGroup, metric: str, ink: Ink, index: int
 ) -> bool:
     """One metric of a group: the mean over its seeds, in a band from the lowest to the highest."""
     steps, values = band(group, metric)

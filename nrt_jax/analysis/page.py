@@ -9,7 +9,8 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from nrt_jax.analysis.curves import DARK, GLYPHS, LIGHT, PANELS, WARMUP, cycle, panel_svg
+from nrt_jax.analysis.curves import PANELS, WARMUP, panel_svg
+from nrt_jax.analysis.ink import DARK, GLYPHS, LIGHT, cycle
 from nrt_jax.analysis.problems import OUTCOMES, problem_rows
 from nrt_jax.analysis.run_records import RunRecord
 from nrt_jax.analysis.seeds import SeedGroup, flat_config

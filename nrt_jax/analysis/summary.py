@@ -279,13 +279,17 @@ def table(summary: dict[str, Any]) -> str:
         cells = [spread(seeds[key]) for key in ("reward", "trace_tokens", "entropy")]
         label = f"{seeds['label']}, {len(seeds['seeds'])} seeds"
         rows.append((label, percent_spread(seeds["exact_match"]), *cells, ""))
-    return "\n".join([*lines, "", *_aligned(rows)])
+    return "\n".join([*lines, "", *aligned(rows)])
 
 
-def _aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+def aligned(rows: Iterable[tuple[str, ...]], *, right: bool = False) -> list[str]:
+    """The cells in columns; with `right` all columns but the first end at their right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        "  ".join(
+            cell.rjust(width) if right and i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]

@@ -48,6 +48,17 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
     return Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
 
 
+def architecture_of(model: ModelConfig) -> Architecture:
+    """The architecture of the config, or of the checkpoint that it names.
+
+    Raises InputError for a checkpoint that cannot be read.
+    """
+    if model.path is not None:
+        return read_architecture(model.path)
+    assert model.architecture is not None, "ModelConfig requires one of the two"
+    return model.architecture
+
+
 def abstract_model(
     config: RunConfig,
     tokenizer: Tokenizer,
@@ -65,11 +76,7 @@ def abstract_model(
     for a mesh that does not divide the weights, and for a model.attention that cannot run.
     """
     model = config.model
-    if model.path is not None:
-        architecture = read_architecture(model.path)
-    else:
-        assert model.architecture is not None, "ModelConfig requires one of the two"
-        architecture = model.architecture
+    architecture = architecture_of(model)
     _check_vocabulary(config, tokenizer, architecture)
     if add_think_rows:
         vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)

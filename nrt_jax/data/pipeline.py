@@ -26,6 +26,16 @@ from nrt_jax.types import Example, TokenizedExample
 ROWS_PER_SLICE = 4096
 
 
+class SourceRows(NamedTuple):
+    """What was read of one source of training rows."""
+
+    name: str
+    """In a mixture; empty where there is one source."""
+    usable: int
+    left_out: dict[str, int]
+    """The other rows by reason."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """What a run trains and evaluates on; no question is in both."""
@@ -36,6 +46,8 @@ class Dataset:
     """Left-out rows by reason, training rows with a question of the evaluation included."""
     rejected: Sequence[Rejected] = ()
     """The rows that could not be used, file by file."""
+    sources: Sequence[SourceRows] = ()
+    """What was read of each source of files."""
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
@@ -48,7 +60,7 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     if (directory := prepared_directory(config)) is not None:
         prepared = open_prepared(directory, config, tokenizer)
         return Dataset(prepared.train, prepared.eval, prepared.manifest.rejected)
-    train, bad = _read_training(config, tokenizer)
+    train, bad, sources = _read_training(config, tokenizer)
     from_files = None
     if config.eval_path is not None:
         read = _read_files(evaluation_source(config), config.eval_path, tokenizer, 0)
@@ -61,7 +73,8 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
         bad_rows[IN_EVALUATION] = chosen.overlap
     kept = [train[i] for i in chosen.train]
     log_counts(config, (example.example.source for example in kept))
-    return Dataset(kept, evaluation, dict(bad_rows), [row for one in bad for row in one.rejected])
+    rejected = [row for one in bad for row in one.rejected]
+    return Dataset(kept, evaluation, dict(bad_rows), rejected, sources)
 
 
 def first_rows(
@@ -152,17 +165,18 @@ class _ReadFiles(NamedTuple):
 
 def _read_training(
     config: DataConfig, tokenizer: Tokenizer
-) -> tuple[list[TokenizedExample], list[BadRows]]:
+) -> tuple[list[TokenizedExample], list[BadRows], list[SourceRows]]:
     """The usable training rows of every source, of a mixture those that are drawn."""
-    first, by_source, bad = 0, [], []
+    first, by_source, bad, sources = 0, [], [], []
     for source, name in zip(sources_of(config), config.source_names, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"
         read = _read_files(source, source.path, tokenizer, first)
         first = read.next_number
         bad.append(read.bad)
         by_source.append([with_source(example, name) for example in read.examples])
+        sources.append(SourceRows(name, len(read.examples), dict(read.bad.counts)))
     drawn = draw_mixture(config, [len(examples) for examples in by_source])
-    return [of[i] for of, rows in zip(by_source, drawn, strict=True) for i in rows], bad
+    return [of[i] for of, rows in zip(by_source, drawn, strict=True) for i in rows], bad, sources
 
 
 def _read_files(

@@ -1,7 +1,7 @@
 """Open everything that a run needs, as small parts of which a loop takes what it uses."""
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -25,6 +25,7 @@ from nrt_jax.checkpoints.fingerprint import fingerprints
 from nrt_jax.checkpoints.inputs import RunInputs, read_inputs
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_state, state_shardings
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.bad_rows import reasons_table, rejected_lines
 from nrt_jax.data.instruction import find_instruction
@@ -227,7 +228,12 @@ def training_batches(config: RunConfig, examples: Sequence[TokenizedExample]) ->
 
 def packing_layout(config: RunConfig, model: Model) -> Layout:
     """What bounds the shapes of the run's batches."""
-    train, data, sizes = config.train, config.data, model.mesh.shape
+    return layout_on(config, model.architecture, model.mesh.shape)
+
+
+def layout_on(config: RunConfig, architecture: Architecture, sizes: Mapping[str, int]) -> Layout:
+    """The same on a mesh of these sizes."""
+    train, data = config.train, config.data
     answer = data.max_answer_tokens
     if config.method == "sft":
         largest = Lengths(0, (data.max_prompt_tokens + answer - 1,), 0)
@@ -239,7 +245,7 @@ def packing_layout(config: RunConfig, model: Model) -> Layout:
         train.micro_batch_prompts,
         shards=sizes["data"] * sizes["fsdp"],
         sequence_shards=sizes["context"],
-        equal_keys=equal_keys(model.architecture),
+        equal_keys=equal_keys(architecture),
         packing=train.packing,
         most_shapes=train.batch_shapes,
         largest=largest,
