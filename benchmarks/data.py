@@ -32,7 +32,7 @@ BATCH_PROMPTS = 256
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Measure the preparation of data.")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--synthetic", type=int, metavar="ROWS")

@@ -177,6 +177,7 @@ def data_prepare(args: argparse.Namespace) -> None:
     from nrt_jax.data.tokenizer import Tokenizer
 
     data, out = config.data, args.folder
+    args.interrupts.at_leaving = lambda: "the same command goes on with what is finished"
     tokenizer = Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
     with _exit_on_sigterm(), _keeps_what_is_finished():
         plan = prepare(data, tokenizer, out, workers=args.workers, share=args.shard)

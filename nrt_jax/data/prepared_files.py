@@ -26,10 +26,8 @@ def encode(example: TokenizedExample, turns: Sequence[Mapping[str, str]] = ()) -
     `turns` are those of a row that is a conversation. The same example gives the same bytes in
     every process.
     """
-    from tensorflow_datasets.proto import tf_example_pb2
-
     of = example.example
-    record = tf_example_pb2.Example()
+    record = _example_class()()
     feature = record.features.feature
     feature["index"].int64_list.value.append(of.index)
     messages = json.dumps(turns, ensure_ascii=False) if turns else ""
@@ -62,9 +60,15 @@ def turns_of(record: bytes) -> list[dict[str, str]]:
 
 
 def _features_of(record: bytes) -> Mapping[str, Any]:
+    return _example_class().FromString(record).features.feature
+
+
+def _example_class() -> Any:
+    """tf.train.Example; imported here because TFDS takes half a second."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    return tf_example_pb2.Example.FromString(record).features.feature
+    messages: Any = tf_example_pb2
+    return messages.Example
 
 
 def _bytes(feature: Mapping[str, Any], name: str) -> bytes:
