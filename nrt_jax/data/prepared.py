@@ -1,7 +1,7 @@
 """Prepared data to train on: examples at random places, read from the shards when they are used."""
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,16 +44,29 @@ class PreparedExamples(Sequence[TokenizedExample]):
         """For pickle: another process opens the shards itself."""
         return self.__dict__ | {"_readers": {}}
 
-    def _read(self, index: int, parse: Any) -> Any:
+    def first(self, count: int) -> list[TokenizedExample]:
+        """The first examples, at most `count`, by one read per shard."""
+        examples: list[TokenizedExample] = []
+        for number, shard in enumerate(self._shards):
+            wanted = min(shard.rows, count - len(examples))
+            if wanted > 0:
+                examples += self._parsed(number, list(range(wanted)), decode)
+        return examples
+
+    def _read(self, index: int, parse: Callable[[bytes], Any]) -> Any:
         number = bisect_left(self._ends, index + 1)
+        place = int(index) - (self._ends[number] - self._shards[number].rows)
+        (value,) = self._parsed(number, [place], parse)
+        return value
+
+    def _parsed(self, number: int, places: list[int], parse: Callable[[bytes], Any]) -> list[Any]:
+        """What `parse` makes of the records at some places of a shard."""
         shard = self._shards[number]
         path = self._directory / shard.path
         try:
             if number not in self._readers:
                 self._readers[number] = _open(path, shard)
-            place = int(index) - (self._ends[number] - shard.rows)
-            (record,) = self._readers[number].read([place])
-            return parse(record)
+            return [parse(record) for record in self._readers[number].read(places)]
         except InputError:
             raise
         except Exception as error:  # of ArrayRecord and protobuf, each with classes of its own
@@ -81,8 +94,8 @@ def open_prepared(directory: Path, config: DataConfig, tokenizer: Tokenizer) -> 
     manifest.check_tokens(config, tokenizer)
     manifest.check_files()
     held_out = PreparedExamples(directory, manifest.splits.get("eval", []))
-    evaluation = [held_out[i] for i in range(min(len(held_out), config.eval_rows))]
-    return Prepared(manifest, PreparedExamples(directory, manifest.splits["train"]), evaluation)
+    train = PreparedExamples(directory, manifest.splits["train"])
+    return Prepared(manifest, train, held_out.first(config.eval_rows))
 
 
 def prepared_directory(config: DataConfig) -> Path | None:

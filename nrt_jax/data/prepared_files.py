@@ -17,7 +17,8 @@ _TEXTS = ("question", "answer", "user_text", "source", "messages")
 _TOKENS = ("prompt_tokens", "answer_tokens", "after_start_tokens")
 # A chunk of its own for each record, so that one can be read without its neighbours.
 _WRITER_OPTIONS = "group_size:1"
-_READER_OPTIONS, _READER_BUFFER_BYTES = "readahead_buffer_size:0", 2**15
+# Threads for single records would take longer than the records.
+_READER_OPTIONS, _READER_BUFFER_BYTES = "readahead_buffer_size:0,max_parallelism:0", 2**15
 
 
 def encode(example: TokenizedExample, turns: Sequence[Mapping[str, str]] = ()) -> bytes:
@@ -27,17 +28,17 @@ def encode(example: TokenizedExample, turns: Sequence[Mapping[str, str]] = ()) -
     every process.
     """
     of = example.example
+    messages = json.dumps(turns, ensure_ascii=False) if turns else ""
+    texts = (of.question, of.answer, of.user_text, of.source, messages)
     record = _example_class()()
     feature = record.features.feature
     feature["index"].int64_list.value.append(of.index)
-    messages = json.dumps(turns, ensure_ascii=False) if turns else ""
-    for name, text in zip(
-        _TEXTS, (of.question, of.answer, of.user_text, of.source, messages), strict=True
-    ):
+    for name, text in zip(_TEXTS, texts, strict=True):
         feature[name].bytes_list.value.append(text.encode())
     feature["aliases"].bytes_list.value.extend(alias.encode() for alias in of.aliases)
     for name in _TOKENS:
-        feature[name].bytes_list.value.append(getattr(example, name).astype("<i4").tobytes())
+        ids = np.asarray(getattr(example, name), "<i4")
+        feature[name].bytes_list.value.append(ids.tobytes())
     return record.SerializeToString(deterministic=True)
 
 
