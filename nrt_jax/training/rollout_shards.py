@@ -160,8 +160,11 @@ def _part(folder: Path) -> Path:
 
 def _row_sizes(table: pa.Table) -> np.ndarray:
     """Bytes of each row."""
-    lengths = [pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy() for name in _LISTS]
-    return _ROW_BYTES + 4 * np.sum(lengths, axis=0, dtype=np.int64)
+    nbytes = np.full(len(table), _ROW_BYTES)
+    for name in _LISTS:
+        lengths = pc.call_function("list_value_length", [table[name]])
+        nbytes += 4 * pc.fill_null(lengths, 0).to_numpy()
+    return nbytes
 
 
 def _size(table: pa.Table) -> int:
