@@ -76,6 +76,9 @@ def collectives(text: str, devices: int, *, conditional: bool = False) -> list[C
             kind = i.op.removesuffix("-start")
             if kind not in KINDS:
                 continue
+            if computation.startswith("all-reduce-scatter"):
+                # TPUs run this sum and the slice of it as one operation.
+                kind = "reduce-scatter"
             names = map(_name, _split(i.operands))
             shapes = tuple(s for name in names for s in _shapes(types.get(name, "")))
             shapes = shapes or tuple(_shapes(i.operands))
