@@ -5,7 +5,7 @@
 
 Both layouts give the sum of the logprobs of all completions and of the baseline's answer, the
 latter without a gradient, and the gradient of that sum; the two sums and gradients must agree.
-"Shared" is the layout of training: `run_prompts`, then rows that continue the prompt, rounded up as
+"Shared" is the layout of training: the prompt and rows that continue it, rounded up as
 batches are. "Plain" is one row per sequence, prompt and completion, without any padding. A row of
 the table is prompt tokens x traces x trace tokens x answer tokens; operations are those of
 models/flops.py, times are CPU seconds, medians over repetitions that take turns.
@@ -38,12 +38,7 @@ from nrt_jax.training.batch import (
     nrt_batch,
     target_masks,
 )
-from nrt_jax.training.forward import (
-    NrtSettings,
-    baseline_logprobs,
-    completion_logprobs,
-    run_prompts,
-)
+from nrt_jax.training.forward import NrtSettings, group_logprobs
 from nrt_jax.training.packing import Layout, Packer, Plan
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 
@@ -150,11 +145,10 @@ def one_group(sizes: Sizes, vocab_size: int) -> tuple[Group, Plan]:
 def shared_logprob(params: Any, batch: NrtBatch, settings: NrtSettings) -> Float[Array, ""]:
     """The sum by the functions of the loss."""
     decoder = nnx.merge(settings.definition, params)
-    prompts = run_prompts(decoder, batch)
-    logprob_PKT, _ = completion_logprobs(decoder, settings, prompts, batch)
-    log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
-    of_completions = masked_sum(logprob_PKT, target_masks(batch.groups).valid_PKT)
-    return of_completions + masked_sum(log_c_base_PA, answer_mask(batch.groups))
+    scored = group_logprobs(decoder, settings, batch, baselines=True)
+    assert scored.log_c_base_PA is not None
+    of_completions = masked_sum(scored.logprob_PKT, target_masks(batch.groups).valid_PKT)
+    return of_completions + masked_sum(scored.log_c_base_PA, answer_mask(batch.groups))
 
 
 def plain_layout(group: Group) -> Plain:

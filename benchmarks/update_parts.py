@@ -15,8 +15,8 @@ from jaxtyping import Array
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.models.flops import Flops, Rows, forward_flops, training_flops
+from nrt_jax.models.rows import TokenRows
 from nrt_jax.training.batch import NrtBatch
-from nrt_jax.training.forward import run_prompts
 
 REPEATS = 3
 
@@ -37,11 +37,11 @@ def update_parts(
 
     def layers(params: Any, batch: NrtBatch) -> Array:
         decoder = nnx.merge(definition, params)
-        prefix = run_prompts(decoder, batch).prefix
         rows = batch.completions
-        hidden_BWD, _ = decoder.hidden(
-            rows.inputs_BW, rows.positions_BW, rows.segments_BW, prefix, rows.prompts_BW
+        completions = TokenRows(
+            rows.inputs_BW, rows.positions_BW, rows.segments_BW, rows.prompts_BW
         )
+        _, hidden_BWD = decoder.hidden_of_packs(TokenRows(*batch.prompts), completions)
         return jnp.sum(hidden_BWD)
 
     def head(params: Any, batch: NrtBatch) -> Array:

@@ -49,7 +49,8 @@ def segment_positions(segment_ids_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
 def prefix_mask(
     positions_BT: Int[Array, "B T"],
     prefix_segment_ids_BT: Int[Array, "B T"],
-    prefix: KVPrefix,
+    key_positions_PS: Int[Array, "P S"],
+    key_segment_ids_PS: Int[Array, "P S"],
     window: int | None,
 ) -> Bool[Array, "P queries S"]:
     """True where a query may see a prefix key: a key of the segment that it continues.
@@ -57,11 +58,11 @@ def prefix_mask(
     The prefix is before every query. With the prefix's segments [1 1 2 0], a query that continues
     1 sees [1 1 0 0], one that continues 2 sees [0 0 1 0], and one of padding, 0, sees nothing.
     """
-    P = prefix.positions_PS.shape[0]
+    P = key_positions_PS.shape[0]
     positions = positions_BT.reshape(P, -1, 1)
     continued = prefix_segment_ids_BT.reshape(P, -1, 1)
-    mask = (continued == prefix.segment_ids_PS[:, None, :]) & (continued != 0)
-    return mask & _inside(positions, prefix.positions_PS[:, None, :], window)
+    mask = (continued == key_segment_ids_PS[:, None, :]) & (continued != 0)
+    return mask & _inside(positions, key_positions_PS[:, None, :], window)
 
 
 def _inside(query: Int[Array, "..."], key: Int[Array, "..."], window: int | None) -> Array:

@@ -15,12 +15,14 @@ from nrt_jax.config.model import AttentionChoice
 from nrt_jax.errors import InputError
 from nrt_jax.models.attention import KVPrefix, attend, own_mask, prefix_mask
 from nrt_jax.models.cudnn_attention import cudnn_attend
+from nrt_jax.models.rows import TokenRows
 from nrt_jax.models.sharding import constrain
 from nrt_jax.models.splash_attention import splash_attend
 
 Backend = Literal["xla", "splash", "cudnn"]
 RowAttention = Callable[..., Float[Array, "B T H G d"]]
-"""From q [B, T, H, G, d], k and v [B, T, H, d] and the prefix of one layer to the output."""
+"""From q [B, T, H, G, d], k and v [B, T, H, d], and the prefix's k and v of one layer, or None, to
+the output."""
 
 _FUSED: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}
 SPLASH_HEAD = 64
@@ -74,36 +76,41 @@ def row_attention(
     backend: Backend,
     mesh: Mesh | None,
     window: int | None,
-    positions_BT: Int[Array, "B T"],
-    segment_ids_BT: Int[Array, "B T"],
-    prefix: KVPrefix | None,
-    prefix_segment_ids_BT: Int[Array, "B T"] | None,
+    rows: TokenRows,
+    before: tuple[Int[Array, "P S"], Int[Array, "P S"]] | None,
 ) -> RowAttention:
-    """Attention for the layers to call in turn; the masks are made once for all layers."""
-    if backend == "splash":
-        continued_BT = None if prefix is None else prefix_segment_ids_BT
+    """Attention for the layers to call in turn; the masks are made once for all layers.
 
-        def splash(q_BTHGd, k_BTHd, v_BTHd, here):
+    `before` are the positions and the segments of the prefix that the rows continue.
+    """
+    continued_BT = None if before is None else rows.continued_BT
+
+    def prefix_of(kv: tuple[Array, Array] | None) -> KVPrefix | None:
+        return None if kv is None or before is None else KVPrefix(*kv, *before)
+
+    if backend == "splash":
+
+        def splash(q_BTHGd, k_BTHd, v_BTHd, kv):
+            here = prefix_of(kv)
             return splash_attend(
-                q_BTHGd, k_BTHd, v_BTHd, segment_ids_BT, here, continued_BT, mesh=mesh
+                q_BTHGd, k_BTHd, v_BTHd, rows.segment_ids_BT, here, continued_BT, mesh=mesh
             )
 
         return splash
-    mask_BTT = own_mask(positions_BT, segment_ids_BT, window)
+    mask_BTT = own_mask(rows.positions_BT, rows.segment_ids_BT, window)
     mask_P_queries_S = None
-    if prefix is not None:
-        assert prefix_segment_ids_BT is not None
-        mask_P_queries_S = prefix_mask(positions_BT, prefix_segment_ids_BT, prefix, window)
+    if before is not None:
+        assert continued_BT is not None
+        mask_P_queries_S = prefix_mask(rows.positions_BT, continued_BT, *before, window)
     # Recomputing the scores of all pairs is cheaper than keeping them for every layer.
     attend_anew = jax.checkpoint(attend)
     fused = partial(cudnn_attend, mesh=mesh) if backend == "cudnn" else attend_anew
 
-    def with_masks(q_BTHGd, k_BTHd, v_BTHd, here):
+    def with_masks(q_BTHGd, k_BTHd, v_BTHd, kv):
         whole = ("batch", None, "kv_heads", None)
         k_BTHd, v_BTHd = (constrain(x, mesh, whole) for x in (k_BTHd, v_BTHd))
-        if here is not None:
-            k, v = (constrain(x, mesh, whole) for x in (here.k, here.v))
-            here = here._replace(k=k, v=v)
-        return fused(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, here, mask_P_queries_S)
+        if kv is not None:
+            kv = tuple(constrain(x, mesh, whole) for x in kv)
+        return fused(q_BTHGd, k_BTHd, v_BTHd, mask_BTT, prefix_of(kv), mask_P_queries_S)
 
     return with_masks

@@ -18,10 +18,12 @@ from jaxtyping import Array, Bool, Float, Int
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.models import rope
 from nrt_jax.models.attention import KVPrefix, segment_positions
-from nrt_jax.models.attention_backend import Backend, row_attention
+from nrt_jax.models.attention_backend import Backend
+from nrt_jax.models.joined_rows import STREAM, JoinedRows
 from nrt_jax.models.logprobs import TokenLogprobs, token_logprobs
-from nrt_jax.models.project import PRODUCT, project
-from nrt_jax.models.sharding import check_rows, constrain
+from nrt_jax.models.project import PRODUCT, embed, project
+from nrt_jax.models.rows import TokenRows
+from nrt_jax.models.sharding import constrain
 
 Remat = Literal["none", "full", "dots", "offload"]
 Attend = Callable[..., tuple[Float[Array, "B T H G d"], Any]]
@@ -81,20 +83,23 @@ class Attention(nnx.Module):
         self.frequencies = tuple(rope.inverse_frequencies(a).tolist())
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"], attend: Attend
+        self,
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        attend: Attend,
+        mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Project what `attend` returns for the rotated queries, keys and values; and its extra."""
-        dtype = x_BTD.dtype
         B, T, _ = x_BTD.shape
         frequencies = jnp.asarray(self.frequencies, jnp.float32)
-        q = project(x_BTD, self.query[...].astype(dtype))
-        k_BTHd = project(x_BTD, self.key[...].astype(dtype))
-        v_BTHd = project(x_BTD, self.value[...].astype(dtype))
+        q = project(x_BTD, self.query, mesh=mesh)
+        k_BTHd = project(x_BTD, self.key, mesh=mesh)
+        v_BTHd = project(x_BTD, self.value, mesh=mesh)
         q = rope.rotate(q, positions_BT, frequencies)
         k_BTHd = rope.rotate(k_BTHd, positions_BT, frequencies)
         q_BTHGd = q.reshape(B, T, k_BTHd.shape[2], -1, q.shape[-1])
         out_BTHGd, extra = attend(q_BTHGd, k_BTHd, v_BTHd)
-        return project(out_BTHGd.reshape(q.shape), self.output[...].astype(dtype), 2), extra
+        return project(out_BTHGd.reshape(q.shape), self.output, 2, mesh), extra
 
 
 class SwiGLU(nnx.Module):
@@ -110,11 +115,10 @@ class SwiGLU(nnx.Module):
     def __call__(
         self, x_BTD: Float[Array, "B T D"], mesh: Mesh | None = None
     ) -> Float[Array, "B T D"]:
-        dtype = x_BTD.dtype
-        gate_BTF = project(x_BTD, self.gate[...].astype(dtype))
-        up_BTF = project(x_BTD, self.up[...].astype(dtype))
+        gate_BTF = project(x_BTD, self.gate, mesh=mesh)
+        up_BTF = project(x_BTD, self.up, mesh=mesh)
         inner_BTF = constrain(_gated(gate_BTF, up_BTF), mesh, ("batch", "sequence", "mlp"))
-        return project(inner_BTF, self.down[...].astype(dtype))
+        return project(inner_BTF, self.down, mesh=mesh)
 
 
 @jax.checkpoint
@@ -140,7 +144,7 @@ class Layer(nnx.Module):
         attend: Attend,
         mesh: Mesh | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        attended_BTD, extra = self.attention(self.attention_norm(h_BTD), positions_BT, attend)
+        attended_BTD, extra = self.attention(self.attention_norm(h_BTD), positions_BT, attend, mesh)
         h_BTD = h_BTD + attended_BTD
         return h_BTD + self.mlp(self.mlp_norm(h_BTD), mesh), extra
 
@@ -185,6 +189,11 @@ class Decoder(nnx.Module):
         if not a.tie_word_embeddings:
             self.head = _normal(rngs, (D, V), ("embed", "vocab"), std, (0, padding))
 
+    @property
+    def context_shards(self) -> int:
+        """Devices that the tokens of a row are sharded over."""
+        return 1 if self.mesh is None else self.mesh.shape["context"]
+
     def hidden(
         self,
         tokens_BT: Int[Array, "B T"],
@@ -202,45 +211,72 @@ class Decoder(nnx.Module):
         absolute. A later call may continue from the returned prefix. Raises InputError when the
         rows (of the prefix, if there is one) or the tokens do not divide over the mesh.
         """
-        mesh, window = self.mesh, self.architecture.sliding_window
-        rows = tokens_BT if prefix is None else prefix.positions_PS
-        check_rows(mesh, len(rows), tokens_BT.shape[1])
         if prefix_segment_ids_BT is None and prefix is not None:
             prefix_segment_ids_BT = jnp.ones_like(positions_BT)
-        attend = row_attention(
-            self.attention,
-            mesh,
-            window,
-            positions_BT,
-            segment_ids_BT,
-            prefix,
-            prefix_segment_ids_BT,
+        rows = TokenRows(tokens_BT, positions_BT, segment_ids_BT, prefix_segment_ids_BT)
+        (hidden_BTD,), (k, v) = self._run([rows], None, prefix)
+        return hidden_BTD, KVPrefix(k, v, positions_BT, segment_ids_BT)
+
+    def hidden_of_packs(
+        self, prompts: TokenRows, *continuations: TokenRows, constant: TokenRows | None = None
+    ) -> list[Float[Array, "B T D"]]:
+        """Final-norm hidden states of one row of prompts per pack, and of rows that continue them.
+
+        As `hidden` of the prompts, and then of each of the others with the prompts as its prefix;
+        those of `constant`, which have no gradient, are last. All run in one pass over the layers,
+        so that every weight is moved once.
+        """
+        return self._run([prompts, *continuations], constant, None)[0]
+
+    def _run(
+        self, rows: Sequence[TokenRows], constant: TokenRows | None, prefix: KVPrefix | None
+    ) -> tuple[list[Float[Array, "B T D"]], Any]:
+        """Hidden states of all rows; and of the only rows, every layer's keys and values.
+
+        The first rows continue `prefix`, the others continue the first.
+        """
+        first = rows[0]
+        packs = len(first.tokens_BT if prefix is None else prefix.positions_PS)
+        of_prefix = None if prefix is None else (prefix.positions_PS, prefix.segment_ids_PS)
+        of_first = (first.positions_BT, first.segment_ids_BT)
+        join = partial(
+            JoinedRows.of,
+            packs=packs,
+            backend=self.attention,
+            window=self.architecture.sliding_window,
+            mesh=self.mesh,
         )
+        joined = join(rows, [of_prefix, *[of_first] * (len(rows) - 1)])
+        apart = None if constant is None else join([constant], [of_first])
         definition, weights_L = nnx.split(self.layers)
-        stream, heads = ("batch", "sequence", None), ("batch", "sequence", "kv_heads", None)
 
-        def run_layer(h_BTD, layer_inputs):
+        def run_layer(hidden, layer_inputs):
             weights, kv = layer_inputs
-            here = None if prefix is None else prefix._replace(k=kv[0], v=kv[1])
-
-            def attend_here(q_BTHGd, k_BTHd, v_BTHd):
-                q_BTHGd = constrain(q_BTHGd, mesh, (*heads, None))
-                k_BTHd, v_BTHd = (constrain(x, mesh, heads) for x in (k_BTHd, v_BTHd))
-                return attend(q_BTHGd, k_BTHd, v_BTHd, here), (k_BTHd, v_BTHd)
-
-            layer = nnx.merge(definition, weights)
-            h_BTD, kv = layer(h_BTD, positions_BT, attend_here, mesh)
-            return constrain(h_BTD, mesh, stream), kv
+            h_BND, kv = joined.run(nnx.merge(definition, weights), hidden[0], kv)
+            if apart is None:
+                return (h_BND,), kv if len(rows) == 1 else None
+            # Joined with the others, constant rows would run through the backward pass with
+            # gradients of zero. They run in the same body, since XLA gathers a weight once for the
+            # products of a body.
+            weights, kv = jax.lax.stop_gradient((weights, kv))
+            constant_BTD, _ = apart.run(nnx.merge(definition, weights), hidden[1], kv)
+            return (h_BND, constant_BTD), None
 
         if self.remat != "none":
             run_layer = jax.checkpoint(run_layer, policy=_POLICIES[self.remat])
-        h_BTD = self.embedding[...][tokens_BT].astype(self.dtype)
-        # Sharded like the table first: otherwise every device gets all embeddings of the batch.
-        h_BTD = constrain(h_BTD, mesh, ("looked_up", "sequence", "embed"))
-        h_BTD = constrain(h_BTD, mesh, stream)
+        hidden = (self._embedded(joined.tokens_BN),)
+        if apart is not None:
+            hidden += (jax.lax.stop_gradient(self._embedded(apart.tokens_BN)),)
         kv_L = None if prefix is None else (prefix.k, prefix.v)
-        h_BTD, (k, v) = jax.lax.scan(run_layer, h_BTD, (weights_L, kv_L))
-        return self.final_norm(h_BTD), KVPrefix(k, v, positions_BT, segment_ids_BT)
+        (h_BND, *of_constant), kv_L = jax.lax.scan(run_layer, hidden, (weights_L, kv_L))
+        of_constant = [jax.lax.stop_gradient(self.final_norm(h_BTD)) for h_BTD in of_constant]
+        return [*joined.layout.split(self.final_norm(h_BND)), *of_constant], kv_L
+
+    def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        h_BTD = embed(self.embedding[...], tokens_BT, self.dtype)
+        # Sharded like the table first: otherwise every device gets all embeddings of the batch.
+        h_BTD = constrain(h_BTD, self.mesh, ("looked_up", "sequence", "embed"))
+        return constrain(h_BTD, self.mesh, STREAM)
 
     def next_hidden(
         self,

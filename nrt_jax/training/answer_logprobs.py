@@ -25,10 +25,11 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int
 
 from nrt_jax.models.logprobs import TokenLogprobs
+from nrt_jax.models.rows import TokenRows
 from nrt_jax.models.sharding import batch_sharding, place, replicated
 from nrt_jax.objective.rewards import padded_length
 from nrt_jax.training.batch import CompletionRows, PromptRows, write_text
-from nrt_jax.training.forward import NrtSettings, row_logprobs
+from nrt_jax.training.forward import NrtSettings, score_rows
 from nrt_jax.types import TokenizedExample
 
 SHORTEST_ROW = 256
@@ -186,7 +187,8 @@ def answer_logprobs(
 ) -> TokenLogprobs:
     """log pi of every target of the rows, and the entropy there, as [B, W]."""
     decoder = nnx.merge(settings.definition, params)
-    _, prefix = decoder.hidden(*prompts)
-    logprobs = row_logprobs(decoder, settings, prefix, rows)
+    continuations = TokenRows(rows.inputs_BW, rows.positions_BW, rows.segments_BW, rows.prompts_BW)
+    _, hidden_BWD = decoder.hidden_of_packs(TokenRows(*prompts), continuations)
+    logprobs = score_rows(decoder, settings, hidden_BWD, rows)
     # A process reads only what its own devices hold.
     return jax.lax.with_sharding_constraint(logprobs, replicated(mesh))

@@ -17,8 +17,7 @@ from nrt_jax.training.batch import NrtBatch, answer_values
 from nrt_jax.training.forward import (
     NrtSettings,
     baseline_logprobs,
-    completion_logprobs,
-    run_prompts,
+    group_logprobs,
 )
 
 
@@ -54,24 +53,19 @@ def frozen_logprobs_fn(
     @jax.jit
     def under_sampling_policy(params: Any, batch: NrtBatch) -> FrozenLogprobs:
         decoder: Decoder = nnx.merge(settings.definition, params)
-        prompts = run_prompts(decoder, batch)
-        frozen = FrozenLogprobs()
-        if wants_base:
-            log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
-            frozen = frozen._replace(log_c_base_PA=log_c_base_PA)
-        if wants_c or wants_old:
-            logprob_PKT, _ = completion_logprobs(decoder, settings, prompts, batch)
-            log_c_PKA = answer_values(logprob_PKT, batch.groups) if wants_c else None
-            frozen = frozen._replace(
-                log_c_PKA=log_c_PKA, old_PKT=logprob_PKT if wants_old else None
-            )
-        return frozen
+        if not (wants_c or wants_old):
+            return FrozenLogprobs(baseline_logprobs(decoder, settings, batch))
+        scored = group_logprobs(decoder, settings, batch, baselines=wants_base)
+        return FrozenLogprobs(
+            log_c_base_PA=scored.log_c_base_PA,
+            log_c_PKA=answer_values(scored.logprob_PKT, batch.groups) if wants_c else None,
+            old_PKT=scored.logprob_PKT if wants_old else None,
+        )
 
     @jax.jit
     def under_reference(params: Any, batch: NrtBatch) -> Float[Array, "P K T"]:
         decoder: Decoder = nnx.merge(settings.definition, params)
-        prompts = run_prompts(decoder, batch)
-        return completion_logprobs(decoder, settings, prompts, batch)[0]
+        return group_logprobs(decoder, settings, batch, baselines=False).logprob_PKT
 
     def frozen_logprobs(params: Any, batch: NrtBatch) -> FrozenLogprobs:
         frozen = FrozenLogprobs()

@@ -25,10 +25,7 @@ from nrt_jax.training.batch import (
 from nrt_jax.training.forward import (
     Completions,
     NrtSettings,
-    baseline_logprobs,
-    completion_logprobs,
-    run_prompts,
-    start_logprobs,
+    group_logprobs,
 )
 from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss_metrics import loss_metrics
@@ -95,18 +92,18 @@ def nrt_loss(
     """
     objective, groups = settings.objective, batch.groups
 
-    # Forward: x once, then its completions (z, y*) and its baseline (empty trace, y*).
-    decoder = nnx.merge(settings.definition, params)
-    prompts = run_prompts(decoder, batch)
-    start_logprob_P = start_logprobs(decoder, settings, prompts)
-    logprob_PKT, entropy_PKT = completion_logprobs(decoder, settings, prompts, batch)
-    completions = mask_completions(logprob_PKT, entropy_PKT, frozen, groups, objective)
+    # Forward: x once, with its completions (z, y*) and its baseline (empty trace, y*).
+    decoder, log_c_base_PA = nnx.merge(settings.definition, params), frozen.log_c_base_PA
+    scored = group_logprobs(decoder, settings, batch, baselines=log_c_base_PA is None)
+    completions = mask_completions(
+        scored.logprob_PKT, scored.entropy_PKT, frozen, groups, objective
+    )
 
     # Confidences c and c_base in the answer.
-    log_c_PKA, mask_PA = answer_values(logprob_PKT, groups), answer_mask(groups)
-    log_c_base_PA = frozen.log_c_base_PA
+    log_c_PKA, mask_PA = answer_values(scored.logprob_PKT, groups), answer_mask(groups)
     if log_c_base_PA is None:
-        log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
+        log_c_base_PA = scored.log_c_base_PA
+        assert log_c_base_PA is not None
 
     # Rewards, advantages and token signals: constants to the gradient.
     rewarded_PKA = log_c_PKA if frozen.log_c_PKA is None else frozen.log_c_PKA
@@ -115,7 +112,7 @@ def nrt_loss(
 
     # Loss terms, summed over prompts, traces and tokens.
     policy = _policy_terms(completions, rewards, objective)
-    format_PK = _format_losses(completions, start_logprob_P, groups, objective)
+    format_PK = _format_losses(completions, scored.start_P, groups, objective)
     terms = {
         "trace": _trace_term(policy, completions, objective),
         "token": _token_term(log_c_PKA, mask_PA, rewards, completions, settings),

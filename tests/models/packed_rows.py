@@ -61,7 +61,7 @@ class PackedRows:
         return own_mask(jnp.zeros_like(self.segments_BT), self.segments_BT, None)
 
     def prefix_mask(self, prefix: KVPrefix) -> jax.Array:
-        return prefix_mask(jnp.zeros_like(self.segments_BT), self.continued_BT, prefix, None)
+        return prefix_mask(jnp.zeros_like(self.segments_BT), self.continued_BT, *prefix[2:], None)
 
     def outputs_and_gradients(self, attention: Callable[..., jax.Array], arrays: Any) -> Any:
         """Outputs at tokens, and gradients of a weighted sum of them."""

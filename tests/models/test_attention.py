@@ -49,9 +49,9 @@ def test_prefix_mask_by_hand():
     positions, continued = jnp.asarray([[3, 4], [3, 4]]), jnp.ones((2, 2), int)
     everything = [0, 1, 1, 1]
     np.testing.assert_array_equal(
-        prefix_mask(positions, continued, prefix, None)[0], [everything] * 4
+        prefix_mask(positions, continued, *prefix[2:], None)[0], [everything] * 4
     )
-    windowed = prefix_mask(positions, continued, prefix, 3)[0]
+    windowed = prefix_mask(positions, continued, *prefix[2:], 3)[0]
     np.testing.assert_array_equal(windowed, [[0, 0, 1, 1], [0, 0, 0, 1]] * 2)
 
 
@@ -61,10 +61,10 @@ def test_prefix_mask_of_packed_prompts_by_hand():
     prefix = KVPrefix(*jnp.zeros((2, 1, 4, 1, 2)), positions, segments)
     continued = jnp.asarray([[1, 2], [2, 0]])
     expected = [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
-    mask = prefix_mask(jnp.asarray([[2, 1], [1, 0]]), continued, prefix, None)
+    mask = prefix_mask(jnp.asarray([[2, 1], [1, 0]]), continued, *prefix[2:], None)
     np.testing.assert_array_equal(mask[0], expected)
     # Each prompt's positions count from 0: windows are measured within it.
-    mask = prefix_mask(jnp.asarray([[2, 1], [1, 0]]), continued, prefix, 2)
+    mask = prefix_mask(jnp.asarray([[2, 1], [1, 0]]), continued, *prefix[2:], 2)
     np.testing.assert_array_equal(mask[0], [[0, 1, 0, 0], *expected[1:]])
 
 
@@ -109,7 +109,7 @@ def test_shared_prefix_equals_copies(window):
     q, k, v, positions = example()
     prefix, R = example_prefix(), B // P
     mask = own_mask(positions, jnp.ones((B, T), int), window)
-    before = prefix_mask(positions, jnp.ones_like(positions).at[-1].set(2), prefix, window)
+    before = prefix_mask(positions, jnp.ones_like(positions).at[-1].set(2), *prefix[2:], window)
     actual = attend(q, k, v, mask, prefix, before)
 
     copied_k = jnp.concatenate([jnp.repeat(prefix.k, R, axis=0), k], axis=1)
@@ -122,7 +122,7 @@ def test_prefix_is_not_copied_to_its_sequences():
     q, k, v, positions = example()
     prefix = example_prefix()
     ones = jnp.ones_like(positions)
-    mask, before = own_mask(positions, ones, None), prefix_mask(positions, ones, prefix, None)
+    mask, before = own_mask(positions, ones, None), prefix_mask(positions, ones, *prefix[2:], None)
     jaxpr = jax.make_jaxpr(lambda *x: attend(*x, mask, prefix, before))(q, k, v)
     sizes = [np.prod(o.aval.shape) for equation in jaxpr.eqns for o in equation.outvars]
     assert max(sizes) < B * S * H * D

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from nrt_jax.errors import InputError
 from nrt_jax.models import attention_backend
 from nrt_jax.models.decoder import Decoder
+from nrt_jax.models.rows import TokenRows
 from nrt_jax.models.sharding import param_shardings
 from nrt_jax.models.splash_attention import splash_attend
 from tests.models.tiny import LLAMA, architecture, close, decoder, mesh, tokens
@@ -26,7 +27,10 @@ MESHES = [
 
 
 def run(model: Decoder):
-    """Hidden states of the tokens of packed rows, and gradients of a weighted sum of them."""
+    """Hidden states of the tokens of packed rows, and gradients of a weighted sum of them.
+
+    Without a mesh prompts and rows run one after the other, with one in one pass.
+    """
     graph, state = nnx.split(model)
     state = nnx.to_pure_dict(state)
     if model.mesh is not None:
@@ -38,11 +42,16 @@ def run(model: Decoder):
         model = nnx.merge(graph, state)
         prompts, prompt_segments = tokens((P, S)), _segments(P, S, ends=(7, 14))
         positions = jnp.broadcast_to(jnp.arange(S), (P, S))
-        _, prefix = model.hidden(prompts, positions, prompt_segments)
+        prompt_rows = TokenRows(prompts, positions, prompt_segments)
         branches, segments = tokens((P * R, T), seed=1), _segments(P * R, T, ends=(5, 11, 20))
         positions = S + jnp.broadcast_to(jnp.arange(T), segments.shape)
         continued = jnp.minimum(segments, 2)
-        states, _ = model.hidden(branches, positions, segments, prefix, continued)
+        rows = TokenRows(branches, positions, segments, continued)
+        if model.mesh is None:
+            _, prefix = model.hidden(*prompt_rows[:3])
+            states, _ = model.hidden(*rows[:3], prefix, continued)
+        else:
+            _, states = model.hidden_of_packs(prompt_rows, rows)
         weights = jnp.sin(jnp.arange(states.size)).reshape(states.shape)
         states = jnp.where(segments[:, :, None] != 0, states, 0)
         return jnp.sum(weights * states), states

@@ -16,7 +16,7 @@ from nrt_jax.models.sharding import make_mesh
 from nrt_jax.objective.rewards import compute_rewards, score_rewards
 from nrt_jax.objective.schemes import rewards_of
 from nrt_jax.training.batch import answer_mask, answer_values, group_lengths
-from nrt_jax.training.forward import baseline_logprobs, completion_logprobs, run_prompts
+from nrt_jax.training.forward import group_logprobs
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.types import Group, SuffixLogprobs
 from tests.objective import oracle
@@ -66,10 +66,9 @@ def forward(groups: Sequence[Group]) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch = worlds.batch_of(list(groups))
     settings = worlds.settings(DEFINITION)
     decoder = nnx.merge(DEFINITION, PARAMS)
-    prompts = run_prompts(decoder, batch)
-    logprob_PKT, _ = completion_logprobs(decoder, settings, prompts, batch)
-    log_c_PKA = answer_values(logprob_PKT, batch.groups)
-    log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
+    scored = group_logprobs(decoder, settings, batch, baselines=True)
+    log_c_PKA, log_c_base_PA = answer_values(scored.logprob_PKT, batch.groups), scored.log_c_base_PA
+    assert log_c_base_PA is not None
     # A batch has the longest groups first.
     (plan,) = Packer(Layout(PROMPTS, packing=False)).plan([group_lengths(g) for g in groups])
     back_P = np.argsort(plan.groups)

@@ -12,7 +12,7 @@ from flax import nnx
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.training import loss
 from nrt_jax.training.batch import NrtBatch, answer_mask, answer_values
-from nrt_jax.training.forward import baseline_logprobs, completion_logprobs, run_prompts
+from nrt_jax.training.forward import group_logprobs
 from nrt_jax.training.frozen_logprobs import FrozenLogprobs, frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
 from nrt_jax.training.packing import Layout, Packer
@@ -72,10 +72,10 @@ def rounding() -> float:
     @jax.jit
     def gap(params, batch):
         decoder, settings = nnx.merge(HALF, params), worlds.settings(HALF)
-        prompts = run_prompts(decoder, batch)
-        logprob_PKT, _ = completion_logprobs(decoder, settings, prompts, batch)
-        log_c_PA = answer_values(logprob_PKT, batch.groups)[:, 1]
-        gap_PA = jnp.abs(log_c_PA - baseline_logprobs(decoder, settings, prompts, batch))
+        scored = group_logprobs(decoder, settings, batch, baselines=True)
+        assert scored.log_c_base_PA is not None
+        log_c_PA = answer_values(scored.logprob_PKT, batch.groups)[:, 1]
+        gap_PA = jnp.abs(log_c_PA - scored.log_c_base_PA)
         return jnp.where(answer_mask(batch.groups), gap_PA, 0).max()
 
     return float(gap(HALF_PARAMS, batch))
@@ -93,14 +93,14 @@ def rounding() -> float:
 def test_rounding_makes_no_trace_term(traces, estimator, monkeypatch):
     """Whatever the logprobs of each trace are off by."""
 
-    def off(decoder, settings, prompts, batch):
-        logprob_PKT, entropy_PKT = completion_logprobs(decoder, settings, prompts, batch)
+    def off(decoder, settings, batch, **asked):
+        scored = group_logprobs(decoder, settings, batch, **asked)
         noise_K11 = 1e-2 * jnp.arange(1, 4)[:, None]
         empty_PK1 = (batch.groups.trace_length_PK == 0)[:, :, None]
         worse_PK1 = jnp.any(empty_PK1, axis=1, keepdims=True) & ~empty_PK1
-        return logprob_PKT + noise_K11[None] - 50.0 * worse_PK1, entropy_PKT
+        return scored._replace(logprob_PKT=scored.logprob_PKT + noise_K11[None] - 50.0 * worse_PK1)
 
-    monkeypatch.setattr(loss, "completion_logprobs", off)
+    monkeypatch.setattr(loss, "group_logprobs", off)
     batch, settings = packed(groups_of(*traces)), worlds.settings(DEFINITION, estimator=estimator)
     _, metrics = jax.jit(
         lambda params: nrt_loss(params, batch, FrozenLogprobs(), sequences=8, settings=settings)

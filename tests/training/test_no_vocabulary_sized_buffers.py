@@ -1,4 +1,4 @@
-"""No program of training holds an array of tokens by vocabulary: its tokens are those of a chunk.
+"""No program of training holds an array of tokens by vocabulary, or moves a weight in every chunk.
 
 Read off the compiled programs, shape by shape. The vocabulary's share of a device is a prime that
 no other size has as a factor: an array with that dim, merged with others or not, is one whose
@@ -7,8 +7,9 @@ number of elements is a multiple of it. The weights [V, D] are among them, D bei
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
+from benchmarks.compiled_text import Collective, collectives
 from nrt_jax.checkpoints.train_state import state_shardings
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.config.optimizer import OptimizerConfig
@@ -121,6 +123,8 @@ def nrt(world: World, chunk: int) -> tuple[jax.stages.Compiled, int]:
     batch = packed_batch(world)
     settings = worlds.settings(world.definition, chunk=chunk, **OBJECTIVE)
     scores = jax.eval_shape(scorer_of(world, chunk), world.params, world.params, batch)
+    # The baselines run with the others.
+    scores = scores._replace(log_c_base_PA=None)
 
     def loss_fn(params: Any, inputs: Any) -> Any:
         return nrt_loss(params, *inputs, sequences=32, settings=settings)
@@ -154,15 +158,22 @@ def most_tokens(program: jax.stages.Compiled, vocabulary: int) -> int:
     return max(size // vocabulary for size in sizes if size % vocabulary == 0)
 
 
+SHARDED = ("data=2,fsdp=2,tensor=2", 1018)
+
+
+@cache
+def in_chunks(make_program: Callable, mesh_axes: str, vocab_multiple: int) -> tuple:
+    """The world, its program, and the tokens of that."""
+    world = make_world(mesh_axes, vocab_multiple)
+    return world, *make_program(world, CHUNK)
+
+
 @pytest.mark.parametrize("make_program", [nrt, scoring, sft])
-@pytest.mark.parametrize(
-    ("mesh_axes", "vocab_multiple"), [("data=1", 1), ("data=2,fsdp=2,tensor=2", 1018)]
-)
+@pytest.mark.parametrize(("mesh_axes", "vocab_multiple"), [("data=1", 1), SHARDED])
 def test_no_array_has_the_vocabulary_of_more_tokens_than_a_chunk(
     make_program, mesh_axes, vocab_multiple
 ):
-    world = make_world(mesh_axes, vocab_multiple)
-    program, tokens = make_program(world, CHUNK)
+    world, program, tokens = in_chunks(make_program, mesh_axes, vocab_multiple)
     tokens //= world.shards
     assert tokens >= 4 * CHUNK
     together = most_tokens(program, world.vocabulary)
@@ -171,3 +182,43 @@ def test_no_array_has_the_vocabulary_of_more_tokens_than_a_chunk(
     program, _ = make_program(world, 10**6)
     together = most_tokens(program, world.vocabulary)
     assert together >= tokens
+
+
+def sharded_collectives(make_program: Callable) -> tuple[list[Collective], list[Collective]]:
+    """Of a sharded program: those of an array with a dim of the vocabulary, and the others."""
+    world, program, _ = in_chunks(make_program, *SHARDED)
+    found = collectives(program.as_text(), world.mesh.size)
+    of_vocabulary = [
+        c for c in found if any(math.prod(dims) % world.vocabulary == 0 for _, dims in c.shapes)
+    ]
+    return of_vocabulary, [c for c in found if c not in of_vocabulary]
+
+
+# Forward and backward may share a gathered head.
+TRAINED = {"all-gather": 2, "all-to-all": 1, "all-reduce": 2}
+
+
+@pytest.mark.parametrize(
+    ("make_program", "counts"), [(nrt, TRAINED), (scoring, {"all-gather": 4}), (sft, TRAINED)]
+)
+def test_weights_of_the_vocabulary_move_once_per_pass(make_program, counts):
+    """Embedding and head are gathered, twice in scoring, which runs the reference too; the head's
+    gradient is exchanged over fsdp and summed over data, and the embedding's is summed."""
+    of_vocabulary, _ = sharded_collectives(make_program)
+    assert not [c for c in of_vocabulary if c.loops]
+    assert Counter(c.kind for c in of_vocabulary) == counts
+
+
+@pytest.mark.parametrize(
+    ("make_program", "weights", "sums"), [(nrt, 14, 9), (scoring, 14, 5), (sft, 14, 8)]
+)
+def test_collectives_of_a_layer_do_not_grow_in_number(make_program, weights, sums):
+    """Seven weights are gathered per pass, of which scoring has two, forward under two policies.
+
+    Baselines, which run apart from other rows, share what is gathered, and have a sum over `tensor`
+    of their own.
+    """
+    _, others = sharded_collectives(make_program)
+    layers = ARCHITECTURE.num_hidden_layers
+    counts = Counter(c.kind for c in others if c.loops == (layers,))
+    assert counts == {"all-gather": weights, "all-reduce": sums}

@@ -11,16 +11,9 @@ from flax import nnx
 from nrt_jax.checkpoints.saved_groups import pack_groups, read_arrays, unpack_groups
 from nrt_jax.config.load import load_config
 from nrt_jax.config.run import RunConfig
-from nrt_jax.models.decoder import Decoder
 from nrt_jax.training import nrt
 from nrt_jax.training.batch import NrtBatch, answer_mask, group_lengths, nrt_batch
-from nrt_jax.training.forward import (
-    NrtSettings,
-    Prompts,
-    baseline_logprobs,
-    completion_logprobs,
-    run_prompts,
-)
+from nrt_jax.training.forward import GroupLogprobs, NrtSettings, group_logprobs
 from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loop import train
 from nrt_jax.training.loss import mask_completions
@@ -91,24 +84,27 @@ class Watched:
 
     def gap(self, step: int, version: int) -> float:
         """Largest difference of a step's sampled logprobs from those under a version's weights."""
-        settings, decoder, prompts, batch = self._prompts(step, version)
-        logprobs = completion_logprobs(decoder, settings, prompts, batch)
+        settings, scored, batch = self._scored(step, version)
         completions = mask_completions(
-            *logprobs, FrozenLogprobs(), batch.groups, settings.objective
+            scored.logprob_PKT,
+            scored.entropy_PKT,
+            FrozenLogprobs(),
+            batch.groups,
+            settings.objective,
         )
         gap_PKT = np.abs(completions.logprob_PKT - completions.sampler_PKT)
         return float(np.where(completions.covered_PKT, gap_PKT, 0).max())
 
     def baseline_gap(self, step: int, version: int) -> float:
         """The same of c_base."""
-        settings, decoder, prompts, batch = self._prompts(step, version)
+        _, scored, batch = self._scored(step, version)
         assert batch.scored is not None
-        log_c_base_PA = baseline_logprobs(decoder, settings, prompts, batch)
-        gap_PA = np.abs(log_c_base_PA - batch.scored.log_c_base_PA)
+        assert scored.log_c_base_PA is not None
+        gap_PA = np.abs(scored.log_c_base_PA - batch.scored.log_c_base_PA)
         return float(np.where(answer_mask(batch.groups), gap_PA, 0).max())
 
-    def _prompts(self, step: int, version: int) -> tuple[NrtSettings, Decoder, Prompts, NrtBatch]:
-        """A step's groups as one batch, with its prompts run under a version's weights."""
+    def _scored(self, step: int, version: int) -> tuple[NrtSettings, GroupLogprobs, NrtBatch]:
+        """A step's groups as one batch, scored under a version's weights."""
         settings, groups = self.settings, self.groups[step]
         assert settings is not None
         (plan,) = Packer(Layout(len(groups), packing=False)).plan(
@@ -117,7 +113,7 @@ class Watched:
         think = {"think_start": settings.think_start, "think_end": settings.think_end}
         batch = worlds.as_jax(nrt_batch(groups, plan, **think))
         decoder = nnx.merge(settings.definition, worlds.as_jax(self.weights[version]))
-        return settings, decoder, run_prompts(decoder, batch), batch
+        return settings, group_logprobs(decoder, settings, batch, baselines=True), batch
 
 
 def watched(tiny_config, directory, *overrides: str) -> Watched:
