@@ -1,14 +1,14 @@
 """What the compiled programs send between chips, beside the least possible; compiled, never run.
 
-    python -m benchmarks.collectives --mesh fsdp=8
+    python -m benchmarks.collectives
     python -m benchmarks.collectives --mesh data=2,tensor=4 --programs prefill,decode
     python -m benchmarks.collectives --mesh fsdp=16,tensor=4 --topology v5p:4x4x4
 
 Needs libtpu and no TPU; a program of the 8B shape compiles for minutes. `gradient` is a micro-batch
-of 8 x (1,024 + 4 x 2,048) tokens with scores that were computed before, `scoring` what scores it,
-with its baselines, `prefill` a prompt of 1,024 tokens in each shard of the slots, `decode` a step
-of 64 slots. Bytes are those that one chip sends in a ring, loops multiplied out; branches on a
-condition are left out.
+of 8 x (1,024 + 4 x 2,048) tokens and of baselines of 8 x 256, which have no gradient, `scoring`
+what scores it before several updates, `prefill` a prompt of 1,024 tokens in each shard of the
+slots, `decode` a step of 64 slots. Bytes are those that one chip sends in a ring, loops multiplied
+out; branches on a condition are left out.
 
 The least: the weights of layers and head gathered over `fsdp` in bf16 once per pass (forward, and
 backward, which runs the layers again), and their gradient reduced once in bf16; tokens exchanged
@@ -21,6 +21,7 @@ import argparse
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from nrt_jax.models.sharding import make_mesh
 from tests.engine import tpu_compile as engine
 from tests.training import tpu_compile as training
 
+MESHES = ("fsdp=8", "fsdp=4,tensor=2")
 PROGRAMS = ("gradient", "scoring", "prefill", "decode")
 BF16 = 2
 GIB = 2**30
@@ -41,7 +43,7 @@ GIB = 2**30
 def main() -> None:
     """Compile, read, print."""
     parser = argparse.ArgumentParser(description="Collectives of compiled TPU programs.")
-    parser.add_argument("--mesh", required=True, help="sizes, such as fsdp=4,tensor=2")
+    parser.add_argument("--mesh", nargs="+", default=MESHES, help="sizes, such as fsdp=4,tensor=2")
     parser.add_argument("--topology", default="v5p:2x2x2")
     parser.add_argument("--shape", default="llama-8b", choices=sorted(engine.SHAPES))
     parser.add_argument("--programs", default=",".join(PROGRAMS))
@@ -50,10 +52,10 @@ def main() -> None:
     # Nothing is asked of a machine that would tell what TPU this is.
     os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
-    mesh = make_mesh(parse_mesh(args.mesh), topology.devices)
-    for name in args.programs.split(","):
+    for sizes, name in product(args.mesh, args.programs.split(",")):
+        mesh = make_mesh(parse_mesh(sizes), topology.devices)
         program = lowered(name, args.shape, mesh).compile()
-        print(f"\n{name}, {args.shape}, {args.mesh} of {args.topology}")
+        print(f"\n{name}, {args.shape}, {sizes} of {args.topology}")
         print("\n".join(report(name, program, Least(args.shape, mesh), args.lines)), flush=True)
 
 
@@ -115,15 +117,16 @@ class Least(NamedTuple):
     def gradient(self) -> float:
         """Weights forward and backward, their gradient, and activations."""
         tokens, scored = self._training_tokens()
+        baselines = self._baseline_tokens()
         weights, exchanged = self._layers() + self._head(), 2 * self._embedded(tokens)
+        exchanged += self._embedded(baselines)
         layers, head = 5 * self._sums(tokens), self._sums(scored) / self._size("num_hidden_layers")
+        layers += 2 * self._sums(baselines)
         return 2 * self._gathered(weights) + self._reduced(weights) + exchanged + layers + head
 
     def scoring(self) -> float:
         """One pass, of the baselines too."""
-        shape = training.SHAPE
-        baselines = shape.packs * shape.baseline_tokens / self._rows()
-        tokens = self._training_tokens()[0] + baselines
+        tokens = self._training_tokens()[0] + self._baseline_tokens()
         weights = self._gathered(self._layers() + self._head())
         return weights + self._embedded(tokens) + 2 * self._sums(tokens)
 
@@ -146,6 +149,10 @@ class Least(NamedTuple):
         shape = training.SHAPE
         scored = shape.packs * shape.rows * shape.row_tokens
         return (scored + shape.packs * shape.prompt_tokens) / self._rows(), scored / self._rows()
+
+    def _baseline_tokens(self) -> float:
+        """Of one chip."""
+        return training.SHAPE.packs * training.SHAPE.baseline_tokens / self._rows()
 
     def _layers(self) -> float:
         """Bytes of the layers' weights in bf16, of one shard of `tensor`."""

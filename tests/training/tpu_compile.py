@@ -74,7 +74,7 @@ def main(shape: str, mesh_axes: str) -> None:
 
 
 def lowered(shape: str, mesh: Mesh) -> Programs:
-    """Scoring, the gradient of a micro-batch with frozen scores, and the update."""
+    """Scoring, the gradient of a micro-batch with its baselines, and the update."""
     a = Architecture(**SHAPES[shape], head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling())
     decoder = abstract_decoder(
         a,
@@ -100,7 +100,7 @@ def lowered(shape: str, mesh: Mesh) -> Programs:
     scores = jax.tree.map(
         lambda leaf: leaf.update(sharding=batch_sharding(mesh)),
         jax.eval_shape(scorer, params, batch),
-    )
+    )._replace(log_c_base_PA=None)
     rule = UpdateRule(optimizer, shardings)
     update = Update(loss_fn, rule)
     total = abstract_total(loss_fn, params, (batch, scores), mesh)
