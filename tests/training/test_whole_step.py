@@ -98,3 +98,34 @@ def test_with_think_end_alone_the_trainer_scores_what_the_sampler_drew_from(
     assert not special & {int(token) for trace in traces for token in trace.tokens}
     assert metrics["trace/end_other_share"] == 0
     assert metrics["mismatch/max"] < 1e-4
+
+
+@pytest.mark.slow
+def test_a_run_with_sharded_tokens_equals_the_run_without(tiny_config, tmp_path):
+    """Rollouts, updates and evaluations of four steps, on the eight devices of the tests."""
+    runs = []
+    for mesh in (("mesh.data=8",), ("mesh.data=4", "mesh.context=2")):
+        overrides = (
+            "train.steps=4",
+            "train.batch_prompts=8",
+            "train.mini_batch_prompts=8",
+            "train.micro_batch_prompts=8",
+            *mesh,
+        )
+        run = TinyRun(tiny_config, tmp_path / mesh[-1], overrides)
+        train(load_config(RunConfig, [tiny_config], (*overrides, f"run_dir={run.directory}")))
+        runs.append(run)
+    without, sharded = (run.metrics() for run in runs)
+    for mine, theirs in zip(sharded, without, strict=True):
+        mine, theirs = (_of_training(row) for row in (mine, theirs))
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+    assert runs[1].lines("samples.jsonl") == runs[0].lines("samples.jsonl")
+    weights, expected = (run.arrays(4) for run in runs)
+    for name, array in expected.items():
+        np.testing.assert_allclose(weights[name], array, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def _of_training(row: dict[str, float]) -> dict[str, float]:
+    """Metrics without what follows from the mesh: the shapes of batches, and the weights that move
+    to the rollouts."""
+    return {n: x for n, x in row.items() if not n.startswith(("batch/", "weights/bytes"))}
