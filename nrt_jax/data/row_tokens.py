@@ -1,7 +1,7 @@
 """Rows → token ids: x with the template's control tokens, y* with the end-of-sequence token."""
 
 import math
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -39,13 +39,6 @@ class RowTokenizer:
         self._config = config
         self._tokenizer = tokenizer
         self._template = PromptTemplate(config, tokenizer)
-
-    def fields_of(self, names: Container[str]) -> tuple[str, ...]:
-        """Where the question and answer of a row stand which has the fields `names`."""
-        config = self._config
-        if self._template.is_chat and config.messages_field in names:
-            return (config.messages_field,)
-        return config.question_field, config.answer_field
 
     def of_rows(self, rows: Iterable[Row]) -> Iterator[tuple[Row, TokenizedExample | BadRow]]:
         """Each row, in order, with its ids or with the reason why it is unusable."""
@@ -121,22 +114,12 @@ class RowTokenizer:
             return bad
 
     def _render_fields(self, fields: dict) -> Rendered:
-        """Apply the template to a row; BadRow when it lacks what the template needs.
-
-        With a chat template, x is every turn before the last assistant turn, and that turn is y*. A
-        row without messages is a conversation of its question.
-        """
-        config = self._config
-        if self.fields_of(fields) == (config.messages_field,):
-            messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
-            user_text = next((t["content"] for t in messages[::-1] if t["role"] == "user"), "")
-            return Rendered(self._template.chat(messages), answer, user_text=user_text)
-        question = _text(fields, config.question_field)
-        answer, *aliases = _answers(fields, config.answer_field)
-        if self._template.is_chat:
-            turn = {"role": "user", "content": question}
-            return Rendered(self._template.chat([turn]), answer, tuple(aliases), question)
-        return Rendered(self._template.plain(question), answer, tuple(aliases))
+        """Apply the template to a row; BadRow when it lacks what the template needs."""
+        messages, (answer, *aliases) = read_conversation(self._config, fields)
+        if not self._template.is_chat:
+            return Rendered(self._template.plain(messages[0]["content"]), answer, tuple(aliases))
+        prompt = self._template.chat(messages)
+        return Rendered(prompt, answer, tuple(aliases), last_user_turn(messages))
 
     def _encode(self, rendered: Sequence[Rendered]) -> Iterator[list[list[int]]]:
         """The ids of each row's texts, the answer last."""
@@ -225,6 +208,24 @@ def _check_length(what: str, length: int, limit: int, text: str) -> None:
             f"the {what} {shorten(text)} has {length} tokens, more than "
             f"data.max_{what}_tokens={limit}; raise it or shorten the row",
         )
+
+
+def read_conversation(config: DataConfig, fields: dict) -> tuple[Messages, list[str]]:
+    """The turns of a row before its answer, and the right answers, of which the first is y*.
+
+    With a chat template, x is every turn before the last assistant turn, and that turn is y*. A row
+    without messages is a conversation of its question. Raises BadRow for a row without these.
+    """
+    if config.template != "plain" and config.messages_field in fields:
+        messages, answer = _read_messages(fields[config.messages_field], config.messages_field)
+        return messages, [answer]
+    question = _text(fields, config.question_field)
+    return [{"role": "user", "content": question}], _answers(fields, config.answer_field)
+
+
+def last_user_turn(messages: Messages) -> str:
+    """What the last user turn says; empty where there is none."""
+    return next((turn["content"] for turn in messages[::-1] if turn["role"] == "user"), "")
 
 
 def _read_messages(messages: object, field: str) -> tuple[Messages, str]:
