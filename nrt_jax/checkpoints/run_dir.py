@@ -63,6 +63,7 @@ weight beyond rounding."""
 _COMPARED_BY_CONTENT = (
     "data.path",
     "data.eval_path",
+    "data.leave_out",
     "data.tokenizer",
     "data.template_file",
     "model.path",

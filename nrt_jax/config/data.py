@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from nrt_jax.config.load import MOST_TOKENS, ConfigPath, Section
-from nrt_jax.config.rows import CONVERSATIONS, GENERATORS, DataPaths, MixturePart, RowsConfig
+from nrt_jax.config.rows import (
+    CONVERSATIONS,
+    GENERATORS,
+    Benchmarks,
+    DataPaths,
+    MixturePart,
+    RowsConfig,
+)
 from nrt_jax.config.tulu3 import SOURCES, TABLE4
 
 UNSTATED = "unstated"
@@ -98,6 +105,21 @@ class DataConfig(RowsConfig):
     """Rows with a longer answer (end-of-sequence token included) are bad rows."""
     max_bad_share: float = Field(default=0.01, ge=0, le=1)
     """Bad rows are counted and skipped up to this share of a file; beyond it the run stops."""
+    duplicates: Literal["drop", "keep"] = "drop"
+    """Training rows with the prompt and the answer of an earlier one, white space at their ends
+    aside: drop leaves them out, keep trains on them; both count them."""
+    contamination: Benchmarks = ()
+    """Benchmarks whose questions are left out of training: files, or mappings with the keys of this
+    table from source to strip_suffixes."""
+    contamination_ngram: int = Field(default=8, ge=1, le=100)
+    """Words of a run that a prompt and a benchmark question must share to count. A shorter question
+    matches only a prompt that asks it alone."""
+    contamination_share: float = Field(default=0.5, ge=0, lt=1)
+    """A row is left out when more than this share of a benchmark question's words stands in shared
+    runs. 8 words and 0.5 are the rule of tulu-3; 13 and 0 that of GPT-3."""
+    leave_out: ConfigPath | None = None
+    """JSON Lines with the file and row of training rows to leave out, such as `nrt-jax data
+    deduplicate` writes."""
     shuffle: bool = True
     """Shuffle the rows anew for every epoch; false keeps the order of the source."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
@@ -112,6 +134,11 @@ class DataConfig(RowsConfig):
         elif self.path is None and self.source not in GENERATORS:
             named = "no source" if self.source is None else f"source '{self.source}'"
             raise ValueError(f"{named} needs a file; set data.path")
+        if self.generated and (self.contamination or self.leave_out):
+            raise ValueError(
+                f"contamination and leave_out filter the rows of files and source '{self.source}' "
+                "generates its rows; leave them out"
+            )
         if self.template == "plain" and self.template_file is not None:
             raise ValueError(
                 f"template_file={self.template_file} is a chat template and template 'plain' has "

@@ -162,3 +162,23 @@ class MixturePart(RowsConfig):
         if self.weight is not None and self.rows is not None:
             raise ValueError(f"the source {self.name} has weight and rows; leave one out")
         return self
+
+
+class Benchmark(RowsConfig):
+    """Questions that a model is evaluated on; their answers are not read."""
+
+    @model_validator(mode="after")
+    def _reads_files(self) -> "Benchmark":
+        if self.path is None or self.source in GENERATORS:
+            raise ValueError("a benchmark needs files; set its path")
+        return self
+
+
+def _benchmarks(value: Any) -> Any:
+    """A path alone stands for the files of a benchmark with the usual fields."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": one} if isinstance(one, str | Path) else one for one in values)
+
+
+Benchmarks = Annotated[tuple[Benchmark, ...], BeforeValidator(_benchmarks)]
+"""Files of benchmarks: paths, or mappings with the keys of `RowsConfig`."""

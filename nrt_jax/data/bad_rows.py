@@ -1,8 +1,8 @@
-"""Unusable rows: counted by reason, and tolerated up to a share of the file."""
+"""Rows that are left out, counted by reason; unusable ones are tolerated up to a share."""
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nrt_jax.errors import InputError
@@ -20,7 +20,11 @@ class BadRow(ValueError):
 
     def __reduce__(self) -> tuple[type["BadRow"], tuple[str, str]]:
         """For pickle, which would call the class with the one message."""
-        return BadRow, (self.reason, self.detail)
+        return type(self), (self.reason, self.detail)
+
+
+class LeftOut(BadRow):
+    """A usable row that a filter leaves out; it does not count towards data.max_bad_share."""
 
 
 def shorten(value: object) -> str:
@@ -43,53 +47,70 @@ class Rejected(NamedTuple):
 
 
 class BadRows:
-    """The unusable rows of one source, counted and kept in order."""
+    """The rows of one source that are left out, counted and kept in order."""
 
     def __init__(self, name: str):
         self.name = name
         self.counts: Counter[str] = Counter()
         self.rejected: list[Rejected] = []
+        self._unusable: Counter[str] = Counter()
         self._first: tuple[str, str] | None = None
+        self._first_unusable: tuple[str, str] | None = None
 
     def add(self, place: str, bad: BadRow, *, file: str, fields: Any) -> None:
         """Count the next bad row; messages name it by its `place`, such as "line 3"."""
         self.counts[bad.reason] += 1
         row = place.removeprefix(f"{file} ")
-        self.rejected.append(Rejected(file, row, bad.reason, bad.detail, _excerpt(fields)))
-        if self._first is None:
-            self._first = (place, bad.detail)
+        self.rejected.append(Rejected(file, row, bad.reason, bad.detail, excerpt(fields)))
+        self._first = self._first or (place, bad.detail)
+        if not isinstance(bad, LeftOut):
+            self._unusable[bad.reason] += 1
+            self._first_unusable = self._first_unusable or (place, bad.detail)
 
     def to_json(self) -> dict[str, Any]:
         """All but the name, for `add_all`."""
         return {
             "counts": dict(self.counts),
+            "unusable": dict(self._unusable),
             "rejected": [list(row) for row in self.rejected],
             "first": self._first,
+            "first_unusable": self._first_unusable,
         }
 
     def add_all(self, saved: Mapping[str, Any]) -> None:
         """Add the rows of a later part of the source, which `to_json` has given."""
         self.counts.update(saved["counts"])
+        self._unusable.update(saved["unusable"])
         self.rejected += [Rejected(*row) for row in saved["rejected"]]
-        if self._first is None and saved["first"] is not None:
-            place, detail = saved["first"]
-            self._first = (place, detail)
+        self._first = self._first or _place(saved["first"])
+        self._first_unusable = self._first_unusable or _place(saved["first_unusable"])
 
     def check(self, good_rows: int, max_bad_share: float) -> None:
-        """InputError when too many rows were bad, or none was good."""
-        bad_rows = self.counts.total()
-        total = bad_rows + good_rows
+        """InputError when too many rows were unusable, or none is left."""
+        total = self.counts.total() + good_rows
         if total == 0:
             raise InputError(f"{self.name}: holds no rows; give a file with at least one")
-        if self._first is None or (good_rows and bad_rows <= max_bad_share * total):
+        # Where none is left, what the filters left out is part of the reason.
+        counts = self._unusable if good_rows else self.counts
+        first = self._first_unusable if good_rows else self._first
+        bad_rows = counts.total()
+        if first is None or (good_rows and bad_rows <= max_bad_share * total):
             return
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.counts.most_common())
-        place, detail = self._first
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
+        place, detail = first
+        what = "unusable" if counts == self._unusable else "left out"
         limit = f"more than data.max_bad_share={max_bad_share:g}" if good_rows else "none is left"
         raise InputError(
-            f"{self.name}: {bad_rows} of {total} rows are unusable ({reasons}), {limit}; "
+            f"{self.name}: {bad_rows} of {total} rows are {what} ({reasons}), {limit}; "
             f"first {place}: {detail}"
         )
+
+
+def _place(saved: Sequence[str] | None) -> tuple[str, str] | None:
+    if saved is None:
+        return None
+    place, detail = saved
+    return place, detail
 
 
 def rejected_lines(rejected: Iterable[Rejected]) -> bytes:
@@ -106,7 +127,8 @@ def reasons_table(counts: Mapping[str, int]) -> list[str]:
     return [f"{count:>{width},}  {reason}" for reason, count in ordered]
 
 
-def _excerpt(fields: Any) -> str:
+def excerpt(fields: Any) -> str:
+    """The beginning of a row's fields as JSON; "" of a row that cannot be read."""
     if not isinstance(fields, dict):
         return ""
     return json.dumps(fields, ensure_ascii=False, default=repr)[:EXCERPT_CHARACTERS]

@@ -9,18 +9,35 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.data.all_rows import library_rows
 from nrt_jax.data.files import find_files, reaching
 from nrt_jax.data.hub_rows import HubRows
+from nrt_jax.data.training_rows import benchmark_source, naming_benchmarks
 
 WHOLE = ""
 """Name of the only part of an input that is one file, however the file is called."""
 
 
 def digests_of_training_data(data: DataConfig) -> dict[str, str]:
-    """Digests of all training files; in a mixture, names of parts begin with that of the source."""
+    """Digests of all training files, and of those by which rows are left out.
+
+    In a mixture, names of parts begin with that of the source.
+    """
     parts = {}
     for name, source in zip(data.source_names, data.sources, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"
         of_source = digests_of_data(source, source.path)
         parts |= {f"{name}/{file}".strip("/"): digest for file, digest in of_source.items()}
+    return parts | digests_of_filters(data)
+
+
+def digests_of_filters(data: DataConfig) -> dict[str, str]:
+    """Digests of the files by which training rows are left out, under the names of the settings."""
+    parts = {}
+    for i, benchmark in enumerate(data.contamination):
+        name, source = f"data.contamination[{i}]", benchmark_source(data, benchmark)
+        with naming_benchmarks():
+            of_benchmark = digests_of_data(source, source.path)
+        parts |= {f"{name}/{file}".strip("/"): digest for file, digest in of_benchmark.items()}
+    if data.leave_out is not None:
+        parts |= digests_of_files({"data.leave_out": data.leave_out})
     return parts
 
 

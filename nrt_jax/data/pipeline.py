@@ -15,6 +15,7 @@ from nrt_jax.data.epochs import EpochOrder
 from nrt_jax.data.mixture import draw_mixture, with_source
 from nrt_jax.data.prepared import open_prepared, prepared_directory
 from nrt_jax.data.row_choice import row_ranks
+from nrt_jax.data.row_filters import RowFilters
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.selection import IN_EVALUATION, Permuted, select
 from nrt_jax.data.source_counts import log_counts
@@ -94,10 +95,12 @@ def first_rows(
         train = open_prepared(directory, config, tokenizer).train
         yield from ((f"row {row.example.index}", row) for row in islice(train, count))
         return
+    filters = RowFilters(config)
     for source, name in zip(sources_of(config), config.source_names, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"
-        row, unread = None, read_source(source, source.path)
-        for row, tokenized in RowTokenizer(source, tokenizer).of_rows(islice(unread, count)):
+        row, unread = None, islice(read_source(source, source.path), count)
+        tokenized_rows = RowTokenizer(source, tokenizer).of_rows(unread)
+        for row, tokenized in filters.of_rows(source, tokenized_rows):
             yield f"{name} {row.place}".strip(), tokenized
         if row is None:
             BadRows(source.location).check(0, config.max_bad_share)
@@ -168,26 +171,35 @@ def _read_training(
 ) -> tuple[list[TokenizedExample], list[BadRows], list[SourceRows]]:
     """The usable training rows of every source, of a mixture those that are drawn."""
     first, by_source, bad, sources = 0, [], [], []
+    filters = RowFilters(config)
     for source, name in zip(sources_of(config), config.source_names, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"
-        read = _read_files(source, source.path, tokenizer, first)
+        read = _read_files(source, source.path, tokenizer, first, filters)
         first = read.next_number
         bad.append(read.bad)
         by_source.append([with_source(example, name) for example in read.examples])
         sources.append(SourceRows(name, len(read.examples), dict(read.bad.counts)))
+    filters.finish()
     drawn = draw_mixture(config, [len(examples) for examples in by_source])
     return [of[i] for of, rows in zip(by_source, drawn, strict=True) for i in rows], bad, sources
 
 
 def _read_files(
-    config: DataConfig, where: Path | str | Sequence[Path | str], tokenizer: Tokenizer, first: int
+    config: DataConfig,
+    where: Path | str | Sequence[Path | str],
+    tokenizer: Tokenizer,
+    first: int,
+    filters: RowFilters | None = None,
 ) -> _ReadFiles:
-    """The usable rows of one source, numbered from `first`."""
+    """The usable rows of one source that pass the filters, numbered from `first`."""
     rows, bad_rows = RowTokenizer(config, tokenizer), BadRows(location(where))
     examples: list[TokenizedExample] = []
     unread = read_source(config, where, first)
     while rows_of_slice := list(islice(unread, ROWS_PER_SLICE)):
-        for row, tokenized in rows.of_rows(rows_of_slice):
+        tokenized_rows = rows.of_rows(rows_of_slice)
+        if filters is not None:
+            tokenized_rows = filters.of_rows(config, tokenized_rows)
+        for row, tokenized in tokenized_rows:
             if isinstance(tokenized, BadRow):
                 bad_rows.add(row.place, tokenized, file=row.file, fields=row.fields)
             else:

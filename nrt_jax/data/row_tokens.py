@@ -1,7 +1,7 @@
 """Rows → token ids: x with the template's control tokens, y* with the end-of-sequence token."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -39,6 +39,13 @@ class RowTokenizer:
         self._config = config
         self._tokenizer = tokenizer
         self._template = PromptTemplate(config, tokenizer)
+
+    def fields_of(self, names: Container[str]) -> tuple[str, ...]:
+        """Where the question and answer of a row stand which has the fields `names`."""
+        config = self._config
+        if self._template.is_chat and config.messages_field in names:
+            return (config.messages_field,)
+        return config.question_field, config.answer_field
 
     def of_rows(self, rows: Iterable[Row]) -> Iterator[tuple[Row, TokenizedExample | BadRow]]:
         """Each row, in order, with its ids or with the reason why it is unusable."""

@@ -29,6 +29,11 @@ class Row(NamedTuple):
     file: str = ""
     """Path of the file."""
 
+    @property
+    def place_in_file(self) -> str:
+        """Its place without the name of the file, such as "line 3"."""
+        return self.place.removeprefix(f"{self.file} ")
+
 
 @contextmanager
 def decoded(file: Any, newline: str) -> Iterator[io.TextIOWrapper]:

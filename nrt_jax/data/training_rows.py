@@ -1,15 +1,19 @@
 """The rows of all files of a config, as the fields that it reads."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.config.rows import CONVERSATIONS, Benchmark, RowsConfig
 from nrt_jax.data.all_rows import read_all
 from nrt_jax.data.bad_rows import BadRow
 from nrt_jax.data.row_choice import choose_rows
 from nrt_jax.data.row_fields import RowFields
 from nrt_jax.data.row_presets import with_preset
 from nrt_jax.data.rows import Row
+from nrt_jax.errors import InputError
 
 
 def sources_of(config: DataConfig) -> list[DataConfig]:
@@ -27,6 +31,27 @@ def evaluation_source(config: DataConfig) -> DataConfig:
         "exclude_licences": (),
     }
     return with_preset(config.model_copy(update=others))
+
+
+def benchmark_source(config: DataConfig, benchmark: Benchmark) -> DataConfig:
+    """The config of the rows of a benchmark, as that of a source, with its question for an answer
+    too; none of them is left out."""
+    others: dict[str, Any] = {name: getattr(benchmark, name) for name in RowsConfig.model_fields}
+    others |= {"mixture": (), "permutation_seed": None, "source_rows": None, "exclude_licences": ()}
+    others["template"] = "tulu" if benchmark.preset in CONVERSATIONS else config.template
+    source = with_preset(config.model_copy(update=others))
+    answer = {"answer_field": source.question_field, "answer_jinja": source.question_jinja}
+    return source.model_copy(update=answer | {"strip_suffixes": ()})
+
+
+@contextmanager
+def naming_benchmarks() -> Iterator[None]:
+    """Errors in reading a benchmark name the setting that names its files."""
+    try:
+        yield
+    except InputError as error:
+        said = str(error).replace("data.path or data.eval_path", "data.contamination")
+        raise InputError(f"a benchmark of data.contamination: {said}") from error
 
 
 def read_source(

@@ -176,6 +176,19 @@ def test_a_change_of_any_file_is_seen(way, changed, folder, read, tmp_path):
         read(data=data).continued(saved, [], run=RUN, step=3)
 
 
+@pytest.mark.parametrize(
+    ("setting", "part"),
+    [("leave_out", "data.leave_out"), ("contamination", r"data.contamination\[0\]")],
+)
+def test_a_change_of_what_leaves_rows_out_is_seen(setting, part, folder, read):
+    data = (f"data.{setting}={folder / 'eval.jsonl'}", "data.eval_path=null")
+    saved = read(data=data)
+    assert read(data=data).continued(saved, [], run=RUN, step=3)[1] == frozenset()
+    append(" ")(folder / "eval.jsonl")
+    with pytest.raises(InputError, match=rf"data=\S+train.jsonl has changed \({part}\); restore"):
+        read(data=data).continued(saved, [], run=RUN, step=3)
+
+
 def test_every_change_is_named_at_once(folder, read):
     saved = read()
     for file, (_, change) in CHANGES.items():

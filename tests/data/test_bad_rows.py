@@ -101,7 +101,7 @@ def refusal(config, tokenizer) -> str:
 @pytest.mark.parametrize("reason", PLAIN_CASES)
 def test_plain_rows(reason, make_config, write_rows, tokenizer):
     row, detail = PLAIN_CASES[reason]
-    path = write_rows([GOOD, row, GOOD])
+    path = write_rows([GOOD, row, question("1+3")])
     limits = {"max_prompt_tokens": 9, "max_answer_tokens": 5, "eval_rows": 0}
     assert refusal(make_config(path=path, max_bad_share=0.3, **limits), tokenizer) == (
         f"{path}: 1 of 3 rows are unusable (1 {reason}), more than data.max_bad_share=0.3; "

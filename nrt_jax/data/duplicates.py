@@ -1,0 +1,99 @@
+"""Training rows that repeat the prompt and the answer of an earlier row."""
+
+import hashlib
+from array import array
+
+from nrt_jax.data.bad_rows import LeftOut
+from nrt_jax.data.rows import Row
+from nrt_jax.types import Example
+
+DIGEST_BYTES = 16
+
+
+def digest_of(example: Example) -> bytes:
+    """Digest of x as text and of y*, without the white space at their ends; 16 bytes.
+
+    Nothing else is made alike: rows that differ in case or punctuation are no duplicates.
+    """
+    question, answer = (text.strip().encode() for text in (example.question, example.answer))
+    length = len(question).to_bytes(8, "little")
+    return hashlib.blake2b(length + question + answer, digest_size=DIGEST_BYTES).digest()
+
+
+class Duplicates:
+    """The duplicates among rows that arrive in order, over all sources, and their number."""
+
+    def __init__(self):
+        self.count = 0
+        self._seen = _FirstPlaces()
+        self._prefixes: dict[str, int] = {}
+
+    def find(self, row: Row, digest: bytes) -> LeftOut | None:
+        """Why to leave out a row whose digest an earlier one had; None for the first."""
+        kind, _, number = row.place_in_file.rpartition(" ")
+        prefix = f"{row.file} {kind}"
+        code = self._prefixes.setdefault(prefix, len(self._prefixes))
+        first = self._seen.first(digest, code << _NUMBER_BITS | int(number))
+        if first is None:
+            return None
+        self.count += 1
+        prefix = list(self._prefixes)[first >> _NUMBER_BITS]
+        return LeftOut(
+            "duplicate",
+            f"has the prompt and the answer of {prefix} {first & _MOST_ROWS}; set "
+            "data.duplicates=keep to train on both",
+        )
+
+
+_NUMBER_BITS = 40
+_MOST_ROWS = 2**_NUMBER_BITS - 1
+_EMPTY = -1
+
+
+class _FirstPlaces:
+    """The place at which each digest was first seen: a hash table of 24 bytes per slot.
+
+    At most two of three slots are taken. A dict of Python objects takes five times the memory.
+    """
+
+    def __init__(self):
+        self._allocate(2**10)
+
+    def first(self, digest: bytes, place: int) -> int | None:
+        """The place of an earlier row with the digest; None, and `place` is kept, without one."""
+        slot = self._slot(digest)
+        if self._places[slot] != _EMPTY:
+            return self._places[slot]
+        self._put(slot, digest, place)
+        if 3 * self._taken > 2 * len(self._places):
+            self._grow()
+        return None
+
+    def _allocate(self, slots: int) -> None:
+        self._taken = 0
+        self._places = array("q", [_EMPTY]) * slots
+        self._digests = bytearray(DIGEST_BYTES * slots)
+
+    def _slot(self, digest: bytes) -> int:
+        """The slot of the digest, or the empty one that it belongs into."""
+        slots = len(self._places)
+        slot = int.from_bytes(digest[:8], "little") % slots
+        while self._places[slot] != _EMPTY and self._at(slot) != digest:
+            slot = (slot + 1) % slots
+        return slot
+
+    def _at(self, slot: int) -> bytearray:
+        return self._digests[DIGEST_BYTES * slot : DIGEST_BYTES * (slot + 1)]
+
+    def _put(self, slot: int, digest: bytes | bytearray, place: int) -> None:
+        self._places[slot] = place
+        self._digests[DIGEST_BYTES * slot : DIGEST_BYTES * (slot + 1)] = digest
+        self._taken += 1
+
+    def _grow(self) -> None:
+        places, digests = self._places, self._digests
+        self._allocate(2 * len(places))
+        for slot, place in enumerate(places):
+            if place != _EMPTY:
+                digest = bytes(digests[DIGEST_BYTES * slot : DIGEST_BYTES * (slot + 1)])
+                self._put(self._slot(digest), digest, place)

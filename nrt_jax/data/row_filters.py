@@ -1,0 +1,56 @@
+"""Usable training rows that a run leaves out: listed ones, those of benchmarks, and duplicates."""
+
+import logging
+from collections.abc import Iterable, Iterator
+
+from nrt_jax.config.data import DataConfig
+from nrt_jax.data.bad_rows import BadRow, LeftOut
+from nrt_jax.data.contamination import Contamination
+from nrt_jax.data.duplicates import Duplicates, digest_of
+from nrt_jax.data.leave_out import LeaveOut
+from nrt_jax.data.row_tokens import read_conversation
+from nrt_jax.data.rows import Row
+from nrt_jax.types import TokenizedExample
+
+log = logging.getLogger(__name__)
+
+Tokenized = tuple[Row, TokenizedExample | BadRow]
+
+
+class RowFilters:
+    """The filters of one config's training rows, which must see all sources in order.
+
+    Raises InputError for a list and for benchmarks that cannot be read.
+    """
+
+    def __init__(self, config: DataConfig):
+        self._keeps_duplicates = config.duplicates == "keep"
+        self._contamination = Contamination(config) if config.contamination else None
+        self._leave_out = LeaveOut(config.leave_out) if config.leave_out else None
+        self._duplicates = Duplicates()
+
+    def of_rows(self, source: DataConfig, rows: Iterable[Tokenized]) -> Iterator[Tokenized]:
+        """Tokenised rows of a source, with a LeftOut in the place of those that a filter finds."""
+        for row, tokenized in rows:
+            yield row, self._left_out(source, row, tokenized) or tokenized
+
+    def finish(self) -> None:
+        """After the last row: InputError for listed rows that were not met; log kept duplicates."""
+        if self._leave_out is not None:
+            self._leave_out.check_all_met()
+        if self._keeps_duplicates and self._duplicates.count:
+            log.info("data: %d duplicates are kept (data.duplicates=keep)", self._duplicates.count)
+
+    def _left_out(
+        self, source: DataConfig, row: Row, tokenized: TokenizedExample | BadRow
+    ) -> LeftOut | None:
+        listed = None if self._leave_out is None else self._leave_out.find(row)
+        if listed is not None or isinstance(tokenized, BadRow):
+            return listed
+        if self._contamination is not None:
+            assert isinstance(row.fields, dict), "a tokenised row has fields"
+            messages, _ = read_conversation(source, row.fields)
+            if (found := self._contamination.find(messages)) is not None:
+                return found
+        repeated = self._duplicates.find(row, digest_of(tokenized.example))
+        return None if self._keeps_duplicates else repeated
