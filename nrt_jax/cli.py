@@ -284,6 +284,13 @@ def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     )
     stats.set_defaults(verb=verbs.data_stats)
     _add_prepare(data_verbs)
+    deduplicate = data_verbs.add_parser(
+        "deduplicate", help="list duplicates and near-duplicates, to leave them out of training"
+    )
+    _add_config(deduplicate)
+    deduplicate.add_argument("--out", type=path, required=True, metavar="DIR")
+    _add_workers(deduplicate, "--tasks")
+    deduplicate.set_defaults(verb=verbs.data_deduplicate)
 
     report = subparsers.add_parser(
         "report", help="compare runs: report.html, curves.png, summary.json"
@@ -309,7 +316,7 @@ def _add_prepare(data_verbs: "argparse._SubParsersAction[Parser]") -> None:
     )
     _add_config(prepare)
     prepare.add_argument("folder", metavar="OUT", help="the folder to write")
-    _add_workers(prepare)
+    _add_workers(prepare, "--workers")
     prepare.add_argument(
         "--shard",
         type=share,
@@ -321,13 +328,13 @@ def _add_prepare(data_verbs: "argparse._SubParsersAction[Parser]") -> None:
     prepare.set_defaults(verb=verbs.data_prepare)
     merge = data_verbs.add_parser("merge", help="finish what data prepare --shard has prepared")
     merge.add_argument("folder", type=path, metavar="OUT")
-    _add_workers(merge)
+    _add_workers(merge, "--workers")
     merge.set_defaults(verb=verbs.data_merge)
 
 
-def _add_workers(parser: argparse.ArgumentParser) -> None:
+def _add_workers(parser: argparse.ArgumentParser, option: str) -> None:
     parser.add_argument(
-        "--workers", type=process_count, default=os.cpu_count(), metavar="N", help="processes"
+        option, type=process_count, default=os.cpu_count(), metavar="N", help="processes"
     )
 
 

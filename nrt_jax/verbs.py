@@ -223,6 +223,24 @@ def _print_prepared(manifest: "Manifest") -> None:
         print(line)
 
 
+def data_deduplicate(args: argparse.Namespace) -> None:
+    config = load(args)
+    from nrt_jax.data.bad_rows import reasons_table
+
+    try:
+        from nrt_jax.data.near_duplicates import LIST_FILE, deduplicate
+    except ModuleNotFoundError as missing:
+        package = str(missing.name).partition(".")[0]
+        raise InputError(
+            f"data deduplicate: the package {package} is not installed; "
+            "pip install 'nrt-jax[datatrove]'"
+        ) from None
+    counts, path = deduplicate(config.data, args.out, args.tasks), args.out / LIST_FILE
+    for line in reasons_table(counts):
+        print(line)
+    print(f"{path} names {counts.total()} rows; data.leave_out={path} trains without them")
+
+
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM into an exception, so that half-written files are removed."""
