@@ -123,6 +123,36 @@ def test_chat_rows(reason, make_config, write_rows, tokenizer):
     )
 
 
+USER_AGAIN, ANSWER = {"role": "user", "content": "1+3"}, {"role": "assistant", "content": "=3"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason", "detail"),
+    [
+        (
+            [USER, ANSWER, USER_AGAIN],
+            "last turn not the assistant's",
+            "'messages' ends with a turn of the user; end it with the answer",
+        ),
+        (
+            [USER, USER_AGAIN, ANSWER],
+            "broken role order",
+            "'messages[1]' is a turn of the user; let user and assistant take turns after one "
+            "system turn or none",
+        ),
+    ],
+)
+def test_conversations_of_a_preset(turns, reason, detail, make_config, write_rows, tokenizer):
+    path = write_rows([GOOD_CHAT, {"messages": turns}])
+    settings = {"path": path, "template": "tulu", "preset": "messages", "eval_rows": 0}
+    dataset = load_dataset(make_config(max_bad_share=0.5, **settings), tokenizer)
+    (rejected,) = dataset.rejected
+    assert (rejected.row, rejected.reason, rejected.detail) == ("line 2", reason, detail)
+    assert f"(1 {reason}), more than data.max_bad_share=0.01; first line 2: {detail}" in refusal(
+        make_config(**settings), tokenizer
+    )
+
+
 def test_text_that_spells_a_control_token(tmp_path, make_config, write_rows):
     pieces = [(name, 0.0) for name in ("<unk>", "</s>", "<t>", "</t>")]
     pieces += [(character, -5.0) for character in "12+=3<>/st"]
