@@ -180,5 +180,8 @@ def _benchmarks(value: Any) -> Any:
     return tuple({"path": one} if isinstance(one, str | Path) else one for one in values)
 
 
-Benchmarks = Annotated[tuple[Benchmark, ...], BeforeValidator(_benchmarks)]
+Benchmarks = Annotated[
+    tuple[Benchmark, ...],
+    BeforeValidator(_benchmarks, json_schema_input_type=str | list[str | Benchmark]),
+]
 """Files of benchmarks: paths, or mappings with the keys of `RowsConfig`."""
