@@ -32,7 +32,19 @@ class RowFilters:
     def of_rows(self, source: DataConfig, rows: Iterable[Tokenized]) -> Iterator[Tokenized]:
         """Tokenised rows of a source, with a LeftOut in the place of those that a filter finds."""
         for row, tokenized in rows:
-            yield row, self._left_out(source, row, tokenized) or tokenized
+            found = self.find(source, row, tokenized) or self._repeated(row, tokenized)
+            yield row, found or tokenized
+
+    def find(
+        self, source: DataConfig, row: Row, tokenized: TokenizedExample | BadRow
+    ) -> LeftOut | None:
+        """Why the list or a benchmark leaves a row out; this needs no other row."""
+        listed = None if self._leave_out is None else self._leave_out.find(row)
+        if listed is not None or isinstance(tokenized, BadRow) or self._contamination is None:
+            return listed
+        assert isinstance(row.fields, dict), "a tokenised row has fields"
+        messages, _ = read_conversation(source, row.fields)
+        return self._contamination.find(messages)
 
     def finish(self) -> None:
         """After the last row: InputError for listed rows that were not met; log kept duplicates."""
@@ -41,16 +53,8 @@ class RowFilters:
         if self._keeps_duplicates and self._duplicates.count:
             log.info("data: %d duplicates are kept (data.duplicates=keep)", self._duplicates.count)
 
-    def _left_out(
-        self, source: DataConfig, row: Row, tokenized: TokenizedExample | BadRow
-    ) -> LeftOut | None:
-        listed = None if self._leave_out is None else self._leave_out.find(row)
-        if listed is not None or isinstance(tokenized, BadRow):
-            return listed
-        if self._contamination is not None:
-            assert isinstance(row.fields, dict), "a tokenised row has fields"
-            messages, _ = read_conversation(source, row.fields)
-            if (found := self._contamination.find(messages)) is not None:
-                return found
+    def _repeated(self, row: Row, tokenized: TokenizedExample | BadRow) -> LeftOut | None:
+        if isinstance(tokenized, BadRow):
+            return None
         repeated = self._duplicates.find(row, digest_of(tokenized.example))
         return None if self._keeps_duplicates else repeated
