@@ -243,6 +243,11 @@ class DataConfig(RowsConfig):
         return tuple(part for part in self.mixture if (part.licence or UNSTATED) not in excluded)
 
     @property
+    def reads_every_row(self) -> bool:
+        """Whether no training row is passed over before it is read."""
+        return self.permutation_seed is None and not self.exclude_licences
+
+    @property
     def generated(self) -> bool:
         """Whether the rows come from a built-in generator."""
         return self.source in GENERATORS

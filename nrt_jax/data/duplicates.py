@@ -1,11 +1,17 @@
 """Training rows that repeat the prompt and the answer of an earlier row."""
 
 import hashlib
+import logging
 from array import array
+
+import numpy as np
+from jaxtyping import Int64
 
 from nrt_jax.data.bad_rows import LeftOut
 from nrt_jax.data.rows import Row
 from nrt_jax.types import Example
+
+log = logging.getLogger(__name__)
 
 DIGEST_BYTES = 16
 
@@ -18,6 +24,20 @@ def digest_of(example: Example) -> bytes:
     question, answer = (text.strip().encode() for text in (example.question, example.answer))
     length = len(question).to_bytes(8, "little")
     return hashlib.blake2b(length + question + answer, digest_size=DIGEST_BYTES).digest()
+
+
+def repeats(first: str) -> LeftOut:
+    """Why to leave out a row that repeats the one at `first`, such as "rows.jsonl line 3"."""
+    return LeftOut(
+        "duplicate",
+        f"has the prompt and the answer of {first}; set data.duplicates=keep to train on both",
+    )
+
+
+def log_kept(count: int) -> None:
+    """Log the number of duplicates that data.duplicates=keep trains on."""
+    if count:
+        log.info("data: %d duplicates are kept (data.duplicates=keep)", count)
 
 
 class Duplicates:
@@ -38,11 +58,20 @@ class Duplicates:
             return None
         self.count += 1
         prefix = list(self._prefixes)[first >> _NUMBER_BITS]
-        return LeftOut(
-            "duplicate",
-            f"has the prompt and the answer of {prefix} {first & _MOST_ROWS}; set "
-            "data.duplicates=keep to train on both",
-        )
+        return repeats(f"{prefix} {first & _MOST_ROWS}")
+
+
+def first_of_equal(digests: np.ndarray) -> Int64[np.ndarray, "rows"]:
+    """The place of the first row with the digest of each; digests are of the dtype V16."""
+    halves = np.ascontiguousarray(digests).view("<u8").reshape(-1, 2)
+    # Equal rows stay in their order.
+    order = np.lexsort((halves[:, 0], halves[:, 1]))
+    ordered = halves[order]
+    begins = np.ones(len(order), bool)
+    begins[1:] = (ordered[1:] != ordered[:-1]).any(axis=1)
+    first = np.empty(len(order), np.int64)
+    first[order] = order[np.flatnonzero(begins)][np.cumsum(begins) - 1]
+    return first
 
 
 _NUMBER_BITS = 40

@@ -6,6 +6,8 @@
 `excerpt` may be missing.
 """
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +15,8 @@ from nrt_jax.data.bad_rows import BadRow, LeftOut, excerpt, shorten
 from nrt_jax.data.rows import Row
 from nrt_jax.data.sources import read_rows
 from nrt_jax.errors import InputError
+
+log = logging.getLogger(__name__)
 
 _AGAIN = "make the list again from this data"
 
@@ -29,14 +33,16 @@ class LeaveOut:
 
     def __init__(self, path: Path):
         self._path = path
-        self._unmet: dict[tuple[str, str], _Entry] = {}
+        self._listed: dict[tuple[str, str], _Entry] = {}
+        self._met: set[tuple[str, str]] = set()
         for row in read_rows("jsonl", path, tuple):
             key, entry = _entry(f"{path} {row.place}", row)
-            self._unmet[key] = entry
+            self._listed[key] = entry
 
     def find(self, row: Row) -> LeftOut | None:
         """Why to leave out a row; InputError where the list means another row of that place."""
-        entry = self._unmet.pop((row.file, row.place_in_file), None)
+        key = row.file, row.place_in_file
+        entry = self._listed.get(key)
         if entry is None:
             return None
         if entry.excerpt is not None and entry.excerpt != excerpt(row.fields):
@@ -44,14 +50,28 @@ class LeaveOut:
                 f"{self._path} {entry.place}: {row.file} {row.place_in_file} is no longer the row "
                 f"that was listed ({shorten(entry.excerpt)}); {_AGAIN}"
             )
+        self._met.add(key)
         return LeftOut(entry.reason, f"{self._path} {entry.place} names it")
 
-    def check_all_met(self) -> None:
-        """InputError when a listed row was not among the rows."""
-        for (file, row), entry in self._unmet.items():
+    def meet(self, rows: Iterable[tuple[str, str]]) -> None:
+        """Take in the file and row of rows that other processes have left out."""
+        self._met.update(rows)
+
+    def check_all_met(self, *, every_row: bool) -> None:
+        """InputError when a listed row was not among the rows, unless not every row is read."""
+        unmet = {key: entry for key, entry in self._listed.items() if key not in self._met}
+        if unmet and not every_row:
+            log.info(
+                "data: %d of %d rows in data.leave_out=%s are not among those that are read",
+                len(unmet),
+                len(self._listed),
+                self._path,
+            )
+            return
+        for (file, row), entry in unmet.items():
             raise InputError(
                 f"{self._path} {entry.place}: names {file} {row}, which is not among the training "
-                f"rows ({len(self._unmet)} such lines); {_AGAIN}"
+                f"rows ({len(unmet)} such lines); {_AGAIN}"
             )
 
 

@@ -1,18 +1,15 @@
 """Usable training rows that a run leaves out: listed ones, those of benchmarks, and duplicates."""
 
-import logging
 from collections.abc import Iterable, Iterator
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow, LeftOut
 from nrt_jax.data.contamination import Contamination
-from nrt_jax.data.duplicates import Duplicates, digest_of
+from nrt_jax.data.duplicates import Duplicates, digest_of, log_kept
 from nrt_jax.data.leave_out import LeaveOut
 from nrt_jax.data.row_tokens import read_conversation
 from nrt_jax.data.rows import Row
 from nrt_jax.types import TokenizedExample
-
-log = logging.getLogger(__name__)
 
 Tokenized = tuple[Row, TokenizedExample | BadRow]
 
@@ -24,6 +21,7 @@ class RowFilters:
     """
 
     def __init__(self, config: DataConfig):
+        self._every_row = config.reads_every_row
         self._keeps_duplicates = config.duplicates == "keep"
         self._contamination = Contamination(config) if config.contamination else None
         self._leave_out = LeaveOut(config.leave_out) if config.leave_out else None
@@ -49,9 +47,9 @@ class RowFilters:
     def finish(self) -> None:
         """After the last row: InputError for listed rows that were not met; log kept duplicates."""
         if self._leave_out is not None:
-            self._leave_out.check_all_met()
-        if self._keeps_duplicates and self._duplicates.count:
-            log.info("data: %d duplicates are kept (data.duplicates=keep)", self._duplicates.count)
+            self._leave_out.check_all_met(every_row=self._every_row)
+        if self._keeps_duplicates:
+            log_kept(self._duplicates.count)
 
     def _repeated(self, row: Row, tokenized: TokenizedExample | BadRow) -> LeftOut | None:
         if isinstance(tokenized, BadRow):

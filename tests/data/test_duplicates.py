@@ -3,7 +3,9 @@
 import logging
 import random
 
-from nrt_jax.data.duplicates import DIGEST_BYTES, Duplicates, digest_of
+import numpy as np
+
+from nrt_jax.data.duplicates import DIGEST_BYTES, Duplicates, digest_of, first_of_equal
 from nrt_jax.data.pipeline import load_dataset
 from nrt_jax.data.rows import Row
 from nrt_jax.types import Example
@@ -89,6 +91,8 @@ def test_against_a_dict():
     digests += [random.randbytes(1) * 2 + random.randbytes(14) for _ in range(3000)]
     digests += random.choices(digests, k=600)
     duplicates, first = Duplicates(), {}
+    places = first_of_equal(np.frombuffer(b"".join(digests), f"V{DIGEST_BYTES}"))
+    assert places.tolist() == [digests.index(digest) for digest in digests]
     for number, digest in enumerate(digests):
         row = Row(number, f"line {number}", {}, f"{number % 7}.jsonl")
         found = duplicates.find(row, digest)

@@ -1,6 +1,7 @@
 """A list of rows to leave out: all of them are found, or the list is refused."""
 
 import json
+import logging
 
 import pytest
 
@@ -74,3 +75,31 @@ def test_a_list_that_does_not_fit(line, said, load, write_rows):
         load(path, [line])
     assert f"list.jsonl {said}" in str(caught.value).replace(str(path), "PATH")
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_two_sources_read(make_config, write_rows, tokenizer):
+    path = write_rows(ROWS)
+    leave_out = write_rows([{"file": str(path), "row": "line 2"}], "list.jsonl")
+    parts = [{"name": name, "path": path} for name in ("a", "b")]
+    settings = {"eval_rows": 0, "leave_out": leave_out, "duplicates": "keep"}
+    config = make_config(source=None, mixture=parts, **settings)
+    dataset = load_dataset(config, tokenizer)
+    assert [row.example.index for row in dataset.train] == [0, 2, 3, 4, 6, 7]
+
+
+def test_rows_that_are_not_read(make_config, write_rows, tokenizer, caplog):
+    """Of a permuted order the list may have any row; those that are read are left out."""
+    path = write_rows(ROWS)
+    listed = [{"file": str(path), "row": f"line {i + 1}"} for i in (1, 2)]
+    config = make_config(
+        path=path,
+        eval_rows=0,
+        leave_out=write_rows(listed, "list.jsonl"),
+        permutation_seed=0,  # 2 0 1 3
+        train_rows=1,
+        max_bad_share=0.5,
+    )
+    with caplog.at_level(logging.INFO):
+        dataset = load_dataset(config, tokenizer)
+    assert [row.example.index for row in dataset.train] == [0]
+    assert f"1 of 2 rows in data.leave_out={config.leave_out} are not among" in caplog.text
