@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from nrt_jax.errors import InputError
@@ -46,6 +46,23 @@ class Rejected(NamedTuple):
     """The beginning of its fields as JSON; "" where the row cannot be read."""
 
 
+class Discarded(NamedTuple):
+    """A row that is left out, as it is counted."""
+
+    place: str
+    """For messages, such as "line 3"; where there are several files, with the file."""
+    usable: bool
+    """Whether a filter left it out."""
+    rejected: Rejected
+
+
+def discarded(place: str, bad: BadRow, *, file: str, fields: Any) -> Discarded:
+    """A row that is left out because of `bad`."""
+    row = place.removeprefix(f"{file} ")
+    rejected = Rejected(file, row, bad.reason, bad.detail, excerpt(fields))
+    return Discarded(place, isinstance(bad, LeftOut), rejected)
+
+
 class BadRows:
     """The rows of one source that are left out, counted and kept in order."""
 
@@ -59,31 +76,17 @@ class BadRows:
 
     def add(self, place: str, bad: BadRow, *, file: str, fields: Any) -> None:
         """Count the next bad row; messages name it by its `place`, such as "line 3"."""
-        self.counts[bad.reason] += 1
-        row = place.removeprefix(f"{file} ")
-        self.rejected.append(Rejected(file, row, bad.reason, bad.detail, excerpt(fields)))
-        self._first = self._first or (place, bad.detail)
-        if not isinstance(bad, LeftOut):
-            self._unusable[bad.reason] += 1
-            self._first_unusable = self._first_unusable or (place, bad.detail)
+        self.add_discarded(discarded(place, bad, file=file, fields=fields))
 
-    def to_json(self) -> dict[str, Any]:
-        """All but the name, for `add_all`."""
-        return {
-            "counts": dict(self.counts),
-            "unusable": dict(self._unusable),
-            "rejected": [list(row) for row in self.rejected],
-            "first": self._first,
-            "first_unusable": self._first_unusable,
-        }
-
-    def add_all(self, saved: Mapping[str, Any]) -> None:
-        """Add the rows of a later part of the source, which `to_json` has given."""
-        self.counts.update(saved["counts"])
-        self._unusable.update(saved["unusable"])
-        self.rejected += [Rejected(*row) for row in saved["rejected"]]
-        self._first = self._first or _place(saved["first"])
-        self._first_unusable = self._first_unusable or _place(saved["first_unusable"])
+    def add_discarded(self, row: Discarded) -> None:
+        """Count the next row that is left out."""
+        reason, detail = row.rejected.reason, row.rejected.detail
+        self.counts[reason] += 1
+        self.rejected.append(row.rejected)
+        self._first = self._first or (row.place, detail)
+        if not row.usable:
+            self._unusable[reason] += 1
+            self._first_unusable = self._first_unusable or (row.place, detail)
 
     def check(self, good_rows: int, max_bad_share: float) -> None:
         """InputError when too many rows were unusable, or none is left."""
@@ -104,13 +107,6 @@ class BadRows:
             f"{self.name}: {bad_rows} of {total} rows are {what} ({reasons}), {limit}; "
             f"first {place}: {detail}"
         )
-
-
-def _place(saved: Sequence[str] | None) -> tuple[str, str] | None:
-    if saved is None:
-        return None
-    place, detail = saved
-    return place, detail
 
 
 def rejected_lines(rejected: Iterable[Rejected]) -> bytes:

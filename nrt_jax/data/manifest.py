@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.config.rows import location
 from nrt_jax.data.chat_template import template_text
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
@@ -78,6 +79,27 @@ class Manifest:
                     f"run has {name}={shown(value)}; set {name} as it was, or {_AGAIN}"
                 )
 
+    def check_filters(self, config: DataConfig) -> None:
+        """InputError when this config filters rows by what the data was not prepared with."""
+        made = self.content["config"]
+        for name, value in filter_settings(config).items():
+            if made.get(name) != value:
+                raise InputError(
+                    f"{self.directory}: was prepared with data.{name}={_filter(made.get(name))}, "
+                    f"and this run has data.{name}={_filter(value)}; rows are filtered when they "
+                    f"are prepared: leave data.{name} out, or {_AGAIN}"
+                )
+
+
+def filter_settings(config: DataConfig) -> dict[str, Any]:
+    """The filters of training rows that a config sets, by the names of the settings."""
+    names = {"duplicates"} if config.duplicates == "keep" else set()
+    if config.contamination:
+        names |= {"contamination", "contamination_ngram", "contamination_share"}
+    if config.leave_out is not None:
+        names.add("leave_out")
+    return config.model_dump(mode="json", include=names)
+
 
 def is_prepared(directory: Path) -> bool:
     """Whether a path is a directory with the manifest of prepared data."""
@@ -136,6 +158,13 @@ def shown(value: Any) -> Any:
     if isinstance(value, dict):
         return f"{value[NAMED]} (sha256 {value['sha256'][:12]})"
     return value
+
+
+def _filter(value: Any) -> Any:
+    """A setting on one line: of benchmarks their files."""
+    if isinstance(value, list):
+        return ", ".join(location(benchmark["path"]) for benchmark in value) or "[]"
+    return "null" if value is None else value
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,7 +1,7 @@
 """`nrt-jax data merge`: from the parts of all processes to shards, metadata and manifest.
 
-Which rows are drawn, held out and left out is decided here, from the questions' digests of all
-parts. Some 50 bytes per row are in memory for it, and the records pass through one by one.
+Which rows are duplicates, drawn, held out and left out is decided here, from digests of all parts.
+Some 60 bytes per row are in memory for it, and the records pass through one by one.
 """
 
 import hashlib
@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRows, rejected_lines
+from nrt_jax.data.leave_out import LeaveOut
 from nrt_jax.data.manifest import (
     FORMAT,
     MANIFEST_FILE,
@@ -30,6 +31,7 @@ from nrt_jax.data.manifest import (
     read_manifest,
 )
 from nrt_jax.data.mixture import draw_mixture
+from nrt_jax.data.part_duplicates import Repeated, find_repeated, runs_by_part
 from nrt_jax.data.parts import TABLE, Part, read_part, read_records, read_table, write_whole
 from nrt_jax.data.plan import Plan
 from nrt_jax.data.prepared_files import FOLDER, shard_name, write_metadata, write_shard
@@ -66,8 +68,11 @@ def merge(plan: Plan, workers: int) -> Manifest:
 
 def _merge(plan: Plan, workers: int) -> None:
     read = [[read_part(path) for path in paths] for paths in plan.part_paths()]
-    bad = _bad_rows(plan, read)
-    train, held_out, overlap = _choose(plan, read)
+    training = chain.from_iterable(plan.part_paths()[: len(plan.training)])
+    repeated = find_repeated(list(training), keep=plan.config.duplicates == "keep")
+    bad = _bad_rows(plan, read, repeated)
+    _check_leave_out(plan, bad)
+    train, held_out, overlap = _choose(plan, read, repeated)
     chosen = {"train": train} | ({"eval": held_out} if len(held_out.places) else {})
     shards = _write_shards(plan, chosen, workers)
     write_metadata(plan.out / FOLDER, {name: [s.rows for s in of] for name, of in shards.items()})
@@ -110,6 +115,13 @@ class Rows(NamedTuple):
         return self.table[name][self.places]
 
 
+_JOINED = {
+    name: TABLE[name]
+    for name in ("key", "index", "nbytes", "prompt_tokens", "answer_tokens", "source")
+}
+"""What of the parts' tables decides about rows, with its type."""
+
+
 class _Questions(Sequence[bytes]):
     """Digests of the questions of some rows."""
 
@@ -123,17 +135,18 @@ class _Questions(Sequence[bytes]):
         return self._keys[self._places[i]].tobytes()
 
 
-def _choose(plan: Plan, read: list[list[Part]]) -> tuple[Rows, Rows, int]:
+def _choose(plan: Plan, read: list[list[Part]], repeated: Repeated) -> tuple[Rows, Rows, int]:
     """The rows of training, those of the evaluation, and how many the overlap leaves out."""
-    paths, sources = plan.part_paths(), plan.sources
-    trains = [i for i, source in enumerate(sources) if not source.evaluates]
-    rows = _joined([read[i] for i in trains], [paths[i] for i in trains])
-    usable = [sum(part.usable for part in read[i]) for i in trains]
-    firsts = np.cumsum([0, *usable])[:-1]
-    drawn = draw_mixture(plan.config, usable)
-    places = [of + first for of, first in zip(drawn, firsts, strict=True)]
+    paths = plan.part_paths()
+    trains = len(plan.training)
+    rows = _joined(read[:trains], paths[:trains])
+    ends = np.cumsum([sum(part.usable for part in parts) for parts in read[:trains]])
+    usable = np.delete(rows.places, repeated.places)
+    of_sources = np.split(usable, np.searchsorted(usable, ends[:-1]))
+    drawn = draw_mixture(plan.config, [len(of) for of in of_sources])
+    places = [of[chosen] for of, chosen in zip(of_sources, drawn, strict=True)]
     rows = rows._replace(places=np.concatenate(places))
-    from_files = _joined(read[-1:], paths[-1:]) if sources[-1].evaluates else None
+    from_files = _joined(read[trains:], paths[trains:]) if read[trains:] else None
     in_files = None if from_files is None else _Questions(from_files)
     chosen = select(plan.config, _Questions(rows), in_files, _permuted(plan.config, rows))
     evaluates = rows if from_files is None else from_files
@@ -153,26 +166,43 @@ def _joined(read: list[list[Part]], paths: list[list[Path]]) -> Rows:
     parts, files = list(chain.from_iterable(read)), list(chain.from_iterable(paths))
     names = list(dict.fromkeys(name for part in parts for name in part.source_names))
     ends = np.cumsum([part.usable for part in parts])
-    table = np.empty(ends[-1], TABLE)
+    table = np.empty(ends[-1], list(_JOINED.items()))
     for part, file, end in zip(parts, files, ends, strict=True):
         of_part = table[end - part.usable : end]
-        of_part[:] = read_table(file)
+        of_part[:] = read_table(file)[list(_JOINED)]
         renumbered = np.array([names.index(name) for name in part.source_names], np.uint32)
         of_part["source"] = renumbered[of_part["source"]]
     first_places = ends - [part.usable for part in parts]
     return Rows(np.arange(len(table)), table, first_places, files, names)
 
 
-def _bad_rows(plan: Plan, read: list[list[Part]]) -> list[BadRows]:
-    """The unusable rows of each source; InputError when they are too many."""
+def _bad_rows(plan: Plan, read: list[list[Part]], repeated: Repeated) -> list[BadRows]:
+    """The rows of each source that are left out; InputError when too many are unusable."""
     found = []
-    for source, parts in zip(plan.sources, read, strict=True):
+    for source, parts, paths in zip(plan.sources, read, plan.part_paths(), strict=True):
         bad = BadRows(source.config.location)
-        for part in parts:
-            bad.add_all(part.bad)
-        bad.check(sum(part.usable for part in parts), plan.config.max_bad_share)
+        for part, path in zip(parts, paths, strict=True):
+            rows = part.discarded_rows() + repeated.by_part.get(path, [])
+            for _, row in sorted(rows):
+                bad.add_discarded(row)
+        bad.check(_usable(parts, bad), plan.config.max_bad_share)
         found.append(bad)
     return found
+
+
+def _usable(parts: list[Part], bad: BadRows) -> int:
+    """How many rows of a source are not left out."""
+    return sum(part.rows for part in parts) - bad.counts.total()
+
+
+def _check_leave_out(plan: Plan, bad: list[BadRows]) -> None:
+    """InputError when the parts have not met every row of data.leave_out."""
+    config = plan.config
+    if config.leave_out is not None:
+        leave_out = LeaveOut(config.leave_out)
+        of_training = bad[: len(plan.training)]
+        leave_out.meet((row.file, row.row) for of in of_training for row in of.rejected)
+        leave_out.check_all_met(every_row=config.reads_every_row)
 
 
 # --- shards --------------------------------------------------------------------------------------
@@ -208,12 +238,8 @@ def _shard_tasks(plan: Plan, split: str, rows: Rows, count: int) -> Iterator[Sha
     total = len(rows.places)
     for i in range(count):
         places = rows.places[i * total // count : (i + 1) * total // count]
-        parts = np.searchsorted(rows.first_places, places, side="right") - 1
-        ends = np.flatnonzero(np.diff(parts)) + 1
-        runs = [
-            (rows.paths[of_run[0]], in_run - rows.first_places[of_run[0]])
-            for of_run, in_run in zip(np.split(parts, ends), np.split(places, ends), strict=True)
-        ]
+        in_parts = runs_by_part(rows.first_places, places)
+        runs = [(rows.paths[part], in_part) for part, in_part in in_parts]
         yield ShardTask(plan.out, shard_name(split, i, count), plan.work, runs)
 
 
@@ -252,7 +278,7 @@ def _sources(plan: Plan, read: list[list[Part]], bad: list[BadRows]) -> list[dic
         {
             **of_plan,
             "rows": sum(part.rows for part in parts),
-            "usable": sum(part.usable for part in parts),
+            "usable": _usable(parts, of_bad),
             "rejected": dict(of_bad.counts),
         }
         for of_plan, parts, of_bad in zip(plan.content["sources"], read, bad, strict=True)

@@ -1,6 +1,6 @@
 """Tokenised rows on their way to the shards: one file per slice of rows.
 
-length of the header, 8 bytes | header, JSON | table | records, one after another
+length of the header, 8 bytes | header, JSON | table | notes, one after another | records
 """
 
 import json
@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int32, Int64, UInt32
 
+from nrt_jax.data.bad_rows import Discarded, Rejected
+from nrt_jax.data.duplicates import DIGEST_BYTES
 from nrt_jax.errors import InputError
 
 KEY_BYTES = 16
 TABLE = np.dtype(
     [
         ("key", f"V{KEY_BYTES}"),
+        ("digest", f"V{DIGEST_BYTES}"),
+        ("position", "<i4"),
+        ("note_bytes", "<i4"),
+        ("note_crc", "<u4"),
         ("index", "<i8"),
         ("nbytes", "<i4"),
         ("crc", "<u4"),
@@ -29,8 +35,9 @@ TABLE = np.dtype(
         ("source", "<u4"),
     ]
 )
-"""Of each record a digest of its question, the number of its row, its length in bytes and its
-checksum, the lengths of x and y* in tokens, and the place of its source's name in the part's
+"""Of each record a digest of its question, one of question and answer, the position of its row in
+the part, its note's length in bytes and checksum, the number of its row, its own length in bytes
+and checksum, the lengths of x and y* in tokens, and the place of its source's name in the part's
 list."""
 
 
@@ -40,17 +47,38 @@ class Part(NamedTuple):
     rows: int
     """Those of the file, unusable ones included."""
     usable: int
-    bad: dict[str, Any]
-    """The unusable rows, from `BadRows.to_json`."""
+    bad: list[Any]
+    """Position in the part and `Discarded` of each row that is left out, for `discarded_rows`."""
     source_names: list[str]
     """Those that its examples have, in the order of their first."""
 
+    def discarded_rows(self) -> list[tuple[int, Discarded]]:
+        """The position in the part of each row that is left out, and the row."""
+        return [
+            (position, Discarded(place, usable, Rejected(*rejected)))
+            for position, (place, usable, rejected) in self.bad
+        ]
 
-def write_part(path: Path, part: Part, table: np.ndarray, records: Iterable[bytes]) -> None:
-    """Write a whole part or none; the table has an entry of `TABLE` per record."""
+
+class Note(NamedTuple):
+    """What `rejected.jsonl` has of a row, should it be left out after all."""
+
+    place: str
+    file: str
+    excerpt: str
+
+    def encode(self) -> bytes:
+        """The note as a part has it."""
+        return json.dumps(self).encode()
+
+
+def write_part(
+    path: Path, part: Part, table: np.ndarray, records: Iterable[bytes], notes: Iterable[bytes]
+) -> None:
+    """Write a whole part or none; the table has an entry of `TABLE` per record and note."""
     header = json.dumps(part._asdict()).encode()
     size = len(header).to_bytes(8, "little")
-    write_whole(path, b"".join([size, header, table.tobytes(), *records]))
+    write_whole(path, b"".join([size, header, table.tobytes(), *notes, *records]))
 
 
 def read_part(path: Path) -> Part:
@@ -69,13 +97,35 @@ def read_records(path: Path, places: Int64[np.ndarray, "rows"]) -> Iterator[byte
     """The records at `places`, which count from 0."""
     with _opened(path) as file:
         table = _read_table(file)
-        starts = file.tell() + np.cumsum(table["nbytes"], dtype=np.int64) - table["nbytes"]
-        for place in places:
-            file.seek(starts[place])
-            record = file.read(table["nbytes"][place])
-            if zlib.crc32(record) != table["crc"][place]:
-                raise ValueError(f"the checksum of record {place} differs")
-            yield record
+        file.seek(int(table["note_bytes"].sum(dtype=np.int64)), os.SEEK_CUR)
+        yield from _checked(file, table["nbytes"], table["crc"], places, "record")
+
+
+def read_notes(path: Path, places: Int64[np.ndarray, "rows"]) -> Iterator[tuple[int, Note]]:
+    """The position in the part of the rows at `places`, which count its records, and their
+    notes."""
+    with _opened(path) as file:
+        table = _read_table(file)
+        notes = _checked(file, table["note_bytes"], table["note_crc"], places, "note")
+        for place, note in zip(places, notes, strict=True):
+            yield int(table["position"][place]), Note(*json.loads(note))
+
+
+def _checked(
+    file: BinaryIO,
+    sizes: Int32[np.ndarray, "all"],
+    sums: UInt32[np.ndarray, "all"],
+    places: Int64[np.ndarray, "rows"],
+    what: str,
+) -> Iterator[bytes]:
+    """What stands at `places` of values of these sizes, which begin here."""
+    starts = file.tell() + np.cumsum(sizes, dtype=np.int64) - sizes
+    for place in places:
+        file.seek(starts[place])
+        value = file.read(sizes[place])
+        if zlib.crc32(value) != sums[place]:
+            raise ValueError(f"the checksum of {what} {place} differs")
+        yield value
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nrt_jax.config.data import DataConfig
-from nrt_jax.data.digests import digests_of_data
+from nrt_jax.data.digests import digests_of_data, digests_of_filters
 from nrt_jax.data.manifest import NAMED, is_prepared, read_manifest, token_settings
 from nrt_jax.data.parts import write_whole
 from nrt_jax.data.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ ROWS_PER_PART = 1024
 WORK = ".unfinished"
 """Folder of what is not finished; gone when the manifest is there."""
 _PLAN_FILE, _TOTALS_FILE = "plan.json", "totals.json"
-_OF_PLAN = ("tokens", "config", "rows_per_part")
+_OF_PLAN = ("tokens", "config", "filters", "rows_per_part")
 _OF_SOURCE = ("name", "path", "evaluates", "files")
 """What the manifest has of a plan."""
 _NOT_OF_ROWS = {"shuffle", "chain", "tokenizer"}
@@ -59,6 +59,11 @@ class Plan:
     def sources(self) -> list[Source]:
         """The training sources, then the evaluation's."""
         return sources(self.config)
+
+    @property
+    def training(self) -> list[Source]:
+        """The training sources."""
+        return [source for source in self.sources if not source.evaluates]
 
     def part_path(self, source: int, part: int) -> Path:
         """The file of a part."""
@@ -145,7 +150,7 @@ def _content_of(out: Path) -> dict[str, Any] | None:
     if is_prepared(out):
         content = read_manifest(out).content
         read = [{key: source[key] for key in _OF_SOURCE} for source in content["sources"]]
-        return {key: content[key] for key in _OF_PLAN} | {"sources": read}
+        return {key: content.get(key) for key in _OF_PLAN} | {"sources": read}
     path = out / WORK / _PLAN_FILE
     if not path.is_file():
         return None
@@ -169,6 +174,7 @@ def _content(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "tokens": token_settings(config, tokenizer),
         "config": config.model_dump(mode="json", exclude=_NOT_OF_ROWS),
+        "filters": digests_of_filters(config),
         "sources": read,
         "rows_per_part": ROWS_PER_PART,
     }

@@ -20,13 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from nrt_jax.config.data import DataConfig
-from nrt_jax.data.bad_rows import BadRow, BadRows
+from nrt_jax.data.bad_rows import BadRow, discarded, excerpt
+from nrt_jax.data.duplicates import digest_of
 from nrt_jax.data.mixture import with_source
-from nrt_jax.data.parts import KEY_BYTES, TABLE, Part, write_part
+from nrt_jax.data.parts import KEY_BYTES, TABLE, Note, Part, write_part
 from nrt_jax.data.plan import ROWS_PER_PART, Plan, Source, begin
 from nrt_jax.data.prepared_files import encode
 from nrt_jax.data.row_choice import rows_to_read
 from nrt_jax.data.row_fields import RowFields
+from nrt_jax.data.row_filters import RowFilters
 from nrt_jax.data.row_tokens import RowTokenizer, as_text
 from nrt_jax.data.rows import Row
 from nrt_jax.data.tokenizer import Tokenizer
@@ -58,7 +60,7 @@ def prepare(
     plan = begin(config, tokenizer, out)
     if plan.finished or plan.missing_part() is None:
         return plan
-    writer = PartWriter(plan.sources, tokenizer)
+    writer = PartWriter(plan.sources, tokenizer, RowFilters(config))
     index, count = share
     rows, done, started = [0] * len(plan.sources), 0, time.monotonic()
     with tqdm(total=known_rows(plan.sources), unit=" rows", disable=None) as bar:
@@ -107,9 +109,10 @@ def known_rows(sources: list[Source]) -> int | None:
 class PartWriter:
     """Makes the part of a slice; a worker builds the readers and tokenizers that it needs."""
 
-    def __init__(self, sources: list[Source], tokenizer: Tokenizer):
+    def __init__(self, sources: list[Source], tokenizer: Tokenizer, filters: RowFilters):
         self._sources = sources
         self._tokenizer = tokenizer
+        self._filters = filters
         self._opened: dict[int, tuple[RowFields, RowTokenizer]] = {}
 
     def __call__(self, of_part: Slice) -> int:
@@ -120,27 +123,35 @@ class PartWriter:
             opened = RowFields(config), RowTokenizer(config, self._tokenizer)
             self._opened[of_part.source] = opened
         fields, tokenizer = self._opened[of_part.source]
-        bad, entries, records, labels = BadRows(""), [], [], {}
+        bad, entries, records, notes, labels = [], [], [], [], {}
         rows = [with_fields(row, fields) for row in of_part.rows]
-        for row, tokenized in tokenizer.of_rows(rows):
-            if isinstance(tokenized, BadRow):
-                bad.add(row.place, tokenized, file=row.file, fields=row.fields)
+        for position, (row, tokenized) in enumerate(tokenizer.of_rows(rows)):
+            found = None if source.evaluates else self._filters.find(source.config, row, tokenized)
+            if found is not None or isinstance(tokenized, BadRow):
+                why = found or tokenized
+                left_out = discarded(row.place, why, file=row.file, fields=row.fields)
+                bad.append((position, left_out))
                 continue
             named = with_source(tokenized, source.name)
             records.append(encode(named, _turns(row, tokenizer, source.config)))
+            notes.append(Note(row.place, row.file, excerpt(row.fields)).encode())
             label = labels.setdefault(named.example.source, len(labels))
-            entries.append(_entry(named, label, records[-1]))
-        part = Part(len(rows), len(records), bad.to_json(), list(labels))
-        write_part(of_part.path, part, np.array(entries, TABLE), records)
+            entries.append(_entry(named, label, position, records[-1], notes[-1]))
+        part = Part(len(rows), len(records), bad, list(labels))
+        write_part(of_part.path, part, np.array(entries, TABLE), records, notes)
         return len(rows)
 
 
-def _entry(example: TokenizedExample, label: int, record: bytes) -> tuple:
+def _entry(
+    example: TokenizedExample, label: int, position: int, record: bytes, note: bytes
+) -> tuple:
     """The line of the part's table."""
     question = example.example.question.encode()
     key = hashlib.blake2b(question, digest_size=KEY_BYTES).digest()
+    of_note = position, len(note), zlib.crc32(note)
+    of_record = example.example.index, len(record), zlib.crc32(record)
     lengths = len(example.prompt_tokens), len(example.answer_tokens)
-    return key, example.example.index, len(record), zlib.crc32(record), *lengths, label
+    return key, digest_of(example.example), *of_note, *of_record, *lengths, label
 
 
 def _turns(row: Row, tokenizer: RowTokenizer, config: DataConfig) -> list[dict[str, str]]:

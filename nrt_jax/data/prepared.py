@@ -87,11 +87,12 @@ class Prepared(NamedTuple):
 def open_prepared(directory: Path, config: DataConfig, tokenizer: Tokenizer) -> Prepared:
     """Open prepared data for a run: of the evaluation the first data.eval_rows examples.
 
-    Nothing but these is read. Raises InputError for data that was prepared for other tokens, and
-    for missing and damaged files.
+    Nothing but these is read. Raises InputError for data that was prepared for other tokens or
+    with other filters, and for missing and damaged files.
     """
     manifest = read_manifest(directory)
     manifest.check_tokens(config, tokenizer)
+    manifest.check_filters(config)
     manifest.check_files()
     held_out = PreparedExamples(directory, manifest.splits.get("eval", []))
     train = PreparedExamples(directory, manifest.splits["train"])
