@@ -171,6 +171,10 @@ class Benchmark(RowsConfig):
     def _reads_files(self) -> "Benchmark":
         if self.path is None or self.source in GENERATORS:
             raise ValueError("a benchmark needs files; set its path")
+        if self.source == "prepared":
+            raise ValueError(
+                "a benchmark cannot be prepared data; name the files that it was prepared from"
+            )
         return self
 
 

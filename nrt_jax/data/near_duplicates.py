@@ -53,9 +53,12 @@ from datatrove.utils.word_tokenizers import WordTokenizer
 from multiprocess.forkserver import set_forkserver_preload
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.data.all_rows import library_rows
 from nrt_jax.data.bad_rows import BadRow, Rejected, excerpt
 from nrt_jax.data.contamination import Contamination
 from nrt_jax.data.files import find_files, reaching
+from nrt_jax.data.hub_rows import HubRows
+from nrt_jax.data.prepared import prepared_directory
 from nrt_jax.data.row_tokens import read_conversation
 from nrt_jax.data.rows import Row
 from nrt_jax.data.training_rows import read_source, sources_of
@@ -155,13 +158,14 @@ def _claim(out: Path, config: DataConfig, tasks: int, minhash: MinhashConfig) ->
     """Write what the work in `out` is made of; InputError when it holds something else."""
     if config.generated:
         raise InputError(f"data.source={config.source} generates its rows; name files")
-    files = [file.path for s in sources_of(config) for file in find_files(s.path or "", s.source)]
-    sizes = [[str(path), *_stamp(path)] for path in files]
+    if (prepared := prepared_directory(config)) is not None:
+        raise InputError(f"{prepared}: is prepared data; name the files that it was prepared from")
+    stamps = [stamp for source in sources_of(config) for stamp in _stamps(source)]
     if config.contamination:
         Contamination(config)  # a benchmark that cannot be read is told before the work
     settings = {
         "data": config.model_dump(mode="json", exclude={"leave_out", "duplicates"}),
-        "files": sizes,
+        "files": stamps,
         "tasks": tasks,
         "minhash": str(minhash),
     }
@@ -180,6 +184,19 @@ def _claim(out: Path, config: DataConfig, tasks: int, minhash: MinhashConfig) ->
     path.write_text(content, "utf-8")
 
 
+def _stamps(source: DataConfig) -> list[list[Any]]:
+    """What tells whether a source has changed: stamps of its files, or the commit on the hub."""
+    library = library_rows(source, source.path)
+    if isinstance(library, HubRows):
+        return [[library.name, library.commit]]
+    if library is None:
+        assert source.path is not None, "DataConfig requires a path for file sources"
+        paths = [file.path for file in find_files(source.path, source.source)]
+    else:
+        paths = list(library.files.values())
+    return [[str(path), *_stamp(path)] for path in paths]
+
+
 def _stamp(path: Any) -> tuple[int, float]:
     """Size and time of modification, which tell whether a file has changed."""
     try:
@@ -189,7 +206,7 @@ def _stamp(path: Any) -> tuple[int, float]:
         raise InputError(f"{path}: {error.strerror or error}; correct data.path") from error
     if isinstance(path, Path):
         return stat.st_size, stat.st_mtime
-    return stat.length, stat.mtime
+    return stat.length, float(stat.mtime)
 
 
 # --- blocks --------------------------------------------------------------------------------------
@@ -219,7 +236,9 @@ class RowReader(PipelineStep):
 
 def _rows_of_task(source: DataConfig, rank: int, world_size: int) -> Iterator[Row]:
     assert source.path is not None, "DataConfig requires a path for file sources"
-    files = find_files(source.path, source.source)
+    # Which rows are read of a source as a whole cannot be told from one of its files.
+    whole = library_rows(source, source.path) is not None or not source.reads_every_row
+    files = [] if whole else find_files(source.path, source.source)
     if len(files) < world_size:
         yield from islice(read_source(source, source.path), rank, None, world_size)
         return

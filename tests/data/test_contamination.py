@@ -134,6 +134,19 @@ def test_benchmarks_of_any_form(tmp_path):
     assert contamination.find([{"role": "user", "content": "Which?"}]) is None
 
 
+def test_a_benchmark_is_read_whole(make_config, write_rows, tokenizer):
+    """Settings that choose training rows choose none of its rows."""
+    path = write_rows([{"question": f"{i}+1", "answer": "=1", "of": "a"} for i in range(6)])
+    benchmark = write_rows([{"question": f"{i}+1"} for i in (1, 4)], "bench.jsonl")
+    choice = {"permutation_seed": 0, "source_field": "of", "source_rows": {"a": 3}}
+    config = make_config(
+        path=path, eval_rows=0, contamination=[benchmark], max_bad_share=0.5, **choice
+    )
+    dataset = load_dataset(config, tokenizer)
+    assert {row.example.index for row in dataset.train} <= {0, 2, 3, 5}
+    assert dataset.bad_rows == {"question of a benchmark": 2}
+
+
 def test_benchmarks_that_cannot_be_read(tmp_path, write_rows):
     def refused(path, **settings) -> str:
         with pytest.raises(InputError) as caught:
@@ -152,5 +165,9 @@ def test_benchmarks_that_cannot_be_read(tmp_path, write_rows):
     )
     with pytest.raises(ValidationError, match="a benchmark needs files; set its path"):
         DataConfig(path="x.jsonl", contamination=[{"question_field": "q"}])
+    with pytest.raises(
+        ValidationError, match="a benchmark cannot be prepared data; name the files"
+    ):
+        DataConfig(path="x.jsonl", contamination=[{"path": str(path), "source": "prepared"}])
     with pytest.raises(ValidationError, match="source 'chain_addition' generates its rows; leave"):
         DataConfig(source="chain_addition", contamination=[str(path)])

@@ -13,6 +13,7 @@ from nrt_jax.config.load import Section, load_config
 from nrt_jax.data import hub_rows
 from nrt_jax.data.digests import digests_of_data
 from nrt_jax.data.pipeline import load_dataset
+from nrt_jax.data.tfds_rows import TfdsRows
 from nrt_jax.data.training_rows import evaluation_source, read_source
 from nrt_jax.errors import InputError
 
@@ -162,6 +163,29 @@ def test_sets_that_cannot_be_read(prepared, directory, tmp_path):
         ([f"path={directory}", "answer_field=right_one"], "has no column 'right_one'"),
     ):
         assert said in refusal(config_of(*overrides))
+
+
+def test_near_duplicates_of_a_set(directory, tmp_path):
+    """The work knows the files of the split, and its tasks share the rows."""
+    pytest.importorskip("datatrove")
+    from nrt_jax.data.near_duplicates import RowReader, stages
+
+    config = config_of(f"path={directory}", "answer_field=question", "split=train[:5]")
+    stages(config, tmp_path / "out", 2)
+    files = json.loads((tmp_path / "out" / "settings.json").read_text())["files"]
+    assert [Path(name).name for name, *_ in files] == list(TfdsRows(config, directory).files)
+    reader = RowReader(config)
+    shares = [[doc.metadata["row"] for doc in reader.run(None, rank, 2)] for rank in range(2)]
+    assert shares == [["row 0", "row 2", "row 4"], ["row 1", "row 3"]]
+
+
+def test_duplicates_of_a_set(directory, tokenizer):
+    same = ("question_jinja='1'", "answer_jinja='2'", "eval_rows=0")
+    dataset = load_dataset(config_of(f"path={directory}", *same), tokenizer)
+    assert (len(dataset.train), dataset.bad_rows) == (1, {"duplicate": 5})
+    assert dataset.rejected[0].detail.startswith(
+        f"has the prompt and the answer of {directory} row 0;"
+    )
 
 
 def test_tfrecord_needs_tensorflow(directory, tmp_path, monkeypatch):

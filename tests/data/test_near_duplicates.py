@@ -10,6 +10,7 @@ import pytest
 from nrt_jax.cli import main
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.leave_out import LeaveOut
+from nrt_jax.data.manifest import FORMAT
 from nrt_jax.data.training_rows import read_source, sources_of
 from nrt_jax.errors import InputError
 from tests.training.runs import write_config_for_any_text
@@ -89,7 +90,7 @@ def test_one_of_each_group_stays(config, out):
 def test_training_takes_the_list(config, out):
     leave_out = LeaveOut(out / near_duplicates.LIST_FILE)
     found = [leave_out.find(row) for row in read(config)]
-    leave_out.check_all_met()
+    leave_out.check_all_met(every_row=True)
     reasons = Counter(one.reason for one in found if one is not None)
     assert reasons == {"duplicate": 2, "near-duplicate": 2, "question of a benchmark": 1}
 
@@ -128,6 +129,26 @@ def test_tasks_share_the_rows(tasks, tmp_path):
     expected = [f"{tmp_path}/{name}.jsonl line {i + 1}" for name in names for i in range(7)]
     assert sorted(name for share in shares for name in share) == expected
     assert all(shares)
+
+
+def test_tasks_share_a_choice_of_rows(tmp_path):
+    """Of files of which not every row is read, each task reads its share of the choice."""
+    for name in "ab":
+        lines = (json.dumps({"question": f"{name}{i}", "answer": "7"}) for i in range(7))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    path = str(tmp_path / "*.jsonl")
+    config = DataConfig(path=path, permutation_seed=1, eval_rows=2, train_rows=5, max_bad_share=0)
+    reader = near_duplicates.RowReader(config)
+    shares = [[doc.id for doc in reader.run(None, rank, 2)] for rank in range(2)]
+    found = [name for share in shares for name in share]
+    assert sorted(found) == sorted(f"{row.file} {row.place_in_file}" for row in read(config))
+    assert len(found) == 7
+
+
+def test_prepared_data_is_refused(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"format": FORMAT}))
+    with pytest.raises(InputError, match="is prepared data; name the files that it was"):
+        near_duplicates.stages(DataConfig(path=tmp_path), tmp_path / "new", 1)
 
 
 def test_the_verb(config, out, tmp_path, monkeypatch, capsys):
