@@ -1,5 +1,7 @@
 """Real sets of every form, shown by their settings alone; docs/data.md lists the same settings."""
 
+import json
+import math
 import re
 from pathlib import Path
 
@@ -115,3 +117,20 @@ def test_every_row_is_read(name, shared_data):
     rows = [row.fields for row in read_source(source, source.path)]
     assert len(rows) == count
     assert not any(isinstance(row, BadRow) for row in rows)
+
+
+@pytest.mark.slow  # compiles two updates per set
+@pytest.mark.parametrize("name", SETS)
+def test_two_steps_train(name, config, shared_data, tmp_path):
+    """On what is short enough for a test; a file that trains must evaluate too."""
+    settings, _, _, _ = SETS[name]
+    given = [f"data.{key}={value}" for key, value in settings.items()]
+    limits = ["max_prompt_tokens=600", "max_answer_tokens=300", "max_bad_share=0.99"]
+    run = [f"run_dir={tmp_path / 'run'}", "train.steps=2", "rollout.max_response_tokens=310"]
+    data = ["source=null", f"path={shared_data / name}", f"tokenizer={config.parent / 'tokenizer'}"]
+    prompts = [f"train.{kind}_prompts=8" for kind in ("batch", "mini_batch", "micro_batch")]
+    words = [*(f"data.{word}" for word in [*data, *limits]), *given, *prompts, *run]
+    assert main(["train", str(config), *words, "evaluation.every_steps=2"]) == 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").open()]
+    assert [line["step"] for line in steps if "loss/total" in line] == [1, 2]
+    assert all(math.isfinite(line["loss/total"]) for line in steps if "loss/total" in line)

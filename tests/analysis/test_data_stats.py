@@ -143,10 +143,10 @@ def test_a_generator(stats, tmp_path: Path):
 
 
 def test_sources_and_reasons(stats, tmp_path: Path):
-    rows = [{"question": f"{i}+1", "answer": "=1"} for i in range(9)] + [{"question": "3"}]
-    text = "".join(json.dumps(row) + "\n" for row in rows)
     parts = []
-    for name in ("one", "two"):
+    for number, name in enumerate(("one", "two")):
+        rows = [{"question": f"{i}+{number}", "answer": "=1"} for i in range(9)]
+        text = "".join(json.dumps(row) + "\n" for row in [*rows, {"question": "3"}])
         (tmp_path / f"{name}.jsonl").write_text(text)
         parts.append(f"{{name: {name}, path: {tmp_path}/{name}.jsonl}}")
     words = [f"data.mixture=[{', '.join(parts)}]", "data.source=null", "data.max_bad_share=0.5"]
