@@ -69,6 +69,10 @@ ROW = (
 )
 """A row of a table, after its title; logprobs in nats per token of y*."""
 
+COURSE_HEADER = "| | tokens per trace, start → end | entropy, start → end |\n|---|---|---|"
+COURSE_ROW = "| {tokens_first:.1f} → {tokens_last:.1f} | {entropy_first:.2f} → {entropy_last:.2f} |"
+"""Of an NRT run, after its title: means of the sampled traces of its first and last four steps."""
+
 Figures = dict[str, float]
 
 
@@ -85,7 +89,7 @@ def main() -> None:
     summary: Figures = {}
     for kind in args.answers:
         rows = measure_kind(args, kind)
-        print("\n".join([f"\n{kind}\n", HEADER, *(table_row(*row) for row in rows.items())]))
+        print(f"\n{kind}\n\n{tables(rows)}")
         for name, figures in rows.items():
             summary |= {f"{kind}_{name}_{key}": value for key, value in figures.items()}
     (args.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -193,7 +197,7 @@ def accuracy(folder: Path, name: str) -> Figures:
     """
     run, place = {"before": ("cold", 0), "warm": ("nrt", -2)}.get(name, (name, -1))
     figures = wilson("accuracy", evaluations(folder / run)[place]["eval/exact_match"], HELD_OUT)
-    if name == "before":
+    if name == "before" and evaluations(folder / "sft"):
         direct = evaluations(folder / "sft")[0]["eval/exact_match"]
         figures |= wilson("accuracy_direct", direct, HELD_OUT)
     return figures
@@ -238,9 +242,15 @@ def evaluations(run_dir: Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run_dir) if "eval/exact_match" in line]
 
 
-def table_row(name: str, figures: Figures) -> str:
-    """Markdown."""
-    return f"| {TITLES[name]} " + ROW.format(**figures)
+def tables(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Markdown: the models on held-out questions, and the course of the NRT runs."""
+    models = [f"| {TITLES[name]} " + ROW.format(**figures) for name, figures in rows.items()]
+    courses = [
+        f"| {TITLES[name]} " + COURSE_ROW.format(**figures)
+        for name, figures in rows.items()
+        if "tokens_first" in figures
+    ]
+    return "\n".join([HEADER, *models, "", COURSE_HEADER, *courses])
 
 
 if __name__ == "__main__":

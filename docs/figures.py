@@ -3,20 +3,26 @@
     make demo figures
     .venv/bin/python docs/figures.py quickstart runs/quickstart
     .venv/bin/python docs/figures.py peers OURS_8192 PEER_8192 OURS_32000 PEER_32000
+    .venv/bin/python docs/figures.py real_model runs/smollm2_gsm8k/summary.json
 
 `quickstart` reads summary.json of a report and takes its curves.png. `peers` reads four files in
 the form that `benchmarks/peer_workload.py --out` writes; a peer's needs rollout_cpu_s, update_cpu_s
-and peak_rss_gb. Each text of TEXTS with the old figures is replaced by that with the new ones; a
-text that a document does not hold is an error, and then nothing is written. tests/test_docs.py
-compares the documents with docs/figures.json, and a slow test compares docs/figures.json with a
-fresh run, within TOLERANCES.
+and peak_rss_gb. `real_model` reads what `benchmarks/real_model.py` writes.
+
+Each text of TEXTS with the old figures is replaced by that with the new ones; a text that a
+document does not hold is an error, and then nothing is written. tests/test_docs.py compares the
+documents with docs/figures.json, and a slow test compares docs/figures.json with a fresh run,
+within TOLERANCES.
 """
 
 import argparse
 import json
 import math
+import runpy
 import shutil
 import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +30,24 @@ DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures.json"
 CURVES = DOCS / "images" / "quickstart_curves.png"
 
-Figures = dict[str, float]
+REAL_MODEL = runpy.run_path(str(DOCS.parent / "benchmarks" / "real_model.py"))
 
-TEXTS: dict[str, dict[str, list[str]]] = {
+Figures = dict[str, float]
+Text = str | Callable[[Mapping[str, float]], str]
+"""With names of figures in braces, or a function of them."""
+
+
+def real_model_tables(kind: str, figures: Mapping[str, float]) -> str:
+    """The tables of the models that were measured with one kind of answers."""
+    rows = {}
+    for name in REAL_MODEL["TITLES"]:
+        prefix = f"{kind}_{name}_"
+        of = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
+        rows |= {name: of} if of else {}
+    return REAL_MODEL["tables"](rows) if rows else f"(not measured: {kind})"
+
+
+TEXTS: dict[str, dict[str, Sequence[Text]]] = {
     "quickstart": {
         "../README.md": [
             "| base, with a trace | {base_percent:.1f} % | {reward_first:.3f} "
@@ -52,6 +73,9 @@ TEXTS: dict[str, dict[str, list[str]]] = {
             "| {peer_gb_8192:.1f} and {peer_gb_32000:.1f} GB |",
             "would take {matrix_percent_8192:.0f} % and {matrix_percent_32000:.0f} % of its time",
         ]
+    },
+    "real_model": {
+        "real_model.md": [partial(real_model_tables, kind) for kind in REAL_MODEL["ANSWERS"]]
     },
 }
 """The texts with figures, by section of docs/figures.json and by document."""
@@ -111,10 +135,13 @@ def replaced(section: str, old: Figures, new: Figures) -> dict[Path, str]:
         path = (DOCS / name).resolve()
         text = path.read_text("utf-8")
         for template in templates:
-            before = template.format(**old)
+            before, after = (
+                template.format(**figures) if isinstance(template, str) else template(figures)
+                for figures in (old, new)
+            )
             if text.count(before) != 1:
                 raise ValueError(f"{path}: must hold once: {before!r}")
-            text = text.replace(before, template.format(**new))
+            text = text.replace(before, after)
         texts[path] = text
     return texts
 
@@ -129,8 +156,11 @@ def main() -> None:
     if args.section == "quickstart":
         (folder,) = args.files
         new = quickstart_figures(json.loads((folder / "summary.json").read_text("utf-8")))
-    else:
+    elif args.section == "peers":
         new = peer_figures(args.files)
+    else:
+        (summary,) = args.files
+        new = json.loads(summary.read_text("utf-8"))
     texts = replaced(args.section, recorded[args.section], new)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")

@@ -59,9 +59,11 @@ def test_a_row_by_hand(folder):
     # Wilson's interval of 20 of 200.
     ends = (row["accuracy"], row["accuracy_low"], row["accuracy_high"])
     assert ends == pytest.approx((10, 6.57, 14.94), abs=0.01)
-    line = REAL_MODEL.table_row("nrt", row)
-    assert "| 75 % | 31.0 | 1.50 | -2.00 " in line
-    assert line.count("|") == REAL_MODEL.HEADER.splitlines()[0].count("|")
+    models, courses = REAL_MODEL.tables({"nrt": row}).split("\n\n")
+    assert "| 75 % | 31.0 | 1.50 | -2.00 " in models.splitlines()[-1]
+    assert courses.splitlines()[-1].endswith("| 25.0 → 45.0 | 2.00 → 2.00 |")
+    for table in (models, courses):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
 
 
 def test_the_untrained_model_is_judged_with_and_without_a_trace(folder):
