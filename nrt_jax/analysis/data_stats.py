@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from nrt_jax.analysis.ink import DARK, LIGHT
 from nrt_jax.analysis.length_figures import Side, legend, panel_svgs, sides, write_png
 from nrt_jax.analysis.padding import AT_LIMIT, MINI_BATCHES, NO_TRACES, SPREAD, padding
-from nrt_jax.analysis.page import visible
+from nrt_jax.analysis.page import page_template
 from nrt_jax.analysis.summary import aligned, number, percent
 from nrt_jax.checkpoints.abstract_model import architecture_of, load_tokenizer
 from nrt_jax.config.run import RunConfig
@@ -180,16 +179,8 @@ def shown_lengths(lengths: dict[str, float] | None) -> list[str]:
 
 def render(summary: dict[str, Any], sources: Sequence[SourceLengths], both: Sequence[Side]) -> str:
     """The page; every text of the data or the config is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nrt_jax", "analysis"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"visible": visible, "percent": percent, "number": number}
     configured = [row for row in summary["padding"] if row["configured"]]
-    return environment.get_template("data_stats.html.jinja").render(
+    return page_template("data_stats.html.jinja").render(
         summary=summary,
         heading=_heading(summary),
         rows=table_rows(summary),

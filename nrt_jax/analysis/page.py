@@ -48,24 +48,7 @@ def render_page(groups: Sequence[SeedGroup], summary: dict[str, Any]) -> str:
     records = [record for group in groups for record in group.records]
     warmed_up = any(record.warmup for record in records)
     panels = [*PANELS, WARMUP] if warmed_up else PANELS
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("nrt_jax", "analysis"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "visible": visible,
-        "cycle": cycle,
-        "percent": percent,
-        "number": number,
-        "arrow": arrow,
-        "duration": duration,
-        "spread": spread,
-        "percent_spread": percent_spread,
-    }
-    return environment.get_template("report.html.jinja").render(
+    return page_template("report.html.jinja").render(
         summary=summary,
         runs=summary["runs"],
         names=_names(groups),
@@ -86,6 +69,28 @@ def render_page(groups: Sequence[SeedGroup], summary: dict[str, Any]) -> str:
         versions=_versions(records),
         commands=_commands(records),
     )
+
+
+def page_template(name: str) -> jinja2.Template:
+    """A template of this package, with the filters of all pages; it escapes every text."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("nrt_jax", "analysis"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "visible": visible,
+        "cycle": cycle,
+        "percent": percent,
+        "number": number,
+        "arrow": arrow,
+        "duration": duration,
+        "spread": spread,
+        "percent_spread": percent_spread,
+    }
+    return environment.get_template(name)
 
 
 def visible(text: str) -> Markup:
