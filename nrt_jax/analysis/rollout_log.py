@@ -11,12 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from nrt_jax.errors import InputError
 from nrt_jax.training.logger import ROLLOUTS
-from nrt_jax.training.rollout_shards import SCHEMA, shards
+from nrt_jax.training.rollout_shards import read_shard, shards
 
 
 class LoggedTrace(NamedTuple):
@@ -74,15 +73,9 @@ def read_batches(
         )
     bounds = [("step", ">=", first_step)]
     bounds += [] if last_step is None else [("step", "<=", last_step)]
+    remedy = "copy the file again, or delete it to read the other steps"
     for path in files:
-        try:
-            table = pq.read_table(path, schema=SCHEMA, columns=columns, filters=bounds)
-        except (pa.ArrowException, OSError) as error:
-            problem = " ".join(str(error).split())
-            raise InputError(
-                f"{path}: cannot be read ({problem}); copy the file again, or delete it to read "
-                "the other steps"
-            ) from error
+        table = read_shard(path, remedy, columns=columns, filters=bounds)
         yield from table.to_batches()
 
 

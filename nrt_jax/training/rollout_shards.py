@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +52,7 @@ SCHEMA = pa.schema(
     ]
 )
 """Columns; docs/training.md says what each holds."""
+_CUT = "delete this file and those of higher numbers, and the log goes on without their steps"
 _NAMES = ["source", "finish"]
 _LISTS = [field.name for field in SCHEMA if pa.types.is_list(field.type)]
 
@@ -58,6 +60,18 @@ _LISTS = [field.name for field in SCHEMA if pa.types.is_list(field.type)]
 def shards(folder: Path) -> list[Path]:
     """The files of a folder, in the order of their steps."""
     return sorted(folder.glob("[0-9]*.parquet"))
+
+
+def read_shard(path: Path, remedy: str, **options: Any) -> pa.Table:
+    """The rows of a file; `options` are those of `pyarrow.parquet.read_table`.
+
+    Raises InputError, with the remedy, for a file that cannot be read.
+    """
+    try:
+        return pq.read_table(path, schema=SCHEMA, **options)
+    except (pa.ArrowException, OSError) as error:
+        problem = " ".join(str(error).split())
+        raise InputError(f"{path}: cannot be read ({problem}); {remedy}") from error
 
 
 class RolloutShards:
@@ -124,7 +138,7 @@ def keep_rows_up_to(folder: Path, step: int) -> tuple[int, pa.Table]:
     # A process that was killed may have left one.
     _part(folder).unlink(missing_ok=True)
     for path in reversed(shards(folder)):
-        table = _read(path)
+        table = read_shard(path, _CUT)
         kept = table.slice(0, int(np.searchsorted(table["step"].to_numpy(), step, side="right")))
         if kept.num_rows:
             if kept.num_rows < table.num_rows:
@@ -132,17 +146,6 @@ def keep_rows_up_to(folder: Path, step: int) -> tuple[int, pa.Table]:
             return int(path.stem), kept
         path.unlink()
     return 0, SCHEMA.empty_table()
-
-
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, schema=SCHEMA)
-    except (pa.ArrowException, OSError) as error:
-        problem = " ".join(str(error).split())
-        raise InputError(
-            f"{path}: cannot be read ({problem}); delete this file and those of higher numbers, "
-            "and the log goes on without their steps"
-        ) from error
 
 
 def _write(folder: Path, number: int, tables: Iterable[pa.Table]) -> None:
