@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from nrt_jax.cli import _parser
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective.advantages import ESTIMATORS
+from nrt_jax.options import make_parser
 from nrt_jax.verbs import load
 from tests.conftest import REPOSITORY
 
@@ -89,7 +89,7 @@ def test_files_that_are_named_exist(page):
 @pytest.mark.parametrize("command", commands("nrt-jax"))
 def test_commands_are_understood(command, monkeypatch):
     monkeypatch.chdir(REPOSITORY)
-    args = _parser().parse_args(shlex.split(command)[1:])
+    args = make_parser().parse_args(shlex.split(command)[1:])
     # A verb that takes a config may also take the run that the page made before.
     if hasattr(args, "config") and not args.config[0].startswith("runs/"):
         load(args)
@@ -98,7 +98,7 @@ def test_commands_are_understood(command, monkeypatch):
 @pytest.mark.parametrize("page", TEXTS)
 def test_verbs_and_targets_exist(page):
     targets = re.findall(r"^([a-z-]+):", (REPOSITORY / "Makefile").read_text("utf-8"), re.M)
-    verbs = re.findall(r"^    ([a-z]+) ", _parser().format_help(), re.M)
+    verbs = re.findall(r"^    ([a-z]+) ", make_parser().format_help(), re.M)
     for piece in code_pieces(TEXTS[page]):
         for target in re.findall(r"\bmake ([a-z-]+)", piece):
             assert target in targets, f"{page} names make {target}"

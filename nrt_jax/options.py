@@ -1,0 +1,282 @@
+"""The verbs of the command line and their options."""
+
+import argparse
+import os
+from pathlib import Path
+
+import nrt_jax
+from nrt_jax import distributed, verbs
+from nrt_jax.arguments import (
+    INPUTS,
+    Parser,
+    dtype,
+    inputs,
+    path,
+    process_count,
+    restart_count,
+    row_count,
+    seconds,
+    seed,
+    share,
+    temperature,
+)
+
+EPILOG = """\
+CONFIG is one or more YAML files or presets, merged from left to right, followed by overrides such
+as train.steps=10 or objective.scheme=gm.
+
+  nrt-jax train quickstart/nrt
+  nrt-jax train quickstart/nrt methods/rlpr run_dir=runs/rlpr
+"""
+
+
+def make_parser() -> Parser:
+    """The parser of all verbs; each sets `verb`, the function of nrt_jax.verbs that runs it."""
+    parser = Parser(
+        prog="nrt-jax",
+        description="Native Reasoning Training: reasoning from question-answer pairs alone.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"nrt-jax {nrt_jax.__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="VERB")
+    _add_run_verbs(subparsers)
+    _add_checkpoint_verbs(subparsers)
+    _add_views(subparsers)
+    _add_local(subparsers)
+    return parser
+
+
+def _add_run_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    train = subparsers.add_parser("train", help="train a config's run, or continue it")
+    _add_config(train)
+    train.add_argument(
+        "--allow-changed",
+        type=inputs,
+        action="extend",
+        default=[],
+        metavar="INPUT,...",
+        help=f"continue a run although these are not what it was trained on: {', '.join(INPUTS)}",
+    )
+    _add_processes(train)
+    train.set_defaults(verb=verbs.train)
+
+    diagnose = subparsers.add_parser(
+        "diagnose", help="tell whether NRT can learn from a config's first batch, or from any model"
+    )
+    diagnose.add_argument(
+        "config",
+        nargs="+",
+        metavar="CONFIG|MODEL",
+        help="a config as for train; or a run, RUN/checkpoints/STEP or a directory of a model; and "
+        "key=value overrides",
+    )
+    diagnose.add_argument(
+        "--rows",
+        type=row_count,
+        help="held-out rows to ask; otherwise the first batch of a config, and 32 rows of a model",
+    )
+    diagnose.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    _add_processes(diagnose)
+    diagnose.set_defaults(verb=verbs.diagnose)
+
+    generate = subparsers.add_parser("generate", help="print the trace and the answer to a prompt")
+    _add_model(generate)
+    generate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.FIELD=VALUE",
+        help="how the model is asked, such as data.template=plain",
+    )
+    generate.add_argument("--prompt", required=True, action="append", help="may be given again")
+    generate.add_argument(
+        "--temperature", type=temperature, default=0.0, help="of the trace; 0 is greedy"
+    )
+    generate.add_argument("--seed", type=seed, default=0)
+    generate.add_argument(
+        "--score",
+        action="append",
+        metavar="ANSWER",
+        help="print the reward of this answer after the trace; one for each --prompt",
+    )
+    _add_processes(generate)
+    generate.set_defaults(verb=verbs.generate)
+
+    serve = subparsers.add_parser("serve", help="answer over HTTP like OpenAI, and over gRPC")
+    _add_model(serve)
+    serve.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="[SECTION.]FIELD=VALUE",
+        help="settings of the server, such as port=8001 slots=32, and of how the model is asked, "
+        "such as data.template=plain",
+    )
+    serve.set_defaults(verb=verbs.serve)
+
+
+def _add_checkpoint_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    import_ = subparsers.add_parser(
+        "import",
+        help="convert a Hugging Face directory once, for runs that start from it on many devices",
+    )
+    import_.add_argument("source", type=path, metavar="HF_DIR")
+    import_.add_argument("out", type=path, metavar="OUT")
+    import_.add_argument(
+        "--mesh",
+        default="fsdp=-1",
+        metavar="AXIS=SIZE,...",
+        help="devices along data, fsdp and tensor, such as fsdp=4,tensor=2; -1 for the others",
+    )
+    _add_dtype(import_, "as stored")
+    _add_processes(import_)
+    import_.set_defaults(verb=verbs.import_)
+
+    export = subparsers.add_parser("export", help="write any model as a Hugging Face directory")
+    _add_model(export)
+    export.add_argument("out", type=path, metavar="OUT")
+    _add_dtype(export, "that of the directory, or of the checkpoint that the run started from")
+    export.add_argument(
+        "--copy-row",
+        action="append",
+        default=[],
+        metavar="TOKEN=FROM",
+        help=r"give TOKEN the embedding and head rows of FROM, such as '<|think_start|>=\n'",
+    )
+    _add_processes(export)
+    export.set_defaults(verb=verbs.export)
+
+
+def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    data = subparsers.add_parser("data", help="show, measure or prepare a config's data")
+    data_verbs = data.add_subparsers(required=True, metavar="VERB")
+    show_data = data_verbs.add_parser(
+        "show", help="print rows as the model sees them, part by part"
+    )
+    _add_config(show_data)
+    show_data.add_argument("--rows", type=row_count, default=3, help="how many, 3 by default")
+    show_data.add_argument("--color", choices=("auto", "always", "never"), default="auto")
+    show_data.set_defaults(verb=verbs.data_show)
+    stats = data_verbs.add_parser(
+        "stats", help="count rows and tokens by source, reasons for rows left out, and padding"
+    )
+    _add_config(stats)
+    stats.add_argument(
+        "--rows", type=row_count, help="read the first rows of each source alone, so many"
+    )
+    stats.add_argument(
+        "--out", type=path, help="write data_stats.html, data_stats.png and data_stats.json there"
+    )
+    stats.set_defaults(verb=verbs.data_stats)
+    _add_prepare(data_verbs)
+    deduplicate = data_verbs.add_parser(
+        "deduplicate", help="list duplicates and near-duplicates, to leave them out of training"
+    )
+    _add_config(deduplicate)
+    deduplicate.add_argument("--out", type=path, required=True, metavar="DIR")
+    _add_workers(deduplicate, "--tasks")
+    deduplicate.set_defaults(verb=verbs.data_deduplicate)
+
+    report = subparsers.add_parser(
+        "report", help="compare runs: report.html, curves.png, summary.json"
+    )
+    report.add_argument("runs", type=path, nargs="+", metavar="RUN")
+    report.add_argument("--out", type=path, required=True)
+    report.set_defaults(verb=verbs.report)
+
+    config = subparsers.add_parser(
+        "config", help="show a resolved config, or the schema of all configs"
+    )
+    config_verbs = config.add_subparsers(required=True, metavar="VERB")
+    show = config_verbs.add_parser("show", help="print the resolved config")
+    _add_config(show)
+    show.set_defaults(verb=verbs.config_show)
+    schema = config_verbs.add_parser("schema", help="print the JSON schema")
+    schema.set_defaults(verb=verbs.config_schema)
+
+
+def _add_prepare(data_verbs: "argparse._SubParsersAction[Parser]") -> None:
+    prepare = data_verbs.add_parser(
+        "prepare", help="tokenise a config's rows once; the same command goes on after a kill"
+    )
+    _add_config(prepare)
+    prepare.add_argument("folder", metavar="OUT", help="the folder to write")
+    _add_workers(prepare, "--workers")
+    prepare.add_argument(
+        "--shard",
+        type=share,
+        default="0/1",
+        metavar="I/N",
+        help="prepare the I-th of N shares, from 0, such as one per task of a job array; then run "
+        "nrt-jax data merge",
+    )
+    prepare.set_defaults(verb=verbs.data_prepare)
+    merge = data_verbs.add_parser("merge", help="finish what data prepare --shard has prepared")
+    merge.add_argument("folder", type=path, metavar="OUT")
+    _add_workers(merge, "--workers")
+    merge.set_defaults(verb=verbs.data_merge)
+
+
+def _add_workers(parser: argparse.ArgumentParser, option: str) -> None:
+    parser.add_argument(
+        option, type=process_count, default=os.cpu_count(), metavar="N", help="processes"
+    )
+
+
+def _add_local(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    local = subparsers.add_parser(
+        "local", help="run a verb in several processes on this machine, as on several hosts"
+    )
+    local.add_argument("--processes", type=process_count, required=True, metavar="N")
+    local.add_argument(
+        "--devices-per-process", type=process_count, default=1, metavar="M", help="1 by default"
+    )
+    local.add_argument(
+        "--restarts",
+        type=restart_count,
+        default=0,
+        metavar="R",
+        help="how often all are started again after a failure, 0 by default",
+    )
+    local.add_argument(
+        "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="what each process runs"
+    )
+    local.set_defaults(verb=verbs.local)
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "several processes",
+        "one per host; not needed on Cloud TPU, SLURM, Open MPI and Kubernetes, where they find "
+        "each other",
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens")
+    group.add_argument("--process-id", type=int, metavar="I", help="of this process, from 0")
+    group.add_argument("--processes", type=process_count, metavar="N", help="how many there are")
+    group.add_argument(
+        "--timeout",
+        type=seconds,
+        default=distributed.TIMEOUT_S,
+        metavar="SECONDS",
+        help="how long they wait for each other at the start, 300 by default",
+    )
+
+
+def _add_dtype(parser: argparse.ArgumentParser, default: str) -> None:
+    names = "bf16, fp16 or fp32"
+    parser.add_argument(
+        "--dtype", type=dtype, metavar="DTYPE", help=f"{names}; otherwise {default}"
+    )
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a run, RUN/checkpoints/STEP, an import or a Hugging Face directory",
+    )
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "config", nargs="+", metavar="CONFIG", help="YAML files or presets, and key=value overrides"
+    )
