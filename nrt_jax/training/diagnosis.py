@@ -152,7 +152,8 @@ def trace_figures(groups: Sequence[Group], tokenizer: Tokenizer) -> Figures:
     traces = [trace for group in groups for trace in group.traces]
     ends = [end_name(tokenizer, trace) for trace in traces]
     think_end = tokenizer.token(tokenizer.think_end_id)
-    empty = np.asarray([len(trace.tokens) == 0 for trace in traces])
+    lengths = np.asarray([len(trace.tokens) for trace in traces])
+    empty = lengths == 0
     other = np.asarray([end not in (think_end, "length") for end in ends])
     figures = {
         "trace/empty_share": empty.mean(),
@@ -160,7 +161,8 @@ def trace_figures(groups: Sequence[Group], tokenizer: Tokenizer) -> Figures:
         "trace/end_think_end_share": ends.count(think_end) / len(ends),
         "trace/end_other_share": other.mean(),
         "trace/end_length_share": ends.count("length") / len(ends),
-        "trace/tokens": np.mean([len(trace.tokens) for trace in traces]),
+        "trace/tokens": lengths.mean(),
+        "trace/median_tokens": np.median(lengths),
     }
     return {name: Estimate(float(value)) for name, value in figures.items()}
 

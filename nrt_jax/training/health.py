@@ -65,9 +65,17 @@ CHECKS = (
         "tokens per trace",
         "tokens",
         low=2.0,
-        stop_below=1.0,
         remedy="there is little to reinforce; copy rows that begin a text "
         "(model.new_rows_from=auto), or " + _WARM_UP,
+    ),
+    Check(
+        "trace/median_tokens",
+        "tokens of the median trace",
+        "tokens",
+        low=2.0,
+        stop_below=2.0,
+        remedy="a few long traces hide in the mean that the others end at once; copy rows that "
+        "begin a text (model.new_rows_from=auto), or " + _WARM_UP,
     ),
     Check(
         "trace/entropy",

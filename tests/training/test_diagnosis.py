@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nrt_jax.config.objective import ObjectiveConfig
+from nrt_jax.config.run import RunConfig
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.training.answer_logprobs import Context, ContextLogprobs
@@ -21,6 +22,7 @@ from nrt_jax.training.diagnosis import (
     t_quantile,
     trace_figures,
 )
+from nrt_jax.training.health import examine
 from nrt_jax.types import Trace
 from tests.training import worlds
 
@@ -97,7 +99,23 @@ def test_how_traces_end_by_hand(tokenizer):
         "trace/end_other_share": 0.25,
         "trace/end_length_share": 0.25,
         "trace/tokens": 2.0,
+        "trace/median_tokens": 1.5,
     }
+
+
+def test_one_long_trace_among_empty_ones_hides_nothing(tokenizer):
+    """The first batch of SmolLM2 whose think tokens are copies of eos: 8 of 16 traces are empty."""
+    (group,) = worlds.random_groups(1, 1)
+    eos = tokenizer.eos_id
+    lengths = [0] * 8 + [1] * 6 + [2]
+    traces = (*(a_trace(length, eos) for length in lengths), a_trace(64, None))
+    figures = trace_figures([type(group)(group.example, traces)], tokenizer)
+    assert (figures["trace/empty_share"].value, figures["trace/tokens"].value) == (0.5, 4.5)
+    config = RunConfig.model_validate(
+        {"model": {"path": "m"}, "data": {"source": "chain_addition"}}
+    )
+    stops = [f.figure for f in examine(figures, config) if f.level == "stop"]
+    assert stops == ["trace/median_tokens"]
 
 
 def test_each_answer_is_scored_after_own_and_other_traces(tokenizer):
