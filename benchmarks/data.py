@@ -116,7 +116,8 @@ def time_map(config: DataConfig, directory: Path, workers: int) -> float:
 
 def time_start(config: DataConfig, tokenizer: Tokenizer, out: Path) -> float:
     """Seconds from prepared data to the first batch."""
-    from nrt_jax.data.pipeline import BatchIterator, load_dataset
+    from nrt_jax.data.batches import BatchIterator
+    from nrt_jax.data.pipeline import load_dataset
 
     run = config.model_copy(update={"path": out, "source": "prepared", "mixture": ()})
     start = time.perf_counter()

@@ -12,6 +12,7 @@ import filelock
 import jax
 
 from nrt_jax.config.compilation import CompilationConfig
+from nrt_jax.config.paths import user_cache
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def use_cache(config: CompilationConfig) -> None:
         return
     folder = None
     try:
-        folder = default_folder() if config.cache == "auto" else Path(config.cache)
+        folder = user_cache() / "compiled" if config.cache == "auto" else Path(config.cache)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -74,13 +75,6 @@ def use_cache(config: CompilationConfig) -> None:
     for name, value in of_ours.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
-
-
-def default_folder() -> Path:
-    """nrt_jax/compiled in the user's cache folder. RuntimeError for a user without a home."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    base = named if named.is_absolute() else Path.home() / ".cache"
-    return base / "nrt_jax" / "compiled"
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nrt_jax.compilation import CompileWatch, default_folder, use_cache
+from nrt_jax.compilation import CompileWatch, use_cache
 from nrt_jax.config.compilation import CompilationConfig
 from nrt_jax.config.load import load_config
+from nrt_jax.config.paths import user_cache
 from nrt_jax.errors import InputError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -56,7 +57,7 @@ def test_on_by_default_in_the_users_cache_folder(unset, home):
 def test_without_a_folder_of_xdg(named, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", named)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert default_folder() == tmp_path / ".cache" / "nrt_jax" / "compiled"
+    assert user_cache() == tmp_path / ".cache" / "nrt_jax"
 
 
 def test_off(unset, home):

@@ -42,6 +42,8 @@ FREE_TO_CHANGE = (
     "run_dir",
     "checkpoint.",
     "compilation.",
+    "data.cache",
+    "data.read_threads",
     "logging.",
     "train.max_skipped_updates",
     "train.diagnosis_prompts",

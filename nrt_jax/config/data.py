@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from nrt_jax.config.load import MOST_TOKENS, ConfigPath, Section
+from nrt_jax.config.load import MOST_TOKENS, CacheFolder, ConfigPath, Section
 from nrt_jax.config.rows import (
     CONVERSATIONS,
     GENERATORS,
@@ -124,6 +124,14 @@ class DataConfig(RowsConfig):
     """Shuffle the rows anew for every epoch; false keeps the order of the source."""
     seed: int = Field(default=0, ge=0, le=2**32 - 1)
     """Seed of held-out rows, generated rows and shuffling."""
+    cache: CacheFolder = "auto"
+    """Folder where files of more than 16 MB in all, and data sets of the hub, are kept as prepared
+    data for later runs: the first start tokenises them, the next ones read the tokens. auto for
+    nrt_jax/data in the user's cache folder (XDG_CACHE_HOME, else ~/.cache); off: every start
+    tokenises all rows and keeps them in memory."""
+    read_threads: int = Field(default=2, ge=0, le=64)
+    """Threads that read the next batches while a step runs, as many batches ahead; 0: a batch is
+    read when its step begins."""
     chain: ChainConfig = ChainConfig()
     """Settings of the built-in generators."""
 

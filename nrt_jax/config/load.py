@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args
 
 import yaml
 from annotated_types import Le, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from nrt_jax.config.paths import local_path
 from nrt_jax.config.presets import find_config, suggest_preset
@@ -69,6 +69,21 @@ LocalPath = Annotated[Path, BeforeValidator(_local)]
 """A path relative to the working directory, wherever it is named."""
 ConfigPath = Annotated[Path, BeforeValidator(resolve_path)]
 """A path relative to the YAML file that names it; in an override, to the working directory."""
+
+
+def _no_switch(value: Any) -> Any:
+    """An override is text, and a folder with the name of a switch is hardly meant."""
+    if str(value).lower() in ("false", "true", "no", "yes", "on", "none", "null", "0", "1"):
+        raise ValueError("must be 'auto' or 'off' or a folder")
+    return value
+
+
+CacheFolder = Annotated[
+    Literal["auto", "off"] | ConfigPath,
+    Field(union_mode="left_to_right"),
+    BeforeValidator(_no_switch),
+]
+"""auto for a folder in that of the user's cache, off for none, or a folder."""
 
 
 class _Layer(NamedTuple):

@@ -1,5 +1,6 @@
-"""Paths as users write them: `~` expanded, and only of this machine."""
+"""Paths as users write them: `~` expanded, and only of this machine; and the user's cache."""
 
+import os
 import re
 from pathlib import Path
 
@@ -19,3 +20,10 @@ def local_path(text: str | Path) -> Path:
     except RuntimeError:
         user = Path(text).parts[0]
         raise ValueError(f"{user}: no such user's home; write the path out") from None
+
+
+def user_cache() -> Path:
+    """nrt_jax in the user's cache folder. RuntimeError for a user without a home."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    base = named if named.is_absolute() else Path.home() / ".cache"
+    return base / "nrt_jax"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
+from nrt_jax.data.bad_rows import Rejected
 from nrt_jax.data.chat_template import template_text
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
@@ -20,6 +21,8 @@ FORMAT = f"{_KIND} 1"
 NAMED = "named"
 """Key of where a tokenizer or template was found, which decides nothing."""
 _AGAIN = "prepare the data again"
+RESTORE = f"restore it or {_AGAIN}"
+"""What to do about a damaged file."""
 
 
 class Shard(NamedTuple):
@@ -38,6 +41,8 @@ class Manifest:
 
     directory: Path
     content: dict[str, Any]
+    remedy: str = RESTORE
+    """What to do about a damaged file."""
 
     @cached_property
     def splits(self) -> dict[str, list[Shard]]:
@@ -52,6 +57,18 @@ class Manifest:
         """Left-out rows by reason."""
         return self.content["rejected"]
 
+    def by_source(self, split: str) -> dict[str, Any]:
+        """Of each source with rows in the split: licence, and by split rows and lengths."""
+        found = self.content["examples_by_source"]
+        return {name: of for name, of in found.items() if split in of}
+
+    def read_rejected(self) -> list[Rejected]:
+        """The rows that were left out, file by file."""
+        path = self.directory / REJECTED_FILE
+        if not path.exists():
+            return []
+        return [Rejected(**json.loads(line)) for line in path.read_bytes().splitlines()]
+
     def check_files(self) -> None:
         """InputError for the first shard that is missing or has another size."""
         for shard in (shard for shards in self.splits.values() for shard in shards):
@@ -60,13 +77,11 @@ class Manifest:
                 size = path.stat().st_size
             except OSError as error:
                 raise InputError(
-                    f"{path}: a shard of prepared data is missing ({error.strerror}); restore it "
-                    f"or {_AGAIN}"
+                    f"{path}: a shard of prepared data is missing ({error.strerror}); {self.remedy}"
                 ) from error
             if size != shard.nbytes:
                 raise InputError(
-                    f"{path}: has {size} bytes, and was written with {shard.nbytes}; restore it or "
-                    f"{_AGAIN}"
+                    f"{path}: has {size} bytes, and was written with {shard.nbytes}; {self.remedy}"
                 )
 
     def check_tokens(self, config: DataConfig, tokenizer: Tokenizer) -> None:
@@ -135,13 +150,12 @@ def token_settings(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     tokens stand first, since other ones change the digest too.
     """
     template = template_text(config, tokenizer)
-    roles = [tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, sorted(tokenizer.special_ids)]
     return {
         "data.think_start": config.think_start,
         "data.think_end": config.think_end,
         "data.tokenizer": {
             NAMED: str(tokenizer.directory),
-            "sha256": _digest(tokenizer.backend.to_str() + json.dumps(roles)),
+            "sha256": tokenizer.digest,
         },
         "data.template": {
             NAMED: str(config.template_file or config.template),

@@ -1,4 +1,4 @@
-"""Rows → tokenised examples → endless shuffled batches that resume exactly."""
+"""Rows → tokenised examples: what a run trains and evaluates on."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,9 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
 from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
-from nrt_jax.data.epochs import EpochOrder
 from nrt_jax.data.mixture import draw_mixture, with_source
-from nrt_jax.data.prepared import open_prepared, prepared_directory
+from nrt_jax.data.prepared import Prepared, open_cached, open_prepared, prepared_directory
+from nrt_jax.data.prepared_cache import cached_directory
 from nrt_jax.data.row_choice import row_ranks
 from nrt_jax.data.row_filters import RowFilters
 from nrt_jax.data.row_tokens import RowTokenizer
@@ -52,15 +52,19 @@ class Dataset:
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
-    """Read, check and tokenise the config's data; generated and prepared rows come on access.
+    """Read, check and tokenise the config's data.
 
-    Raises InputError for files and templates that cannot be read and for too many bad rows.
+    The training rows of small files are in memory. Those of large ones are prepared once, and they,
+    prepared and generated rows come on access. Raises InputError for files and templates that
+    cannot be read and for too many bad rows.
     """
     if config.generated:
         return _generated(config, RowTokenizer(config, tokenizer))
     if (directory := prepared_directory(config)) is not None:
         prepared = open_prepared(directory, config, tokenizer)
         return Dataset(prepared.train, prepared.eval, prepared.manifest.rejected)
+    if (directory := cached_directory(config, tokenizer)) is not None:
+        return _of_cache(config, open_cached(directory, config, tokenizer))
     train, bad, sources = _read_training(config, tokenizer)
     from_files = None
     if config.eval_path is not None:
@@ -73,7 +77,7 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     if chosen.overlap:
         bad_rows[IN_EVALUATION] = chosen.overlap
     kept = [train[i] for i in chosen.train]
-    log_counts(config, (example.example.source for example in kept))
+    log_counts(config, Counter(example.example.source for example in kept))
     rejected = [row for one in bad for row in one.rejected]
     return Dataset(kept, evaluation, dict(bad_rows), rejected, sources)
 
@@ -106,54 +110,18 @@ def first_rows(
             BadRows(source.location).check(0, config.max_bad_share)
 
 
-class BatchIterator:
-    """Endless batches of exactly `batch_size` examples.
-
-    Every epoch has each example once, in its own order when shuffled. A batch may span the end of
-    an epoch, so that no batch is short and no example is dropped; it holds no example twice
-    (`EpochOrder`). A batch larger than the data would repeat examples, which is an InputError.
-    """
-
-    def __init__(
-        self, examples: Sequence[TokenizedExample], batch_size: int, shuffle: bool, seed: int
-    ):
-        assert batch_size >= 1, batch_size
-        if len(examples) < batch_size:
-            raise InputError(
-                f"a batch of {batch_size} prompts needs as many training rows, and the data has "
-                f"{len(examples)}; lower the batch size or add rows"
-            )
-        self._identity = {
-            "rows": len(examples),
-            "batch_size": batch_size,
-            "shuffle": shuffle,
-            "seed": seed,
-        }
-        self._examples = examples
-        self._order = EpochOrder(len(examples), batch_size, seed if shuffle else None)
-        self._next = 0
-
-    def __iter__(self) -> Iterator[list[TokenizedExample]]:
-        return self
-
-    def __next__(self) -> list[TokenizedExample]:
-        batch = [self._examples[row] for row in self._order.batch(self._next)]
-        self._next += 1
-        return batch
-
-    def get_state(self) -> dict:
-        """The position as JSON; after set_state with it, the next batch is the same."""
-        return {**self._identity, "next_batch": self._next}
-
-    def set_state(self, state: dict) -> None:
-        """Go to a saved position; InputError when it was saved with other data or batches."""
-        for name, value in self._identity.items():
-            if state.get(name) != value:
-                raise InputError(
-                    f"the saved data position has {name}={state.get(name)}, this run has "
-                    f"{name}={value}; continue with the data and batch settings of the saved run"
-                )
-        self._next = state["next_batch"]
+def _of_cache(config: DataConfig, prepared: Prepared) -> Dataset:
+    """What the files themselves would give."""
+    manifest = prepared.manifest
+    rows_by_source = {name: of["train"]["rows"] for name, of in manifest.by_source("train").items()}
+    log_counts(config, rows_by_source)
+    sources = [
+        SourceRows(source["name"], source["usable"], source["rejected"])
+        for source in manifest.content["sources"]
+        if not source["evaluates"]
+    ]
+    rejected = manifest.read_rejected()
+    return Dataset(prepared.train, prepared.eval, manifest.rejected, rejected, sources)
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ _PLAN_FILE, _TOTALS_FILE = "plan.json", "totals.json"
 _OF_PLAN = ("tokens", "config", "filters", "rows_per_part")
 _OF_SOURCE = ("name", "path", "evaluates", "files")
 """What the manifest has of a plan."""
-_NOT_OF_ROWS = {"shuffle", "chain", "tokenizer"}
+_NOT_OF_ROWS = {"shuffle", "chain", "tokenizer", "cache", "read_threads"}
 """Settings that change no row; the tokenizer counts by what it does, not by its path."""
 
 
@@ -107,6 +107,27 @@ def sources(config: DataConfig) -> list[Source]:
     return found
 
 
+def content_of(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The settings and digests that decide every byte of what is prepared."""
+    read = [
+        {
+            "name": source.name,
+            "path": source.config.location,
+            "evaluates": source.evaluates,
+            "files": digests_of_data(source.config, source.config.path),
+        }
+        for source in sources(config)
+        if source.config.path is not None
+    ]
+    return {
+        "tokens": token_settings(config, tokenizer),
+        "config": config.model_dump(mode="json", exclude=_NOT_OF_ROWS),
+        "filters": digests_of_filters(config),
+        "sources": read,
+        "rows_per_part": ROWS_PER_PART,
+    }
+
+
 def begin(config: DataConfig, tokenizer: Tokenizer, out: Path) -> Plan:
     """The plan of a config in `out`, begun anew or gone on with.
 
@@ -118,7 +139,7 @@ def begin(config: DataConfig, tokenizer: Tokenizer, out: Path) -> Plan:
             f"data.source={config.source}: its rows are made when they are read; there is nothing "
             "to prepare"
         )
-    plan = Plan(out, config, _content(config, tokenizer))
+    plan = Plan(out, config, content_of(config, tokenizer))
     before = _content_of(out)
     if before is None:
         if out.exists() and not out.is_dir():
@@ -158,26 +179,6 @@ def _content_of(out: Path) -> dict[str, Any] | None:
         return parse_json(path.read_bytes())
     except ValueError as error:
         raise InputError(f"{path}: is damaged ({error}); remove {out} and begin again") from error
-
-
-def _content(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    read = [
-        {
-            "name": source.name,
-            "path": source.config.location,
-            "evaluates": source.evaluates,
-            "files": digests_of_data(source.config, source.config.path),
-        }
-        for source in sources(config)
-        if source.config.path is not None
-    ]
-    return {
-        "tokens": token_settings(config, tokenizer),
-        "config": config.model_dump(mode="json", exclude=_NOT_OF_ROWS),
-        "filters": digests_of_filters(config),
-        "sources": read,
-        "rows_per_part": ROWS_PER_PART,
-    }
 
 
 def _difference(before: Any, now: Any) -> str | None:

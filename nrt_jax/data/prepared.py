@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +20,15 @@ from nrt_jax.types import TokenizedExample
 class PreparedExamples(Sequence[TokenizedExample]):
     """The examples of a split in order, each read when it is taken.
 
-    A shard is opened at its first example. Raises InputError, with the name of the shard, where
-    one is damaged.
+    A shard is opened at its first example; several threads may read. Raises InputError, with the
+    name of the shard, where one is damaged.
     """
 
-    def __init__(self, directory: Path, shards: Sequence[Shard]):
-        self._directory, self._shards = directory, list(shards)
-        self._ends = list(accumulate(shard.rows for shard in shards))
+    def __init__(self, manifest: Manifest, split: str):
+        """Those of a split of a manifest; none where it has no such split."""
+        self._directory, self._remedy = manifest.directory, manifest.remedy
+        self._shards = manifest.splits.get(split, [])
+        self._ends = list(accumulate(shard.rows for shard in self._shards))
         self._readers: dict[int, Any] = {}
 
     def __len__(self) -> int:
@@ -65,15 +68,21 @@ class PreparedExamples(Sequence[TokenizedExample]):
         path = self._directory / shard.path
         try:
             if number not in self._readers:
-                self._readers[number] = _open(path, shard)
+                self._readers[number] = self._open(path, shard)
             return [parse(record) for record in self._readers[number].read(places)]
         except InputError:
             raise
         except Exception as error:  # of ArrayRecord and protobuf, each with classes of its own
             reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"{path}: is damaged ({reason}); {self._remedy}") from error
+
+    def _open(self, path: Path, shard: Shard) -> Any:
+        reader = open_shard(path)
+        if (rows := reader.num_records()) != shard.rows:
             raise InputError(
-                f"{path}: is damaged ({reason}); restore it or prepare the data again"
-            ) from error
+                f"{path}: is damaged ({rows} readable rows of {shard.rows}); {self._remedy}"
+            )
+        return reader
 
 
 class Prepared(NamedTuple):
@@ -90,13 +99,22 @@ def open_prepared(directory: Path, config: DataConfig, tokenizer: Tokenizer) -> 
     Nothing but these is read. Raises InputError for data that was prepared for other tokens or
     with other filters, and for missing and damaged files.
     """
+    return _opened(read_manifest(directory), config, tokenizer)
+
+
+def open_cached(directory: Path, config: DataConfig, tokenizer: Tokenizer) -> Prepared:
+    """The same for data that `cached_directory` has prepared, and the next start can again."""
     manifest = read_manifest(directory)
+    remedy = f"remove the folder {directory}, and the next start prepares the data again"
+    return _opened(replace(manifest, remedy=remedy), config, tokenizer)
+
+
+def _opened(manifest: Manifest, config: DataConfig, tokenizer: Tokenizer) -> Prepared:
     manifest.check_tokens(config, tokenizer)
     manifest.check_filters(config)
     manifest.check_files()
-    held_out = PreparedExamples(directory, manifest.splits.get("eval", []))
-    train = PreparedExamples(directory, manifest.splits["train"])
-    return Prepared(manifest, train, held_out.first(config.eval_rows))
+    held_out = PreparedExamples(manifest, "eval").first(config.eval_rows)
+    return Prepared(manifest, PreparedExamples(manifest, "train"), held_out)
 
 
 def prepared_directory(config: DataConfig) -> Path | None:
@@ -141,7 +159,7 @@ def prepared_directory(config: DataConfig) -> Path | None:
 def rows_by_number(directory: Path, config: DataConfig, wanted: Sequence[int]) -> Iterator[Row]:
     """Training rows with the fields that they were rendered from, by their numbers in order."""
     manifest = read_manifest(directory)
-    train = PreparedExamples(directory, manifest.splits["train"])
+    train = PreparedExamples(manifest, "train")
     permuted = manifest.content["config"]["permutation_seed"] is not None
     numbers = _by_number(train) if permuted else range(len(train))
     for number in wanted:
@@ -161,13 +179,3 @@ def _by_number(train: PreparedExamples) -> list[int]:
 def _paths(where: Any) -> list[Path]:
     paths = where if isinstance(where, tuple) else (where,)
     return [path for path in paths if isinstance(path, Path)]
-
-
-def _open(path: Path, shard: Shard) -> Any:
-    reader = open_shard(path)
-    if (rows := reader.num_records()) != shard.rows:
-        raise InputError(
-            f"{path}: is damaged ({rows} readable rows of {shard.rows}); restore it or prepare the "
-            "data again"
-        )
-    return reader

@@ -1,8 +1,7 @@
 """Rows by source: how many there are, beside those of the paper, and their licences."""
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 from nrt_jax.config.data import UNSTATED, DataConfig
 from nrt_jax.config.tulu3 import SOURCES
@@ -48,8 +47,8 @@ def source_table(config: DataConfig, counts: Mapping[str, int]) -> list[str]:
     return lines
 
 
-def log_counts(config: DataConfig, sources: Iterable[str]) -> None:
-    """Log the table of the sources of the examples, where rows name them."""
+def log_counts(config: DataConfig, counts: Mapping[str, int]) -> None:
+    """Log the table of the numbers of examples by source, where rows name theirs."""
     if any(source.source_field is not None for source in config.sources):
-        for line in source_table(config, Counter(sources)):
+        for line in source_table(config, counts):
             log.info("data: %s", line)

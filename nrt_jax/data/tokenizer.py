@@ -1,8 +1,11 @@
 """A tokenizer with think tokens, and text that never becomes a control token."""
 
 import copy
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
@@ -114,6 +117,12 @@ class Tokenizer:
         """For pickle: another process reads the directory itself."""
         start, end = self.think.ids
         return Tokenizer.load, (self.directory, start, end)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what it does: a copy in another directory has the same."""
+        roles = [self.bos_id, self.eos_id, self.unk_id, sorted(self.special_ids)]
+        return hashlib.sha256((self.backend.to_str() + json.dumps(roles)).encode()).hexdigest()
 
     @property
     def new_ids(self) -> tuple[int, ...]:

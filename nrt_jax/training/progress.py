@@ -10,7 +10,7 @@ from nrt_jax.checkpoints.inputs import OF_EXAMPLES, RunInputs
 from nrt_jax.checkpoints.saved_groups import pack_groups, unpack_groups
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState
-from nrt_jax.data.pipeline import BatchIterator
+from nrt_jax.data.batches import BatchIterator
 from nrt_jax.errors import InputError
 from nrt_jax.training.packing import Packer
 from nrt_jax.types import Group

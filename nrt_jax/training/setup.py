@@ -28,8 +28,9 @@ from nrt_jax.checkpoints.train_state import TrainState, abstract_state, init_sta
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.bad_rows import reasons_table, rejected_lines
+from nrt_jax.data.batches import BatchIterator
 from nrt_jax.data.instruction import find_instruction
-from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
+from nrt_jax.data.pipeline import Dataset, load_dataset
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.make import trace_engine, trace_stop_ids
@@ -223,7 +224,8 @@ def _run_optimizer(config: RunConfig, tokenizer: Tokenizer) -> optax.GradientTra
 def training_batches(config: RunConfig, examples: Sequence[TokenizedExample]) -> BatchIterator:
     """Batches of prompts; another seed of the run reads the same data in another order."""
     seed = config.data.seed + config.seed
-    return BatchIterator(examples, config.train.batch_prompts, config.data.shuffle, seed)
+    data, prompts = config.data, config.train.batch_prompts
+    return BatchIterator(examples, prompts, data.shuffle, seed, read_threads=data.read_threads)
 
 
 def packing_layout(config: RunConfig, model: Model) -> Layout:

@@ -70,6 +70,8 @@ def test_an_extra_that_is_not_installed_has_no_version(config, monkeypatch):
         "checkpoint.every_steps=1",
         "logging.tensorboard=false",
         "compilation.cache=off",
+        "data.cache=off",
+        "data.read_threads=0",
         "train.max_skipped_updates=3",
         # No schedule depends on the length of this run.
         "train.steps=99",

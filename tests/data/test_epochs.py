@@ -6,8 +6,8 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
+from nrt_jax.data.batches import BatchIterator
 from nrt_jax.data.epochs import EpochOrder
-from nrt_jax.data.pipeline import BatchIterator
 from tests.data.test_pipeline import numbered
 
 SIZES = [(5, 3), (7, 7), (8, 1), (11, 10), (20, 10), (21, 10)]

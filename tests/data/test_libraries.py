@@ -211,6 +211,7 @@ def hub(tmp_path, monkeypatch):
     pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
     monkeypatch.setattr(hub_rows, "commit_of", lambda name, revision: f"commit of {revision}")
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)

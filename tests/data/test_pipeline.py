@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nrt_jax.data.pipeline import BatchIterator, load_dataset
+from nrt_jax.data.batches import BatchIterator
+from nrt_jax.data.pipeline import load_dataset
 from nrt_jax.errors import InputError
 from nrt_jax.types import Example, TokenizedExample
 

@@ -15,7 +15,8 @@ import pytest
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data import merge, parts, plan, prepare, prepared_files
-from nrt_jax.data.pipeline import BatchIterator, Dataset, load_dataset
+from nrt_jax.data.batches import BatchIterator
+from nrt_jax.data.pipeline import Dataset, load_dataset
 from nrt_jax.errors import InputError
 from nrt_jax.types import TokenizedExample
 

@@ -224,7 +224,7 @@ def test_a_flipped_bit_is_refused_or_harmless(prepared, tokenizer):
     for place in range(0, 4000, 53):
         shard.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
         try:
-            train = PreparedExamples(prepared.path, read_manifest(prepared.path).splits["train"])
+            train = PreparedExamples(read_manifest(prepared.path), "train")
             assert [as_values(train[i]) for i in range(4)] == expected[:4]
         except InputError as error:
             refused.append(str(error))

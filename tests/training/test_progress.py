@@ -10,7 +10,7 @@ from nrt_jax.checkpoints.inputs import Input, RunInputs
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.checkpoints.train_state import TrainState
 from nrt_jax.config.checkpoint import CheckpointConfig
-from nrt_jax.data.pipeline import BatchIterator
+from nrt_jax.data.batches import BatchIterator
 from nrt_jax.errors import InputError
 from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.progress import Prefetched, Progress, restore_progress, save_progress
