@@ -50,7 +50,7 @@ def _run(argv: list[str] | None, interrupts: Interrupts) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The text of a model may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
-    leave_out_absent_tpu()
+    args.tpu_left_out = leave_out_absent_tpu()
     if hasattr(args, "process_id"):
         place = distributed.find_place(args.coordinator, args.process_id, args.processes)
         distributed.initialise(place, args.timeout)

@@ -44,6 +44,7 @@ def make_parser() -> Parser:
     _add_checkpoint_verbs(subparsers)
     _add_views(subparsers)
     _add_local(subparsers)
+    _add_doctor(subparsers)
     return parser
 
 
@@ -241,6 +242,21 @@ def _add_local(subparsers: "argparse._SubParsersAction[Parser]") -> None:
         "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="what each process runs"
     )
     local.set_defaults(verb=verbs.local)
+
+
+def _add_doctor(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    doctor = subparsers.add_parser(
+        "doctor", help="check devices, drivers, folders and data, and name the first that is wrong"
+    )
+    doctor.add_argument(
+        "config",
+        nargs="*",
+        metavar="CONFIG",
+        help="a config as for train, whose model, data and folders are checked too",
+    )
+    doctor.add_argument("--json", action="store_true", help="print all figures as JSON")
+    _add_processes(doctor)
+    doctor.set_defaults(verb=verbs.doctor)
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

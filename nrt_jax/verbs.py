@@ -77,6 +77,16 @@ def diagnose(args: argparse.Namespace) -> None:
         raise RunFailed(does_not_start(diagnosis))
 
 
+def doctor(args: argparse.Namespace) -> None:
+    config = load(args) if args.config else None
+    from nrt_jax.doctor.run import examine, of_all, raise_first, shown
+
+    cpu_asked = os.environ.get("JAX_PLATFORMS") == "cpu" and not args.tpu_left_out
+    found = of_all(examine(config, cpu_asked=cpu_asked))
+    print("\n".join(shown(found, as_json=args.json)))
+    raise_first(found)
+
+
 def _rollout_driver(config: "RunConfig") -> "Generate":
     """What `rollout.driver` names; InputError when its package is missing."""
     if config.rollout.driver == "loop":

@@ -24,7 +24,7 @@ RowAttention = Callable[..., Float[Array, "B T H G d"]]
 """From q [B, T, H, G, d], k and v [B, T, H, d], and the prefix's k and v of one layer, or None, to
 the output."""
 
-_FUSED: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}
+FUSED: dict[str, Backend] = {"tpu": "splash", "gpu": "cudnn"}
 SPLASH_HEAD = 64
 CUDNN_HEAD = 8
 CUDNN_LARGEST_HEAD = 128
@@ -42,7 +42,7 @@ def choose_backend(
     Raises InputError when the backend was named and cannot run.
     """
     named: Backend | None = None if asked == "auto" else asked
-    backend: Backend = named or _FUSED.get(platform, "xla")
+    backend: Backend = named or FUSED.get(platform, "xla")
     reason = _why_not(backend, platform, architecture, jnp.dtype(dtype), longest)
     if reason is not None and named is not None:
         raise InputError(f"model.attention: {named}: {reason}; set it to xla or auto")
@@ -56,7 +56,7 @@ def _why_not(
     d, window = architecture.head_dim, architecture.sliding_window
     if backend == "xla":
         return None
-    if _FUSED.get(platform) != backend:
+    if FUSED.get(platform) != backend:
         return f"it does not run on a {platform}"
     if backend == "splash":
         if d % SPLASH_HEAD:
