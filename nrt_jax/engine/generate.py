@@ -74,7 +74,7 @@ def _run(
     tickets = [scheduler.submit(request, key) for request in requests]
     log, traces = TraceLog(), {}
     while scheduler.busy:
-        read = _advance(scheduler)
+        read = advance(scheduler)
         if read is not None:
             traces |= log.add(read)
     groups = [
@@ -84,7 +84,7 @@ def _run(
     return groups, (scheduler, tickets)
 
 
-def _advance(scheduler: Scheduler) -> Read | None:
+def advance(scheduler: Scheduler) -> Read | None:
     """A step in which the failure of one request is that of all."""
     try:
         return scheduler.advance()
