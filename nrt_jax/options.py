@@ -41,6 +41,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"nrt-jax {nrt_jax.__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     _add_run_verbs(subparsers)
+    _add_evaluate(subparsers)
     _add_checkpoint_verbs(subparsers)
     _add_views(subparsers)
     _add_local(subparsers)
@@ -113,6 +114,47 @@ def _add_run_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:
         "such as data.template=plain",
     )
     serve.set_defaults(verb=verbs.serve)
+
+
+def _add_evaluate(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    evaluate = subparsers.add_parser("evaluate", help="evaluate any model on benchmarks")
+    _add_model(evaluate)
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.FIELD=VALUE",
+        help="how the model is asked, such as rollout.slots=128",
+    )
+    evaluate.add_argument("--suite", default="paper", help="its nine benchmarks by default")
+    evaluate.add_argument(
+        "--tasks", metavar="NAME,...", help="these benchmarks or variants of the suite alone"
+    )
+    evaluate.add_argument(
+        "--limit", type=row_count, metavar="N", help="the first N documents of each benchmark"
+    )
+    evaluate.add_argument(
+        "--data",
+        type=path,
+        metavar="DIR",
+        help="a folder with a folder per benchmark; otherwise the Hugging Face hub is asked",
+    )
+    evaluate.add_argument("--out", type=path, required=True, metavar="DIR")
+    evaluate.add_argument("--seed", type=seed, default=0, help="of sampled answers and traces")
+    evaluate.add_argument(
+        "--max-trace-tokens",
+        type=row_count,
+        metavar="N",
+        help="longest trace; otherwise rollout.max_trace_tokens of the model, and 0 with --url",
+    )
+    evaluate.add_argument(
+        "--url",
+        help="ask MODEL by its name at this OpenAI-compatible server, such as http://HOST/v1",
+    )
+    evaluate.add_argument(
+        "--unsafe-code", action="store_true", help="run programs of HumanEval without a jail"
+    )
+    _add_processes(evaluate)
+    evaluate.set_defaults(verb=verbs.evaluate)
 
 
 def _add_checkpoint_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:

@@ -135,6 +135,39 @@ def generate(args: argparse.Namespace) -> None:
         print(result)
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    from nrt_jax.evaluation.suite import Suite, evaluate_model, evaluate_server, task_names
+
+    names = [args.suite] if args.tasks is None else args.tasks.split(",")
+    suite = Suite(
+        tasks=task_names(names),
+        limit=args.limit,
+        data=args.data,
+        seed=args.seed,
+        unsafe_code=args.unsafe_code,
+    )
+    trace_limit, overrides = args.max_trace_tokens, list(args.overrides)
+    args.interrupts.at_leaving = lambda: "the same command goes on after the answers that came"
+    with _exit_on_sigterm(), _keeps_what_is_finished():
+        if args.url is None:
+            if trace_limit is not None:
+                overrides.append(f"rollout.max_trace_tokens={trace_limit}")
+            result = evaluate_model(args.model, suite, args.out, overrides)
+        elif overrides:
+            raise InputError(
+                f"override {overrides[0]}: a server has its own settings; leave it out"
+            )
+        else:
+            result = evaluate_server(
+                args.url, str(args.model), suite, args.out, trace_limit=trace_limit or 0
+            )
+    if result is not None:
+        for row in result.tasks:
+            error = "" if row.stderr is None else f" ± {100 * row.stderr:.1f}"
+            counts = f"n {row.n}, unclosed {row.unclosed}, truncated {row.truncated}"
+            print(f"{row.title:10} {100 * row.value:5.1f}{error}  {counts}")
+
+
 def serve(args: argparse.Namespace) -> None:
     if (place := distributed.find_place()) is not None:
         raise InputError(
