@@ -220,9 +220,9 @@ def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     deduplicate.set_defaults(verb=verbs.data_deduplicate)
 
     report = subparsers.add_parser(
-        "report", help="compare runs: report.html, curves.png, summary.json"
+        "report", help="compare runs and evaluations of benchmarks: report.html, summary.json, ..."
     )
-    report.add_argument("runs", type=path, nargs="+", metavar="RUN")
+    report.add_argument("folders", type=path, nargs="+", metavar="RUN|EVALUATION")
     report.add_argument("--out", type=path, required=True)
     report.set_defaults(verb=verbs.report)
 

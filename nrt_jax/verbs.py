@@ -305,7 +305,7 @@ def export(args: argparse.Namespace) -> None:
 def report(args: argparse.Namespace) -> None:
     from nrt_jax.analysis.report import write_report
 
-    write_report(args.runs, args.out)
+    write_report(args.folders, args.out)
 
 
 def config_show(args: argparse.Namespace) -> None:

@@ -43,13 +43,17 @@ ENDINGS = {
 }
 
 
-def render_page(groups: Sequence[SeedGroup], summary: dict[str, Any]) -> str:
-    """The whole page. Every text of a model, the data or a config is escaped."""
+def render_page(
+    groups: Sequence[SeedGroup], summary: dict[str, Any], benchmarks: Sequence[Any] = ()
+) -> str:
+    """The whole page, with tables of benchmarks. Every text of a model, the data or a config is
+    escaped."""
     records = [record for group in groups for record in group.records]
     warmed_up = any(record.warmup for record in records)
     panels = [*PANELS, WARMUP] if warmed_up else PANELS
     return page_template("report.html.jinja").render(
         summary=summary,
+        benchmarks=benchmarks,
         runs=summary["runs"],
         names=_names(groups),
         groups=groups,

@@ -1,39 +1,60 @@
-"""`nrt-jax report`: the results of runs as a page, a picture, and figures for other programs."""
+"""`nrt-jax report`: the results of runs and benchmarks as a page and figures for other programs."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from nrt_jax.analysis.benchmark_report import (
+    differences,
+    read_evaluations,
+    report_tables,
+    summarise_evaluations,
+)
+from nrt_jax.analysis.benchmark_tables import as_csv, as_latex, as_text, benchmark_page, write_texts
 from nrt_jax.analysis.curves import write_png
 from nrt_jax.analysis.page import render_page
 from nrt_jax.analysis.run_records import read_runs
 from nrt_jax.analysis.seeds import group_by_seed
 from nrt_jax.analysis.summary import summarise, table
 from nrt_jax.errors import InputError
+from nrt_jax.evaluation.results import is_evaluation
 
 
-def write_report(runs: Sequence[Path], out: Path) -> None:
-    """Compare finished runs: report.html, curves.png and summary.json in `out`, a table on stdout.
+def write_report(folders: Sequence[Path], out: Path) -> None:
+    """Compare finished runs and evaluations of benchmarks, in `out` and as tables on stdout.
 
-    Runs that differ by their seed alone become one line with a band. The keys of summary.json are
-    those of `summarise`. Raises InputError, and writes nothing, for a directory that is not a run,
-    a run that is unfinished or has no evaluation, and a broken record; raises it for an `out` that
-    cannot be written.
+    Writes report.html and summary.json; curves.png where there are runs, and benchmarks.csv and
+    benchmarks.tex where there are evaluations. Runs that differ by their seed alone become one line
+    with a band. The keys of summary.json are those of `summarise`, with `benchmarks` as
+    `summarise_evaluations` gives it. Raises InputError, and writes nothing, for a folder that is
+    neither a run nor an evaluation, a run that is unfinished or has no exact match, and a broken
+    record; raises it for an `out` that cannot be written.
     """
-    groups = group_by_seed(read_runs(runs))
-    summary = summarise(groups)
-    page = render_page(groups, summary)
+    evaluations = read_evaluations([folder for folder in folders if is_evaluation(folder)])
+    runs = [folder for folder in folders if not is_evaluation(folder)]
+    groups = group_by_seed(read_runs(runs)) if runs else []
+    against = differences(evaluations)
+    tables = report_tables(evaluations, against) if evaluations else []
+    summary = summarise(groups) if groups else {}
+    printed, texts = [], {}
+    if groups:
+        printed.append(table(summary))
+        texts["report.html"] = render_page(groups, summary, tables)
+    if evaluations:
+        printed.append(as_text(tables))
+        suites = [evaluation.suite for evaluation in evaluations]
+        texts.setdefault("report.html", benchmark_page(suites, tables))
+        texts |= {"benchmarks.csv": as_csv(suites), "benchmarks.tex": as_latex(tables)}
+        summary = summary | {"benchmarks": summarise_evaluations(evaluations, against)}
+    texts["summary.json"] = json.dumps(summary, indent=1, allow_nan=False) + "\n"
+    files = [*texts, *(["curves.png"] if groups else [])]
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "summary.json").write_text(
-            json.dumps(summary, indent=1, allow_nan=False) + "\n",
-            encoding="utf-8",
-        )
-        (out / "report.html").write_text(page, encoding="utf-8", errors="backslashreplace")
-        write_png(groups, out / "curves.png")
+        write_texts(out, texts)
+        if groups:
+            write_png(groups, out / "curves.png")
     except OSError as error:
         raise InputError(
             f"--out {out}: {error.strerror}; choose a directory that you may write to"
         ) from error
-    print(table(summary))
-    print(f"\nwrote report.html, curves.png and summary.json to {out}")
+    print("\n\n".join(printed))
+    print(f"\nwrote {', '.join(files[:-1])} and {files[-1]} to {out}")

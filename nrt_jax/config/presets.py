@@ -4,6 +4,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
+_NO_CONFIGS = "evals"
+"""The folder of tables to compare with."""
 _INSTALLED, _CHECKOUT = _PACKAGE / "configs", _PACKAGE.parent / "configs"
 DIRECTORY = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 """Where the presets are: in the installed package, or beside the package in a checkout."""
@@ -11,8 +13,8 @@ DIRECTORY = _INSTALLED if _INSTALLED.is_dir() else _CHECKOUT
 
 def presets() -> dict[str, Path]:
     """Every preset by its name, the path in `configs/` without `.yaml`."""
-    paths = sorted(DIRECTORY.glob("*/*.yaml"))
-    return {path.relative_to(DIRECTORY).with_suffix("").as_posix(): path for path in paths}
+    paths = (path for path in DIRECTORY.glob("*/*.yaml") if path.parent.name != _NO_CONFIGS)
+    return {path.relative_to(DIRECTORY).with_suffix("").as_posix(): path for path in sorted(paths)}
 
 
 def find_config(path: Path, name: str) -> Path:

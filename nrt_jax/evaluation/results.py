@@ -96,6 +96,8 @@ class SuiteResult:
     """Digest of what decides the scores besides the model."""
     limit: int | None
     """Documents per task; None for all."""
+    base: str | None = None
+    """Name of the model that it was trained from; None where that is not known."""
     tasks: tuple[TaskResult, ...]
 
     @property
