@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,6 +56,9 @@ class Row(NamedTuple):
         return InputError(f"{self.where}: {field} {problem}; correct it or leave out the row")
 
 
+_Rows = tuple[str, Iterable[Any], Callable[[Mapping[str, Any]], Mapping[str, Any]]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """Where the rows of a benchmark are."""
@@ -68,18 +72,28 @@ class Source:
     hub: str
     configs: tuple[str | None, ...] = (None,)
     split: str = "test"
-    from_hub: Callable[[Mapping[str, Any], str | None], Mapping[str, Any]] = lambda row, _: row
-    """A row of the hub, and its config, in the form that `read` gives."""
+    from_file: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda row: row
+    from_hub: Callable[..., Mapping[str, Any]] = lambda row, config: row
+    """Bring a row of a file, or of the hub and its `config`, to one form."""
 
     def rows(self, data_dir: str | None) -> Iterator[Row]:
         """All rows, each with its file and number."""
-        for name, values in self._files(data_dir) if data_dir else self._configs():
-            for number, row in enumerate(values, 1):
-                if not isinstance(row, Mapping):
-                    raise InputError(f"{name}, row {number}: is {row!r:.40} instead of an object")
-                yield Row(f"{name}, row {number}", row)
+        for name, values, convert in self._files(data_dir) if data_dir else self._configs():
+            number = 0
+            try:
+                for number, row in enumerate(values, 1):
+                    if not isinstance(row, Mapping):
+                        raise TypeError(f"{row!r:.40} is no object")
+                    yield Row(f"{name}, row {number}", convert(row))
+            except InputError:
+                raise
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                what = f"{type(error).__name__}: {error}"
+                raise InputError(
+                    f"{name}, row {number or 1}: {what}; correct it or leave out the row"
+                ) from error
 
-    def _files(self, data_dir: str) -> Iterator[tuple[str, Iterable[Mapping[str, Any]]]]:
+    def _files(self, data_dir: str) -> Iterator[_Rows]:
         folder = Path(data_dir)
         if not folder.is_dir():
             raise InputError(f"--data {folder} is no folder; name one with a folder per benchmark")
@@ -88,9 +102,9 @@ class Source:
             names = " or ".join(self.files)
             raise InputError(f"--data {folder}: no {names}; the public file is {self.origin}")
         for path in paths:
-            yield path.relative_to(folder).as_posix(), self.read(path)
+            yield path.relative_to(folder).as_posix(), self.read(path), self.from_file
 
-    def _configs(self) -> Iterator[tuple[str, Iterable[Mapping[str, Any]]]]:
+    def _configs(self) -> Iterator[_Rows]:
         import datasets
 
         for config in self.configs:
@@ -103,7 +117,7 @@ class Source:
                     f"has {self.files[0]} by --data; the public file is {self.origin}"
                 ) from error
             name = "/".join(filter(None, (self.hub, config, self.split)))
-            yield name, (self.from_hub(row, config) for row in rows)
+            yield name, rows, partial(self.from_hub, config=config)
 
 
 def load_documents(
@@ -143,30 +157,31 @@ def task_manager(data_dir: Path | None, *, unsafe_code: bool = False) -> Any:
 # --- kinds of files ------------------------------------------------------------------------------
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, which may be compressed by gzip."""
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        return raw.decode("utf-8-sig")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}); copy it again") from error
+
+
 def read_jsonl(path: Path) -> Iterator[Any]:
     """The objects of a file with one per line, which may be compressed by gzip."""
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             yield _parse(line, f"{path}, line {number}")
 
 
 def read_json(path: Path) -> Any:
     """The value of a JSON file."""
-    return _parse(_text(path), str(path))
+    return _parse(read_text(path), str(path))
 
 
 def read_csv(path: Path, names: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """The rows of a CSV file without a header; a short row lacks the last fields."""
-    for row in csv.reader(io.StringIO(_text(path), newline="")):
+    for row in csv.reader(io.StringIO(read_text(path), newline="")):
         yield dict(zip(names, row, strict=False))
-
-
-def _text(path: Path) -> str:
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return raw.decode("utf-8-sig")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}); copy it again") from error
 
 
 def _parse(text: str, where: str) -> Any:

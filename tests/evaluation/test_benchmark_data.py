@@ -7,7 +7,17 @@ import pytest
 
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.benchmark_data import load_documents, task_manager
-from nrt_jax.evaluation.tasks import BENCHMARKS, gsm8k, mmlu, truthfulqa
+from nrt_jax.evaluation.tasks import (
+    BENCHMARKS,
+    bbh,
+    drop,
+    gsm8k,
+    hendrycks_math,
+    humaneval,
+    mmlu,
+    popqa,
+    truthfulqa,
+)
 
 
 @pytest.fixture
@@ -21,6 +31,9 @@ def write(tmp_path):
         return str(tmp_path)
 
     return write_file
+
+
+BBH = '{"examples": [{"input": "q", "target": "(A)"}]}'
 
 
 def lines(*rows: object) -> str:
@@ -106,6 +119,29 @@ def test_a_line_separator_within_a_text_ends_no_row(write):
             truthfulqa,
             ("a label other than 0 and 1",),
         ),
+        ("bbh/bbh/snarks.json", BBH, bbh, ("bbh/cot-prompts/snarks.txt", "github.com/suzgun")),
+        ("bbh/bbh/snarks.json", "[]", bbh, ("bbh/bbh/snarks.json, row 1", "correct it or leave")),
+        ("popqa/popqa_test.json", '[{"question": "q"}]', popqa, ("row 1: aliases is missing",)),
+        ("popqa/popqa_test.json", '["q"]', popqa, ("popqa_test.json, row 1: ", "'q' is no obj")),
+        (
+            "math_test/test.jsonl",
+            lines({"solution": "$2$"}),
+            hendrycks_math,
+            ("no answer in \\boxed",),
+        ),
+        (
+            "drop/drop_v0_dev.jsonl",
+            lines({"context": "Passage: p\nQuestion: q\nAnswer:", "ref_text": ""}),
+            drop,
+            ("drop/drop_v0_dev.jsonl, row 1: ref_text is missing",),
+        ),
+        ("drop/drop.json", '{"a": {"passage": "p"}}', drop, ("drop/drop.json, row 1: KeyError",)),
+        (
+            "humaneval/HumanEval.jsonl",
+            lines({"prompt": "def f():", "entry_point": "f", "canonical_solution": " pass"}),
+            humaneval,
+            ("HumanEval.jsonl, row 1: test is missing",),
+        ),
     ],
 )
 def test_what_is_wrong_is_one_line_with_file_row_and_remedy(write, name, content, module, parts):
@@ -160,3 +196,14 @@ def test_a_hub_that_does_not_answer_is_one_line_with_the_file_to_have(monkeypatc
 
 def test_every_benchmark_of_the_table_is_a_task_and_every_task_is_in_the_table():
     assert set(task_manager(None).all_tasks) <= set(BENCHMARKS)
+
+
+def test_shots_of_bbh_come_with_lm_eval_where_rows_come_from_the_hub(monkeypatch):
+    monkeypatch.setattr(
+        "datasets.load_dataset", lambda *_, split: [{"input": "q", "target": "(A)"}]
+    )
+    docs = bbh.load()["test"]
+    assert [doc["group"] for doc in docs] == list(bbh.KINDS)
+    for doc in docs:
+        assert len(doc["shots"]) == 3
+        assert all("So the answer is" in shot["gold"] for shot in doc["shots"])

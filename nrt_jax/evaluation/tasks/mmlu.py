@@ -23,7 +23,7 @@ def _read(path: Path) -> Iterator[Mapping[str, Any]]:
         yield {"subject": subject, **row}
 
 
-def _from_hub(row: Mapping[str, Any], _: str | None) -> Mapping[str, Any]:
+def _from_hub(row: Mapping[str, Any], config: str | None) -> Mapping[str, Any]:
     choices = dict(zip(LETTERS, row["choices"], strict=True))
     return {**row, **choices, "answer": LETTERS[row["answer"]]}
 

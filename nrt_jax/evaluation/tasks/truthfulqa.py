@@ -14,7 +14,7 @@ from nrt_jax.evaluation.benchmark_data import (
 )
 
 
-def _from_hub(row: Mapping[str, Any], _: str | None) -> Mapping[str, Any]:
+def _from_hub(row: Mapping[str, Any], config: str | None) -> Mapping[str, Any]:
     targets = row["mc2_targets"]
     pairs = zip(targets["choices"], targets["labels"], strict=True)
     return {"question": row["question"], "mc2_targets": dict(pairs)}
