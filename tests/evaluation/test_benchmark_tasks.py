@@ -254,3 +254,13 @@ def test_gold_solutions_of_humaneval_pass_in_the_jail(shared_data, documents):
         whole = f"```python\n{doc['prompt']}{doc['canonical_solution']}```"
         samples = [whole, doc["canonical_solution"], *[""] * 18]
         assert task.process_results(doc, [samples])["pass@10"] == pytest.approx(14.5 / 19)
+
+
+def test_all_samples_of_a_document_reach_the_grader(shared_data):
+    task = load_task("ifeval_pass10", shared_data)
+    task.build_all_requests(limit=2)
+    for request in task.instances:
+        request.resps = [str(n) for n in range(20)]
+    task.apply_filters()
+    (kept,) = task.instances[1].filtered_resps.values()
+    assert kept == [str(n) for n in range(20)]
