@@ -11,6 +11,7 @@ from nrt_jax import distributed
 from nrt_jax.arguments import parse
 from nrt_jax.devices import leave_out_absent_tpu
 from nrt_jax.errors import InputError, RunFailed
+from nrt_jax.local import end_with_parent
 from nrt_jax.options import make_parser
 from nrt_jax.stop import INTERRUPTED, Interrupts
 
@@ -50,6 +51,7 @@ def _run(argv: list[str] | None, interrupts: Interrupts) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # The text of a model may hold characters that the terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
+    end_with_parent()
     args.tpu_left_out = leave_out_absent_tpu()
     if hasattr(args, "process_id"):
         place = distributed.find_place(args.coordinator, args.process_id, args.processes)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -22,13 +23,33 @@ END_S = 60.0
 _POLL_S = 0.1
 _MISTAKE = 2
 """Status of a mistake in the input, which another start would meet again."""
+_PARENT = "NRT_JAX_PARENT"
+"""Environment variable of a started process: the end of a pipe that closes with `nrt-jax local`."""
+
+
+def end_with_parent() -> None:
+    """In a process that `nrt-jax local` has started: take its death, also by SIGKILL, as a SIGTERM.
+
+    A training then finishes its step and saves. Does nothing in other processes.
+    """
+    if (number := os.environ.pop(_PARENT, None)) is None:
+        return
+
+    def watch(read_end: int) -> None:
+        # Nothing is ever written: the read returns when no process holds the other end.
+        os.read(read_end, 1)
+        log.warning("nrt-jax local has ended: this process stops, as after SIGTERM")
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, args=(int(number),), daemon=True).start()
 
 
 def run_local(words: Sequence[str], *, processes: int, devices: int, restarts: int) -> int:
     """Run `nrt-jax WORDS` in several processes, of so many devices each; its status.
 
     After a failure all are started again, up to `restarts` times: a training goes on from its
-    newest checkpoint. SIGTERM and Ctrl-C are passed on to process 0, which all others follow.
+    newest checkpoint. SIGTERM and Ctrl-C are passed on to process 0, which all others follow; when
+    this process is killed, the others stop as after SIGTERM.
     """
     if not words:
         raise InputError("local: no command; write it after --, such as -- train quickstart/nrt")
@@ -53,14 +74,19 @@ class _Processes:
             number: signal.signal(number, self._pass_on)
             for number in (signal.SIGTERM, signal.SIGINT)
         }
+        # No child inherits the second end: it closes with this process, however that ends.
+        read_end, self._alive = os.pipe()
         for process in range(count):
+            environment = _environment(address, process, count, devices)
             started = subprocess.Popen(
                 [sys.executable, "-m", "nrt_jax", *words],
-                env=os.environ | _environment(address, process, count, devices),
+                env=os.environ | environment | {_PARENT: str(read_end)},
+                pass_fds=(read_end,),
                 # Ctrl-C in a terminal reaches this process alone, which passes it on once.
                 start_new_session=True,
             )
             self._started.append(started)
+        os.close(read_end)
 
     def wait(self) -> int:
         """The status of the first that failed, or 0; the others get a minute to end with it."""
@@ -78,6 +104,7 @@ class _Processes:
             for number, before in self._before.items():
                 signal.signal(number, before)
             signal.set_wakeup_fd(self._wakeup)
+            os.close(self._alive)
         statuses = [failed, *(p.returncode for p in self._started)]
         status = next((status for status in statuses if status), 0)
         # A signal's number is negative; a shell adds it to 128.
