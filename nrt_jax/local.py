@@ -57,7 +57,8 @@ def run_local(words: Sequence[str], *, processes: int, devices: int, restarts: i
         status = _Processes(words, processes, devices).wait()
         if status in (0, _MISTAKE, INTERRUPTED) or not left:
             break
-        log.warning("the processes failed (status %d): starting all again, %d left", status, left)
+        what = "the processes failed (status %d): starting all again, %d more starts are left"
+        log.warning(what, status, left - 1)
     return status
 
 

@@ -185,7 +185,7 @@ def test_local_starts_all_again(killed, new_run, of_four, tmp_path):
     os.kill(int(children[killed]), signal.SIGKILL)
     outcome = process.end()
     assert outcome.status == 0, outcome
-    assert "starting all again, 0 left" in outcome.err
+    assert "starting all again, 0 more starts are left" in outcome.err
     assert_alike(run, of_four, processes=2)
 
 
