@@ -6,6 +6,7 @@ jax's coordination service, which needs no device.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -159,6 +160,7 @@ def initialise(place: Place | None, timeout_s: float = TIMEOUT_S) -> None:
     _State.place = place
     if place.process:
         _stay_silent()
+    _keep_standard_output()
     _State.peers = meet(place.coordinator, place.process, place.processes, timeout_s)
     import jax
 
@@ -198,6 +200,19 @@ def _stay_silent() -> None:
     sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
     root = logging.getLogger()
     root.handlers[:] = [MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1)]
+
+
+def _keep_standard_output() -> None:
+    """Leave standard output to Python alone: Gloo, for one, writes there that it is connected.
+
+    What libraries write goes to standard error, or with other prints of this process to nowhere.
+    """
+    if not isinstance(sys.stdout, io.TextIOWrapper):
+        return
+    sys.stdout.flush()
+    ours = os.dup(sys.stdout.fileno())
+    os.dup2(ours if process_index() else sys.__stderr__.fileno(), 1)
+    sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
 
 
 def log_to(folder: Path) -> None:
