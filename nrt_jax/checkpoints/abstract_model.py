@@ -115,29 +115,57 @@ def _engine_mesh(config: RunConfig, model: Model, dtype: jnp.dtype) -> Mesh:
     if sizes is None and rollout.devices is None:
         return model.mesh
     if sizes == "auto":
-        load = _decode_load(config, model, dtype)
+        free = _bytes_of_a_device()
+        if free is not None and rollout.devices is None:
+            copies = 1 if config.optimizer.offload else 3  # the weights, and AdamW's two moments
+            leaves = jax.tree.leaves(model.target)
+            free -= copies * sum(4 * math.prod(w.sharding.shard_shape(w.shape)) for w in leaves)
+        load = _decode_load(config, model.architecture, model.target, dtype, free)
         sizes = decode_mesh(model.architecture, load, len(devices))
     mesh = make_mesh(sizes or MeshConfig(), devices)
     return model.mesh if mesh == model.mesh else mesh
 
 
-def _decode_load(config: RunConfig, model: Model, dtype: jnp.dtype) -> DecodeLoad:
-    """What the rollouts ask of their devices, beside the state of training if they share these."""
-    a, rollout, weights = model.architecture, config.rollout, jax.tree.leaves(model.target)
-    cache_dtype = jnp.dtype(rollout.cache_dtype or dtype)
+def answering_mesh(config: RunConfig, architecture: Architecture, slots: int | None = None) -> Mesh:
+    """The mesh of all devices that decodes `slots` sequences at once in the least time.
+
+    For using a model on any machine, whatever mesh it was trained on. Weights are held in float32.
+    Without `slots` as many sequences as the config's rollouts decode.
+    """
+    slots = config.rollout.slots if slots is None else slots
+    rollout = config.rollout.model_copy(update={"slots": slots})
+    decoder = abstract_decoder(architecture, vocab_multiple=config.model.vocab_multiple)
+    weights = nnx.to_pure_dict(nnx.state(decoder))
+    config = config.model_copy(update={"rollout": rollout})
+    load = _decode_load(config, architecture, weights, jnp.dtype("float32"), _bytes_of_a_device())
+    return make_mesh(decode_mesh(architecture, load, jax.device_count()))
+
+
+def _bytes_of_a_device() -> int | None:
+    """Memory of a device, the same number in all processes; None where it has no limit."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return distributed.from_first("memory of a device", memory)
+
+
+def _decode_load(
+    config: RunConfig,
+    architecture: Architecture,
+    weights: dict[str, Any],
+    dtype: jnp.dtype,
+    free_bytes: int | None,
+) -> DecodeLoad:
+    """What decoding asks of the devices, with weights of these shapes in this dtype."""
+    a, rollout = architecture, config.rollout
+    cache_dtype = jnp.dtype(rollout.cache_dtype or rollout.dtype or config.model.dtype)
     tokens = rollout.slots * (config.data.max_prompt_tokens + rollout.max_trace_tokens)
     of_token = 2 * a.num_hidden_layers * a.num_key_value_heads * a.head_dim
-    free = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    if free is not None and rollout.devices is None:
-        copies = 1 if config.optimizer.offload else 3  # the weights, and AdamW's two moments
-        free -= copies * sum(4 * math.prod(w.sharding.shard_shape(w.shape)) for w in weights)
     return DecodeLoad(
         slots=rollout.slots,
-        weights=sum(weight.size for weight in weights),
-        vocab_rows=model.target["embedding"].shape[0],
+        weights=sum(weight.size for weight in jax.tree.leaves(weights)),
+        vocab_rows=weights["embedding"].shape[0],
         weight_bytes=dtype.itemsize,
         cache_bytes=tokens * of_token * cache_dtype.itemsize,
-        free_bytes=free,
+        free_bytes=free_bytes,
     )
 
 

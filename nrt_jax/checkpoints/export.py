@@ -71,7 +71,7 @@ def export(path: Path, out: Path, *, dtype: StoredDtype | None, copy_rows: list[
 
 
 def _export_run(path: Path, out: Path, dtype: StoredDtype | None, copy_rows: list[str]) -> None:
-    opened = open_model(path)
+    opened = open_model(path, mesh_of=lambda _, architecture: spread_mesh(architecture))
     config, tokenizer = opened.config, opened.tokenizer
     rows = row_pairs(tokenizer, copy_rows)
     template = chat_template_text(config.data, tokenizer, opens_trace=opened.reasons)

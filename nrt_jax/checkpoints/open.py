@@ -5,8 +5,9 @@ load_pretrained(path) gives a decoder to call.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -17,7 +18,13 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from nrt_jax.checkpoints import run_dir
-from nrt_jax.checkpoints.abstract_model import Model, abstract_model, init_params, load_tokenizer
+from nrt_jax.checkpoints.abstract_model import (
+    Model,
+    abstract_model,
+    answering_mesh,
+    init_params,
+    load_tokenizer,
+)
 from nrt_jax.checkpoints.directory_config import directory_config
 from nrt_jax.checkpoints.hf_config import (
     CONFIG_FILE,
@@ -29,6 +36,7 @@ from nrt_jax.checkpoints.import_format import PARAMS, is_imported, read_params
 from nrt_jax.checkpoints.other_weights import other_weights
 from nrt_jax.checkpoints.store import Checkpoints
 from nrt_jax.compilation import use_cache
+from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.load import load_config
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
 from nrt_jax.config.run import CONFIG_FILE as RUN_FILE
@@ -36,8 +44,10 @@ from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import Decoder, abstract_decoder
-from nrt_jax.models.sharding import abstract_params, make_mesh, spread_mesh
+from nrt_jax.models.sharding import abstract_params, make_mesh
 
+MeshOf = Callable[[RunConfig, Architecture], Mesh]
+"""Gives the mesh of a model's weights."""
 _FIXED = ("model.path", "model.architecture", "run_dir")
 """What the path itself says; no override may say otherwise."""
 
@@ -113,22 +123,24 @@ def find_model(path: Path) -> Found:
     )
 
 
-def open_model(path: Path, overrides: Sequence[str] = ()) -> OpenModel:
-    """Open any of the four kinds of model, its weights spread over all devices.
+def open_model(
+    path: Path, overrides: Sequence[str] = (), *, mesh_of: MeshOf = answering_mesh
+) -> OpenModel:
+    """Open any of the four kinds of model, its weights on all devices as decoding wants them.
 
-    `overrides` are `section.field=value`, for a run on top of its own config. Reads only, so a run
-    may still be training. Raises InputError.
+    `overrides` are `section.field=value`, for a run on top of its own config. `mesh_of` gives
+    another mesh. Reads only, so a run may still be training. Raises InputError.
     """
     found = find_model(path)
     for override in overrides:
         if override.partition("=")[0].startswith(_FIXED):
             raise InputError(f"override {override}: the model is that of {path}; leave it out")
     if found.kind == "run":
-        return _open_run(path, found, overrides)
-    return _open_directory(found, overrides)
+        return _open_run(path, found, overrides, mesh_of)
+    return _open_directory(found, overrides, mesh_of)
 
 
-def _open_run(path: Path, found: Found, overrides: Sequence[str]) -> OpenModel:
+def _open_run(path: Path, found: Found, overrides: Sequence[str], mesh_of: MeshOf) -> OpenModel:
     """The newest checkpoint that can be read, or the one that the path names."""
     directory, step = found.directory, found.step
     config = load_config(RunConfig, [directory / RUN_FILE], [f"run_dir={directory}", *overrides])
@@ -139,7 +151,7 @@ def _open_run(path: Path, found: Found, overrides: Sequence[str]) -> OpenModel:
     if step is not None and step not in checkpoints.steps:
         raise InputError(f"{path}: no such checkpoint; there are {checkpoints.steps}")
     tokenizer = load_tokenizer(config)
-    model = abstract_model(config, tokenizer, spread_mesh)
+    model = abstract_model(config, tokenizer, partial(mesh_of, config))
     target = {"params": model.target}
     if step is None:
         restored = checkpoints.restore_newest(target)
@@ -157,13 +169,13 @@ def _open_run(path: Path, found: Found, overrides: Sequence[str]) -> OpenModel:
     )
 
 
-def _open_directory(found: Found, overrides: Sequence[str]) -> OpenModel:
+def _open_directory(found: Found, overrides: Sequence[str], mesh_of: MeshOf) -> OpenModel:
     directory = found.directory
     config, tokenizer = directory_config(directory, overrides)
     use_cache(config.compilation)
     reasons = config.method == "nrt"
     # A model that answers directly must not draw think tokens that nobody trained.
-    model = abstract_model(config, tokenizer, spread_mesh, add_think_rows=reasons)
+    model = abstract_model(config, tokenizer, partial(mesh_of, config), add_think_rows=reasons)
     return OpenModel(
         name=directory_name(directory),
         found=found,

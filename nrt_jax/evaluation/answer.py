@@ -1,11 +1,13 @@
 """Answer prompts with any model that opens: `nrt-jax generate`."""
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from nrt_jax.checkpoints.abstract_model import answering_mesh
 from nrt_jax.checkpoints.open import OpenModel, open_model
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
@@ -32,7 +34,8 @@ def answer_prompts(
     With one reference answer per prompt, also its reward and logprob after the trace. Raises
     InputError for a prompt or an answer that would be a bad row, and for references without traces.
     """
-    opened = open_model(path, overrides)
+    mesh_of = partial(answering_mesh, slots=jax.device_count())
+    opened = open_model(path, overrides, mesh_of=mesh_of)
     if references is not None:
         _check_references(opened, path, prompts, references)
     rows = RowTokenizer(opened.config.data, opened.tokenizer)

@@ -109,7 +109,7 @@ def _slice_index(device: Any) -> int:
 def spread_mesh(architecture: Architecture) -> Mesh:
     """A mesh of all devices, with weights sharded over as many as the model dim divides over.
 
-    For using a model on any machine, whatever mesh it was trained on.
+    For reading and writing weights on any machine, whatever mesh they were trained on.
     """
     return make_mesh(MeshConfig(fsdp=math.gcd(architecture.hidden_size, jax.device_count())))
 

@@ -3,10 +3,12 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from nrt_jax.checkpoints.abstract_model import answering_mesh
 from nrt_jax.checkpoints.open import OpenModel, open_model
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.serving import ServingConfig
@@ -114,7 +116,8 @@ class ServedModel:
 
 def open_served(path: Path, config: ServingConfig, overrides: Sequence[str] = ()) -> ServedModel:
     """Open any kind of model, with `section.field=value` overrides; InputError."""
-    return serve_model(open_model(path, overrides), config)
+    mesh_of = partial(answering_mesh, slots=config.slots)
+    return serve_model(open_model(path, overrides, mesh_of=mesh_of), config)
 
 
 def serve_model(opened: OpenModel, config: ServingConfig) -> ServedModel:
