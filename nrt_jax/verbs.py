@@ -162,10 +162,10 @@ def evaluate(args: argparse.Namespace) -> None:
                 args.url, str(args.model), suite, args.out, trace_limit=trace_limit or 0
             )
     if result is not None:
-        for row in result.tasks:
-            error = "" if row.stderr is None else f" ± {100 * row.stderr:.1f}"
-            counts = f"n {row.n}, unclosed {row.unclosed}, truncated {row.truncated}"
-            print(f"{row.title:10} {100 * row.value:5.1f}{error}  {counts}")
+        from nrt_jax.analysis.benchmark_tables import text_tables, write_tables
+
+        print(text_tables([result]))
+        write_tables([result], args.out)
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -1,11 +1,11 @@
-"""The `evaluation` section: exact match on held-out examples."""
+"""The `evaluation` section: exact match on held-out examples, and benchmarks."""
 
 from difflib import get_close_matches
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from nrt_jax.config.load import MOST_TOKENS, Section
+from nrt_jax.config.load import MOST_TOKENS, LocalPath, Section
 
 EXTRACTS = ("whole", "last_number", "boxed", "choice", "any_of")
 AFTER = "after:"
@@ -21,7 +21,7 @@ EVALUATION_METRICS = (
 
 
 class EvaluationConfig(Section):
-    """Exact match on held-out examples while training."""
+    """Exact match on held-out examples, and benchmarks, while training."""
 
     every_steps: int = Field(default=100, ge=1)
     """Steps between evaluations; the first is before training and the last after the last step."""
@@ -39,6 +39,14 @@ class EvaluationConfig(Section):
     """Also score the reference answer after each trace (eval/reward and others); not for sft."""
     samples: int = Field(default=10, ge=0)
     """Examples whose trace and answer are written to samples.jsonl."""
+
+    suite: tuple[str, ...] = ()
+    """Benchmarks to ask at every evaluation too, such as [gsm8k, ifeval]; they need the extra
+    `eval`."""
+    suite_limit: int | None = Field(default=100, ge=1)
+    """Documents of each, the first ones; null for all."""
+    suite_data: LocalPath | None = None
+    """Folder with a folder per benchmark; null asks the Hugging Face hub."""
 
     @field_validator("extract", mode="before")
     @classmethod

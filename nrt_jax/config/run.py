@@ -52,7 +52,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saves."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """Held-out exact match."""
+    """Held-out exact match, and benchmarks."""
     logging: LoggingConfig = LoggingConfig()
     """Metrics."""
     compilation: CompilationConfig = CompilationConfig()
@@ -88,10 +88,10 @@ class RunConfig(Section):
                 "before its update, and the checkpoint has those after it; use a metric of the "
                 f"evaluation: {', '.join(EVALUATION_METRICS)}"
             )
-        if not evaluation.examples:
+        if not evaluation.examples and not evaluation.suite:
             raise ValueError(
-                f"checkpoint.best_metric {name} with evaluation.examples 0: nothing measures it; "
-                "set evaluation.examples, or another metric"
+                f"checkpoint.best_metric {name} with evaluation.examples 0 and no "
+                "evaluation.suite: nothing measures it; set one of them, or another metric"
             )
         if saves % evaluation.every_steps:
             raise ValueError(

@@ -102,24 +102,28 @@ def seed_of(key: str) -> int:
     return int.from_bytes(bytes.fromhex(key)[:8], "big", signed=True)
 
 
+def is_of_another(folder: Path, identity: dict[str, Any]) -> bool:
+    """Whether answers in the folder depend on something else than these."""
+    file = folder / IDENTITY_FILE
+    return file.exists() and read_json(file) != identity
+
+
 def check_identity(folder: Path, identity: dict[str, Any]) -> None:
     """Write what answers in the folder depend on, or compare with what earlier ones depended on.
 
     Raises InputError for a folder with answers of another model, or under other settings.
     """
-    file = folder / IDENTITY_FILE
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(identity, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(file, text.encode())
-        return
-    before = read_json(file)
-    for name in {**before, **identity}:
-        if before.get(name) != identity.get(name):
-            raise InputError(
-                f"{folder}: holds answers with {name} {before.get(name)!r:.80}, and now it is "
-                f"{identity.get(name)!r:.80}; name another --out, or restore it"
-            )
+    if is_of_another(folder, identity):
+        before = read_json(folder / IDENTITY_FILE)
+        names = {**before, **identity}
+        name = next(name for name in names if before.get(name) != identity.get(name))
+        raise InputError(
+            f"{folder}: holds answers with {name} {before.get(name)!r:.80}, and now it is "
+            f"{identity.get(name)!r:.80}; name another --out, or restore it"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(identity, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(folder / IDENTITY_FILE, text.encode())
 
 
 class AnswerLog:

@@ -138,14 +138,15 @@ class AskedModel:
         )
 
     def _fitted(self, question: Question) -> Question:
-        """With limits that the model's positions hold, those of the trace shortened first."""
+        """With limits that the model's positions hold: each gets its own, or half of the room."""
         positions = self.model.architecture.max_position_embeddings
         room = positions - _longest_prompt(question._replace(max_trace_tokens=0))
         if question.max_trace_tokens:
             room -= 1  # of t_end
-        wanted = max(1, question.max_answer_tokens)
-        trace = min(question.max_trace_tokens, max(1, room - wanted))
-        if room - trace < 1:
+        trace = min(
+            question.max_trace_tokens, max(room - max(1, question.max_answer_tokens), room // 2)
+        )
+        if room - trace < 1 or trace < min(1, question.max_trace_tokens):
             raise InputError(
                 f"its prompt has {len(question.prompt_tokens)} tokens, which leaves no room in the "
                 f"model's {positions} positions; leave the task out by --tasks"

@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
+import shutil
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from nrt_jax import distributed
 from nrt_jax.checkpoints.fingerprint import fingerprints
+from nrt_jax.checkpoints.hf_config import directory_name
 from nrt_jax.checkpoints.open import open_model
 from nrt_jax.data.chat_template import template_text
 from nrt_jax.errors import InputError, RunFailed
-from nrt_jax.evaluation.answer_log import ANSWERS, AnswerLog, answer_key, check_identity
+from nrt_jax.evaluation.answer_log import (
+    ANSWERS,
+    AnswerLog,
+    answer_key,
+    check_identity,
+    is_of_another,
+)
 from nrt_jax.evaluation.asked_model import AskedModel
 from nrt_jax.evaluation.benchmark_data import task_manager
 from nrt_jax.evaluation.chat_client import ChatClient, ServerGone
@@ -39,6 +47,7 @@ log = logging.getLogger(__name__)
 
 SUITES = {"paper": tuple(name for name, task in BENCHMARKS.items() if task.headline)}
 """Names of suites, and their benchmarks."""
+_Evaluated = tuple[SuiteResult, list[DocumentScore]]
 SHOT_SEED = 1234
 """By which lm-eval draws shots, as its own command line does."""
 
@@ -106,15 +115,27 @@ def evaluate_model(
 
 
 def evaluate_weights(
-    asked: AskedModel, tasks: dict[str, "Task"], suite: Suite, out: Path, *, name: str
+    asked: AskedModel,
+    tasks: dict[str, "Task"],
+    suite: Suite,
+    out: Path,
+    *,
+    name: str,
+    replaces: bool = False,
 ) -> SuiteResult | None:
-    """As `evaluate_model`, of weights that are open."""
+    """As `evaluate_model`, of weights that are open.
+
+    With `replaces`, answers of other weights in `out` are removed, and are no error.
+    """
     from nrt_jax.evaluation.lm import EngineLM
 
-    identity = {"model": name, **_identity(asked)}
+    identity, path = _identity(asked), asked.config.model.path
+    if replaces and distributed.is_first() and is_of_another(out, identity):
+        shutil.rmtree(out)
     with _answers(out, identity) as answers:
         lm = EngineLM(asked, answers, seed=suite.seed)
-        return _evaluate(lm, tasks, suite, out, name, is_chat=asked.contexts.is_chat)
+        result = _evaluate(lm, tasks, suite, name, is_chat=asked.contexts.is_chat)
+    return _written(result, out, base=None if path is None else directory_name(path))
 
 
 def evaluate_server(
@@ -131,12 +152,13 @@ def evaluate_server(
     with _answers(out, {"model": name, "url": url}) as answers:
         lm = ServerLM(client, answers, seed=suite.seed, trace_limit=trace_limit)
         try:
-            return _evaluate(lm, tasks, suite, out, name, is_chat=True)
+            result = _evaluate(lm, tasks, suite, name, is_chat=True)
         except ServerGone as gone:
             raise RunFailed(
                 f"{gone}; the {len(answers)} answers that came are kept in {out}, and the same "
                 "command goes on"
             ) from gone
+    return _written(result, out)
 
 
 def _answers(out: Path, identity: dict[str, Any]) -> AnswerLog:
@@ -165,26 +187,30 @@ def _digest(text: str) -> str:
 
 
 def _evaluate(
-    lm: "LoggedLM",
-    tasks: dict[str, "Task"],
-    suite: Suite,
-    out: Path,
-    name: str,
-    *,
-    is_chat: bool,
-) -> SuiteResult | None:
+    lm: "LoggedLM", tasks: dict[str, "Task"], suite: Suite, name: str, *, is_chat: bool
+) -> _Evaluated | None:
+    """Ask and grade; None for a process that only computes."""
     with _quiet():
         if not distributed.is_first():
             _only_ask(lm, tasks, suite.limit, is_chat=is_chat)
             return None
         scores = _score_documents(lm, tasks, suite.limit, is_chat=is_chat)
-    rows = [_row(task, [score for score in scores if score.task == task]) for task in tasks]
     result = SuiteResult(
         model=name,
         settings=_settings_digest(lm, tasks),
         limit=suite.limit,
-        tasks=tuple(rows),
+        tasks=tuple(_row(task, [s for s in scores if s.task == task]) for task in tasks),
     )
+    return result, scores
+
+
+def _written(
+    evaluated: _Evaluated | None, out: Path, base: str | None = None
+) -> SuiteResult | None:
+    if evaluated is None:
+        return None
+    result, scores = evaluated
+    result = replace(result, base=base)
     write_results(out, result, scores)
     return result
 

@@ -38,6 +38,7 @@ from nrt_jax.engine.programs import Programs
 from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import Answerer, evaluation_answerer
+from nrt_jax.evaluation.training_suite import TrainingSuite, training_suite
 from nrt_jax.models.sharding import batch_sharding, place
 from nrt_jax.training.first_rows import FirstParams, first_params
 from nrt_jax.training.logger import MetricsWriter, SilentWriter
@@ -94,7 +95,9 @@ class Engines:
     traces: Engine | None
     """None for sft, which samples none."""
     answerer: Answerer | None
-    """None when nothing is evaluated."""
+    """None when no held-out examples are evaluated."""
+    benchmarks: TrainingSuite | None
+    """None when none are asked."""
     transfer: WeightTransfer
     _weights: EngineWeights | None = field(default=None, init=False)
 
@@ -288,7 +291,8 @@ def _make_engines(
     if config.method == "nrt":
         traces = trace_engine(config, model, tokenizer, programs=programs)
     transfer = WeightTransfer(model.target, outlives_update=config.rollout.staleness > 0)
-    return Engines(traces=traces, answerer=answerer, transfer=transfer)
+    benchmarks = training_suite(config, model, tokenizer, programs)
+    return Engines(traces=traces, answerer=answerer, benchmarks=benchmarks, transfer=transfer)
 
 
 def _open_checkpoints(config: RunConfig) -> Checkpoints:

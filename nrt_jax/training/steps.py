@@ -84,20 +84,22 @@ def mean_over_updates(updates: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def evaluate_run(run: Run) -> None:
-    """Evaluate the newest weights, and write what came out; nothing without held-out examples."""
+    """Evaluate the newest weights, and write what came out; nothing where nothing is asked."""
     config, progress, logger = run.config, run.progress, run.logger
-    answerer = run.engines.answerer
-    if answerer is None:
+    answerer, benchmarks = run.engines.answerer, run.engines.benchmarks
+    if answerer is None and benchmarks is None:
         return
-    key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_STREAM)
+    metrics: dict[str, float] = {}
+    samples: list[dict[str, Any]] = []
     with logger.timer("evaluate"):
-        metrics, samples = evaluate(
-            answerer,
-            run.engines.weights(progress).params,
-            run.data.held_out,
-            key,
-            samples=config.evaluation.samples,
-        )
+        params = run.engines.weights(progress).params
+        if answerer is not None:
+            key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_STREAM)
+            metrics, samples = evaluate(
+                answerer, params, run.data.held_out, key, samples=config.evaluation.samples
+            )
+        if benchmarks is not None:
+            metrics |= benchmarks.evaluate(params, progress.step)
     progress.metrics = metrics
     logger.write(progress.step, metrics | logger.timer.take() | {"time/compile_s": WATCH.take()})
     logger.write_samples(progress.step, samples)
