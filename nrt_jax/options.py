@@ -45,6 +45,7 @@ def make_parser() -> Parser:
     _add_checkpoint_verbs(subparsers)
     _add_views(subparsers)
     _add_local(subparsers)
+    _add_sweep(subparsers)
     _add_doctor(subparsers)
     return parser
 
@@ -299,6 +300,36 @@ def _add_doctor(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     doctor.add_argument("--json", action="store_true", help="print all figures as JSON")
     _add_processes(doctor)
     doctor.set_defaults(verb=verbs.doctor)
+
+
+def _add_sweep(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    sweep = subparsers.add_parser("sweep", help="train every combination of a sweep's options")
+    sweep.add_argument(
+        "words",
+        nargs="+",
+        metavar="[status] SWEEP",
+        help="a file or a preset such as sweeps/quickstart_methods, and key=value overrides of "
+        "every run; after the word status, how far each run is",
+    )
+    sweep.add_argument("--out", type=path, metavar="DIR", help="instead of the sweep's own folder")
+    sweep.add_argument(
+        "--jobs",
+        type=process_count,
+        default=1,
+        metavar="N",
+        help="runs at a time, each with its share of the GPUs or cores",
+    )
+    sweep.add_argument("--retry", action="store_true", help="train failed runs again")
+    sweep.add_argument(
+        "--dry-run", action="store_true", help="list the runs and their sizes, and train nothing"
+    )
+    sweep.add_argument(
+        "--cell", type=int, metavar="I", help="train the I-th run alone, from 0, as in a job array"
+    )
+    sweep.add_argument(
+        "--watch", type=seconds, metavar="SECONDS", help="of status: print it again and again"
+    )
+    sweep.set_defaults(verb=verbs.sweep)
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -304,8 +305,39 @@ def export(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     from nrt_jax.analysis.report import write_report
+    from nrt_jax.experiments.sweep_table import finished_runs, is_sweep
 
-    write_report(args.folders, args.out)
+    expanded = [finished_runs(folder) if is_sweep(folder) else [folder] for folder in args.folders]
+    write_report([folder for folders in expanded for folder in folders], args.out)
+
+
+def sweep(args: argparse.Namespace) -> int:
+    from nrt_jax.experiments.cells import read_sweep
+    from nrt_jax.experiments.sweep import run_sweep
+    from nrt_jax.experiments.sweep_table import plan_table, status_table
+
+    shows_status = args.words[0] == "status" and not os.path.isfile("status")
+    words = args.words[1:] if shows_status else args.words
+    if not words:
+        raise InputError("sweep status: name the sweep, as in nrt-jax sweep status SWEEP")
+    of_file = read_sweep(Path(words[0]), words[1:], args.out)
+    if args.dry_run:
+        print(plan_table(of_file))
+        return 0
+    if shows_status:
+        print(status_table(of_file), flush=True)
+        while args.watch is not None:
+            time.sleep(args.watch)
+            print(f"\n{status_table(of_file)}", flush=True)
+        return 0
+    chosen = None
+    if args.cell is not None:
+        if not 0 <= args.cell < len(of_file.cells):
+            raise InputError(
+                f"--cell {args.cell}: {of_file.file} has {len(of_file.cells)} cells, from 0"
+            )
+        chosen = [of_file.cells[args.cell]]
+    return run_sweep(of_file, jobs=args.jobs, retry=args.retry, chosen=chosen)
 
 
 def config_show(args: argparse.Namespace) -> None:
