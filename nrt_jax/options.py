@@ -42,6 +42,7 @@ def make_parser() -> Parser:
     subparsers = parser.add_subparsers(required=True, metavar="VERB")
     _add_run_verbs(subparsers)
     _add_evaluate(subparsers)
+    _add_judge(subparsers)
     _add_checkpoint_verbs(subparsers)
     _add_views(subparsers)
     _add_local(subparsers)
@@ -156,6 +157,29 @@ def _add_evaluate(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     )
     _add_processes(evaluate)
     evaluate.set_defaults(verb=verbs.evaluate)
+
+
+def _add_judge(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    judge = subparsers.add_parser(
+        "judge", help="let another model score the traces of a model, as in the paper's Appendix H"
+    )
+    _add_model(judge)
+    judge.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.FIELD=VALUE",
+        help="how the model is asked, such as evaluation.trace_temperature=1",
+    )
+    judge.add_argument(
+        "--url", required=True, help="an OpenAI-compatible server, such as http://HOST/v1"
+    )
+    judge.add_argument("--judge", required=True, metavar="NAME", help="the model there")
+    judge.add_argument(
+        "--rows", type=row_count, default=100, metavar="N", help="held-out rows, 100 by default"
+    )
+    judge.add_argument("--seed", type=seed, default=0, help="of the rows and the traces")
+    judge.add_argument("--out", type=path, required=True, metavar="DIR")
+    judge.set_defaults(verb=verbs.judge)
 
 
 def _add_checkpoint_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:

@@ -169,12 +169,36 @@ def evaluate(args: argparse.Namespace) -> None:
         write_tables([result], args.out)
 
 
-def serve(args: argparse.Namespace) -> None:
+def judge(args: argparse.Namespace) -> None:
+    _check_alone("judge", "the traces for a judge are sampled by one process")
+    from nrt_jax.evaluation.chat_client import ChatClient
+    from nrt_jax.evaluation.judged_traces import judge_model, summary_line
+
+    client = ChatClient(url=args.url, model=args.judge)
+    args.interrupts.at_leaving = lambda: "the same command goes on after the verdicts that came"
+    with _exit_on_sigterm(), _keeps_what_is_finished():
+        summary = judge_model(
+            args.model,
+            client,
+            args.out,
+            rows=args.rows,
+            seed=args.seed,
+            overrides=args.overrides,
+        )
+    print(summary_line(summary))
+
+
+def _check_alone(verb: str, why: str) -> None:
+    """InputError where this is one of several processes."""
     if (place := distributed.find_place()) is not None:
         raise InputError(
-            f"serve: this is process {place.process} of {place.processes}, and a server is one "
-            "process; start it on one host alone, without NRT_JAX_PROCESSES or a cluster's task"
+            f"{verb}: this is process {place.process} of {place.processes}, and {why}; start it on "
+            "one host alone, without NRT_JAX_PROCESSES or a cluster's task"
         )
+
+
+def serve(args: argparse.Namespace) -> None:
+    _check_alone("serve", "a server is one process")
     from nrt_jax.serving.server import serve
 
     serve(args.model, args.overrides)

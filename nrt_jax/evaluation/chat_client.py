@@ -30,6 +30,11 @@ class ServerGone(RunFailed):
 class ServerRefused(RunFailed):
     """The server refuses a request as it is; trying again would not help."""
 
+    def __init__(self, message: str, status: int | None = None):
+        super().__init__(message)
+        self.status = status
+        """Of the HTTP answer; None for one that is no chat completion."""
+
 
 class ChatReply(NamedTuple):
     """One answer of a server."""
@@ -46,6 +51,8 @@ class ChatReply(NamedTuple):
     """All that were sampled."""
     reasoning_tokens: int
     """Of them, where the server counts them apart."""
+    refusal: str | None = None
+    """Why the model gives no answer; None where it gives one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,7 @@ class ChatClient:
                 return text
             problem = f"status {status}: {_message(text)}"
             if status not in _BUSY:
-                raise ServerRefused(f"{self.url}: refuses a request ({problem})")
+                raise ServerRefused(f"{self.url}: refuses a request ({problem})", status)
         raise ServerGone(f"{self.url}: no answer after {self.tries} tries ({problem})")
 
     def _send(self, body: bytes) -> tuple[int, bytes]:
@@ -117,6 +124,7 @@ def _read_reply(text: bytes, url: str) -> ChatReply:
         tokens = int(usage.get("completion_tokens") or 0)
         details = usage.get("completion_tokens_details") or {}
         reasoning_tokens = int(details.get("reasoning_tokens") or 0)
+        refusal = message.get("refusal")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
         shown = " ".join(text[:80].decode(errors="replace").split())
         raise ServerRefused(f"{url}: answers what is no chat completion ({shown!r})") from error
@@ -128,7 +136,9 @@ def _read_reply(text: bytes, url: str) -> ChatReply:
         reasoning, content, closed = content.lstrip().removeprefix(THINK_START), "", False
     elif reasoning is not None and not content and finish == "length":
         closed = False
-    return ChatReply(content, reasoning, closed, finish, tokens, reasoning_tokens)
+    if refusal is None and finish == "content_filter":
+        refusal = f"{content} [content_filter]"
+    return ChatReply(content, reasoning, closed, finish, tokens, reasoning_tokens, refusal)
 
 
 def _message(text: bytes) -> str:

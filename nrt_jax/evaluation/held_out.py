@@ -8,6 +8,7 @@ Letters: P prompts, K traces per prompt.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nrt_jax.checkpoints.abstract_model import Model
+from nrt_jax.checkpoints.open import find_model
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.bad_rows import shorten
 from nrt_jax.data.pipeline import Dataset
@@ -184,6 +186,15 @@ def evaluation_answerer(
     answerer = make_answerer(config, model, tokenizer, programs)
     check_references(answerer.extract, dataset.eval)
     return answerer
+
+
+def check_has_questions(path: Path, overrides: Sequence[str]) -> None:
+    """InputError for a path whose model has no data of its own, unless the overrides name some."""
+    if find_model(path).kind != "run" and not any(o.startswith("data.source=") for o in overrides):
+        raise InputError(
+            f"{path}: a directory names no questions; add data.source=jsonl data.path=FILE "
+            "data.eval_rows=N, or name a run"
+        )
 
 
 def check_references(extract: Extract, examples: Sequence[TokenizedExample]) -> None:

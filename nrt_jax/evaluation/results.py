@@ -4,14 +4,15 @@ A folder of an evaluation holds `results.json`, the rows, and `scores.parquet`, 
 rows are computed from. Equal scores give equal bytes, in whatever order they came.
 """
 
+import io
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from nrt_jax.checkpoints.files import write_atomically
 from nrt_jax.errors import InputError
 from nrt_jax.file_kinds import why_missing
 from nrt_jax.strict_json import parse_json
@@ -182,13 +183,11 @@ def write_results(folder: Path, suite: SuiteResult, scores: Sequence[DocumentSco
     folder.mkdir(parents=True, exist_ok=True)
     place = {row.task: index for index, row in enumerate(suite.tasks)}
     ordered = sorted(scores, key=lambda score: (place[score.task], score.group, score.document))
-    new = folder / f"{SCORES_FILE}.new"
-    pq.write_table(_table(ordered), new, compression="zstd")
-    os.replace(new, folder / SCORES_FILE)
+    file = io.BytesIO()
+    pq.write_table(_table(ordered), file, compression="zstd")
+    write_atomically(folder / SCORES_FILE, file.getbuffer())
     # Last: a folder with results.json is a finished evaluation.
-    new = folder / f"{RESULTS_FILE}.new"
-    new.write_text(to_json(suite), encoding="utf-8")
-    os.replace(new, folder / RESULTS_FILE)
+    write_atomically(folder / RESULTS_FILE, to_json(suite).encode())
 
 
 def to_json(suite: SuiteResult) -> str:

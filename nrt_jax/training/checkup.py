@@ -12,7 +12,7 @@ from nrt_jax.checkpoints.abstract_model import (
     engine_model,
     load_tokenizer,
 )
-from nrt_jax.checkpoints.open import find_model, open_model
+from nrt_jax.checkpoints.open import open_model
 from nrt_jax.checkpoints.train_state import state_shardings
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.pipeline import Dataset, load_dataset
@@ -21,6 +21,7 @@ from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.make import trace_engine
 from nrt_jax.engine.weight_sync import WeightTransfer
 from nrt_jax.errors import InputError
+from nrt_jax.evaluation.held_out import check_has_questions
 from nrt_jax.training.answer_logprobs import AnswerLogprobs
 from nrt_jax.training.first_rows import first_params
 from nrt_jax.training.forward import loss_settings
@@ -68,11 +69,7 @@ def diagnose_model(path: Path, overrides: Sequence[str], rows: int | None = None
 
     A directory takes its data from the overrides. Raises InputError.
     """
-    if find_model(path).kind != "run" and not any(o.startswith("data.source=") for o in overrides):
-        raise InputError(
-            f"{path}: a directory names no questions; add data.source=jsonl data.path=FILE "
-            "data.eval_rows=N, or name a run"
-        )
+    check_has_questions(path, overrides)
     opened = open_model(path, overrides)
     _check_reasons(opened.config, str(path))
     mesh, tokenizer = opened.model.mesh, opened.tokenizer
