@@ -14,6 +14,7 @@ import yaml
 import nrt_jax
 from nrt_jax import cli, verbs
 from nrt_jax.config.load import load_config
+from nrt_jax.config.presets import presets
 from nrt_jax.config.run import RunConfig
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.stop import StopRequest
@@ -240,7 +241,7 @@ def test_presets_merge_from_left_to_right(config, tmp_path, capsys):
     assert shown["train"]["steps"] == 6
 
 
-@pytest.mark.parametrize("preset", sorted((REPOSITORY / "configs").glob("*/*.yaml")), ids=str)
+@pytest.mark.parametrize("preset", presets().values(), ids=str)
 def test_every_config_of_the_project_is_shown(preset, config, capsys):
     whole = "model" in yaml.safe_load(preset.read_text()) or preset.parent.name == "quickstart"
     files = [str(preset)] if whole and preset.name != "task.yaml" else [str(config), str(preset)]
