@@ -11,6 +11,7 @@ class StubServer:
     """While entered, answers each request with (status, body) of `reply`, called one at a time."""
 
     def __init__(self, reply: Callable[[dict[str, Any]], tuple[int, Any]]):
+        self.reply = reply
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
         lock, stub = threading.Lock(), self
@@ -21,7 +22,7 @@ class StubServer:
                 with lock:
                     stub.asked.append(body | {"path": self.path})
                     stub.headers.append(dict(self.headers))
-                    status, value = reply(body)
+                    status, value = stub.reply(body)
                 if status == 0:
                     self.connection.close()
                     return
