@@ -144,6 +144,13 @@ def restart_count(text: str) -> int:
     return int(text)
 
 
+def exit_status(text: str) -> int:
+    """A status of a process, 0 to 125; shells give those above a meaning."""
+    if not text.isdecimal() or int(text) > 125:
+        raise argparse.ArgumentTypeError(f"{text} is no exit status; give 0 to 125")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     """A time above 0."""
     try:

@@ -10,6 +10,7 @@ from nrt_jax.arguments import (
     INPUTS,
     Parser,
     dtype,
+    exit_status,
     inputs,
     path,
     process_count,
@@ -61,6 +62,14 @@ def _add_run_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:
         default=[],
         metavar="INPUT,...",
         help=f"continue a run although these are not what it was trained on: {', '.join(INPUTS)}",
+    )
+    train.add_argument(
+        "--stopped-status",
+        type=exit_status,
+        default=0,
+        metavar="STATUS",
+        help="exit status of a run that SIGTERM stopped before its last step, 0 by default; "
+        "launchers that start a failed run again need another",
     )
     _add_processes(train)
     train.set_defaults(verb=verbs.train)

@@ -86,10 +86,12 @@ class StopRequest:
     """While entered, turns SIGTERM and Ctrl-C into a request to stop.
 
     Before the loop calls `wait_for_the_step` there is nothing to save: SIGTERM raises SystemExit(0)
-    at once, Ctrl-C KeyboardInterrupt. From then on both only set `requested`.
+    at once, or with another status, Ctrl-C KeyboardInterrupt. From then on both only set
+    `requested`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, status: int = 0) -> None:
+        self._status = status
         self.requested = False
         self.interrupted = False
         """Whether it was Ctrl-C that asked to stop."""
@@ -128,7 +130,7 @@ class StopRequest:
         if self._waits:
             return
         if number == signal.SIGTERM:
-            raise SystemExit(0)
+            raise SystemExit(self._status)
         before = self._before[signal.SIGINT]
         if callable(before):
             before(number, frame)

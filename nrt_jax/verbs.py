@@ -40,7 +40,7 @@ def load(args: argparse.Namespace) -> "RunConfig":
 
 
 def train(args: argparse.Namespace) -> int:
-    with StopRequest() as stop:
+    with StopRequest(args.stopped_status) as stop:
         args.interrupts.at_first = stop.plan
         config = load(args)
         generate = _rollout_driver(config)
@@ -49,11 +49,13 @@ def train(args: argparse.Namespace) -> int:
 
         args.interrupts.at_leaving = lambda: how_to_continue(config.run_dir)
         try:
-            train(config, stop, generate, allow_changed=args.allow_changed)
+            complete = train(config, stop, generate, allow_changed=args.allow_changed)
         except SystemExit:
             log.info("stopped; %s", how_to_continue(config.run_dir))
             raise
-    return INTERRUPTED if stop.interrupted else 0
+    if stop.interrupted:
+        return INTERRUPTED
+    return 0 if complete else args.stopped_status
 
 
 def diagnose(args: argparse.Namespace) -> None:

@@ -353,6 +353,20 @@ def test_sigterm_ends_at_once_while_there_is_nothing_to_save():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+def test_sigterm_ends_with_the_status_that_a_launcher_asks_for():
+    with pytest.raises(SystemExit) as stop, StopRequest(75):
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.value.code == 75
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize(("complete", "status"), [(True, 0), (False, 75)])
+def test_a_launcher_can_tell_a_stopped_run_from_a_complete_one(monkeypatch, complete, status):
+    monkeypatch.setattr("nrt_jax.training.loop.train", lambda *_, **__: complete)
+    assert cli.main(["train", "quickstart/nrt", "--stopped-status", "75"]) == status
+    assert cli.main(["train", "quickstart/nrt"]) == 0
+
+
 def test_sigterm_waits_for_the_step():
     with StopRequest() as stop:
         stop.wait_for_the_step()

@@ -21,9 +21,10 @@ def train(
     generate: Generate = generate,
     *,
     allow_changed: Collection[str] = (),
-) -> None:
+) -> bool:
     """Train, or continue, the run of a config; `generate` drives the engine of the rollouts.
 
+    True when the run has all its steps, False when it was stopped before.
     After every step `stop` is asked whether to end. `allow_changed` names the inputs that may be
     others than those that the run was trained on.
     """
@@ -36,6 +37,7 @@ def train(
             train_sft(run, stop)
         else:
             train_nrt(run, stop, generate)
+        complete = run.progress.step >= config.train.steps
     log.info(
         "compiled %d programs of the model and %d small ones in %.1f of %.1f s, those read from "
         "the cache included",
@@ -44,3 +46,4 @@ def train(
         WATCH.seconds,
         time.perf_counter() - start,
     )
+    return complete
