@@ -5,10 +5,16 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from nrt_jax.topologies import Topology
 
 INPUTS = ("data", "eval_data", "tokenizer", "template", "model")
 """What `train --allow-changed` names: `checkpoints.inputs.INPUT_NAMES`, which imports jax."""
+
+LAUNCH_KINDS = ["jobset", "gce", "slurm", "slurm-sweep", "slurm-prepare", "sky", "tpu-vm", "local"]
+"""What `launch` fills in."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -142,6 +148,25 @@ def restart_count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text} is no number of restarts; give 0 or more")
     return int(text)
+
+
+def topology(text: str) -> "Topology":
+    """Machines by name."""
+    from nrt_jax.errors import InputError
+    from nrt_jax.topologies import parse_topology
+
+    try:
+        return parse_topology(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def volume(text: str) -> tuple[str, str]:
+    """CLAIM:PATH, a volume claim of Kubernetes and the path at which pods see it."""
+    claim, _, mount = text.partition(":")
+    if not claim or not mount.startswith("/") or len(mount) < 2:
+        raise argparse.ArgumentTypeError(f"{text} is no volume; give CLAIM:PATH, as runs:/mnt/nrt")
+    return claim, mount.rstrip("/")
 
 
 def exit_status(text: str) -> int:

@@ -146,7 +146,7 @@ def _check_slurm_devices(cluster: str) -> None:
         raise InputError(
             f"SLURM runs {tasks[0]} tasks on this host and shows this one the GPUs {shown} alone "
             "(--gpus-per-task or --gpu-bind), but jax takes the GPU with the task's number; start "
-            "with --gpus-per-node and --ntasks-per-node instead, as launch/slurm.sh does"
+            "with --gpus-per-node and --ntasks-per-node instead, as nrt-jax launch slurm does"
         )
 
 

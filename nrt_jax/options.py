@@ -8,6 +8,7 @@ import nrt_jax
 from nrt_jax import distributed, verbs
 from nrt_jax.arguments import (
     INPUTS,
+    LAUNCH_KINDS,
     Parser,
     dtype,
     exit_status,
@@ -20,6 +21,8 @@ from nrt_jax.arguments import (
     seed,
     share,
     temperature,
+    topology,
+    volume,
 )
 
 EPILOG = """\
@@ -49,6 +52,7 @@ def make_parser() -> Parser:
     _add_local(subparsers)
     _add_sweep(subparsers)
     _add_doctor(subparsers)
+    _add_launch(subparsers)
     return parser
 
 
@@ -318,6 +322,46 @@ def _add_local(subparsers: "argparse._SubParsersAction[Parser]") -> None:
         "command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="what each process runs"
     )
     local.set_defaults(verb=verbs.local)
+
+
+def _add_launch(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    launch = subparsers.add_parser(
+        "launch", help="start a config's run on a cluster or in a cloud, or print the file for it"
+    )
+    launch.add_argument("kind", choices=LAUNCH_KINDS, metavar="|".join(LAUNCH_KINDS))
+    launch.add_argument(
+        "config",
+        nargs="+",
+        metavar="CONFIG",
+        help="a config as for train, and overrides; of slurm-sweep a sweep",
+    )
+    launch.add_argument("--dry-run", action="store_true", help="print the file, and start nothing")
+    launch.add_argument(
+        "--topology", type=topology, help="the machines, such as v6e:8x8 or h100x8:2"
+    )
+    launch.add_argument("--name", help="of the job, by default from run_dir")
+    launch.add_argument(
+        "--restarts", type=restart_count, default=100, metavar="R", help="after failures, 100"
+    )
+    for name, what in {
+        "--image": "container image",
+        "--queue": "LocalQueue of Kueue (default), or partition of SLURM",
+        "--bucket": "bucket that gce, tpu-vm and sky mount at /mnt/nrt",
+        "--zone": "zone of Google Cloud",
+    }.items():
+        launch.add_argument(name, help=what)
+    launch.add_argument(
+        "--volume", type=volume, metavar="CLAIM:PATH", help="Kubernetes volume, and its mount"
+    )
+    launch.add_argument(
+        "--slices", type=process_count, default=1, metavar="N", help="TPU slices of a jobset, 1"
+    )
+    launch.add_argument("--spot", action="store_true", help="machines that may be taken away")
+    launch.add_argument("--out", type=path, help="slurm-prepare: the folder to write")
+    launch.add_argument(
+        "--tasks", type=process_count, default=16, metavar="N", help="slurm-prepare: how many, 16"
+    )
+    launch.set_defaults(verb=verbs.launch)
 
 
 def _add_doctor(subparsers: "argparse._SubParsersAction[Parser]") -> None:

@@ -80,6 +80,27 @@ def diagnose(args: argparse.Namespace) -> None:
         raise RunFailed(does_not_start(diagnosis))
 
 
+def launch(args: argparse.Namespace) -> int:
+    from nrt_jax.launching.fill import Request, fill, job_name
+    from nrt_jax.launching.start import start
+
+    options = {name: getattr(args, name) for name in Request._fields if hasattr(args, name)}
+    if args.kind == "slurm-sweep":
+        from nrt_jax.experiments.cells import read_sweep
+
+        sweep = read_sweep(Path(args.config[0]), args.config[1:])
+        options |= {"config": sweep.cells[0].config, "cells": len(sweep.cells)}
+        options["name"] = args.name or job_name(sweep.folder)
+    else:
+        options["config"] = load(args)
+    files = [Path(word) for word in args.config if os.path.isfile(word)]
+    text = fill(args.kind, Request(**options | {"words": args.config, "files": files}))
+    if args.dry_run:
+        print(text, end="")
+        return 0
+    return start(args.kind, text)
+
+
 def doctor(args: argparse.Namespace) -> None:
     config = load(args) if args.config else None
     from nrt_jax.doctor.run import examine, of_all, raise_first, shown

@@ -71,7 +71,7 @@ def test_one_gpu_per_slurm_task_is_refused(monkeypatch):
     shows_one = {"CUDA_VISIBLE_DEVICES": "0", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
     for name, value in (SLURM | shows_one).items():
         monkeypatch.setenv(name, value)
-    line = r"SLURM runs 2 tasks on this host and shows this one the GPUs 0 alone .*launch/slurm.sh"
+    line = r"SLURM runs 2 tasks on this host and shows this one the GPUs 0 alone .*launch slurm"
     with pytest.raises(InputError, match=line):
         find_place()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")

@@ -36,9 +36,10 @@ def required(text: str) -> set[str]:
 def test_the_wheel_has_the_package_and_the_presets(wheel):
     package = {f"nrt_jax/{name}" for name in files(REPOSITORY / "nrt_jax")}
     presets = {f"nrt_jax/configs/{name}" for name in files(REPOSITORY / "configs")}
+    launch = {f"nrt_jax/launch/{name}" for name in files(REPOSITORY / "launch")}
     assert "nrt_jax/configs/quickstart/base_model/model.safetensors" in presets
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
-    assert names == package | presets
+    assert names == package | presets | launch
 
 
 def test_the_wheel_asks_for_no_more_than_it_needs(wheel):
