@@ -127,4 +127,18 @@ def excerpt(fields: Any) -> str:
     """The beginning of a row's fields as JSON; "" of a row that cannot be read."""
     if not isinstance(fields, dict):
         return ""
-    return json.dumps(fields, ensure_ascii=False, default=repr)[:EXCERPT_CHARACTERS]
+    return _EXCERPT.encode(_beginning(fields))[:EXCERPT_CHARACTERS]
+
+
+_EXCERPT = json.JSONEncoder(ensure_ascii=False, default=repr)
+
+
+def _beginning(value: Any) -> Any:
+    """A value whose JSON begins as that of the whole one, without the rest of long texts."""
+    if isinstance(value, str):
+        return value[:EXCERPT_CHARACTERS]
+    if isinstance(value, list):
+        return [_beginning(one) for one in value[:EXCERPT_CHARACTERS]]
+    if isinstance(value, dict):
+        return {key: _beginning(one) for key, one in value.items()}
+    return value

@@ -2,24 +2,14 @@
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import MixturePart
 from nrt_jax.errors import InputError
-from nrt_jax.types import TokenizedExample
 
 log = logging.getLogger(__name__)
-
-
-def with_source(example: TokenizedExample, name: str) -> TokenizedExample:
-    """The example of a part of a mixture with the part's name, before that of its own source."""
-    if not name:
-        return example
-    named = "/".join(filter(None, (name, example.example.source)))
-    return replace(example, example=replace(example.example, source=named))
 
 
 def draw_mixture(config: DataConfig, available: Sequence[int]) -> list[np.ndarray]:

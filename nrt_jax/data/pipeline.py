@@ -11,7 +11,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
 from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
-from nrt_jax.data.mixture import draw_mixture, with_source
+from nrt_jax.data.mixture import draw_mixture
 from nrt_jax.data.prepared import Prepared, open_cached, open_prepared, prepared_directory
 from nrt_jax.data.prepared_cache import cached_directory
 from nrt_jax.data.row_choice import row_ranks
@@ -68,7 +68,8 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     train, bad, sources = _read_training(config, tokenizer)
     from_files = None
     if config.eval_path is not None:
-        read = _read_files(evaluation_source(config), config.eval_path, tokenizer, 0)
+        source = evaluation_source(config)
+        read = _read_files(source, config.eval_path, RowTokenizer(source, tokenizer), 0)
         from_files, bad = read.examples, [*bad, read.bad]
     in_files = None if from_files is None else _questions(from_files)
     chosen = select(config, _questions(train), in_files, _permuted(config, train))
@@ -142,10 +143,11 @@ def _read_training(
     filters = RowFilters(config)
     for source, name in zip(sources_of(config), config.source_names, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"
-        read = _read_files(source, source.path, tokenizer, first, filters)
+        rows = RowTokenizer(source, tokenizer, name)
+        read = _read_files(source, source.path, rows, first, filters)
         first = read.next_number
         bad.append(read.bad)
-        by_source.append([with_source(example, name) for example in read.examples])
+        by_source.append(read.examples)
         sources.append(SourceRows(name, len(read.examples), dict(read.bad.counts)))
     filters.finish()
     drawn = draw_mixture(config, [len(examples) for examples in by_source])
@@ -155,13 +157,13 @@ def _read_training(
 def _read_files(
     config: DataConfig,
     where: Path | str | Sequence[Path | str],
-    tokenizer: Tokenizer,
+    rows: RowTokenizer,
     first: int,
     filters: RowFilters | None = None,
 ) -> _ReadFiles:
     """The usable rows of one source that pass the filters, numbered from `first`."""
-    rows, bad_rows = RowTokenizer(config, tokenizer), BadRows(location(where))
     examples: list[TokenizedExample] = []
+    bad_rows = BadRows(location(where))
     unread = read_source(config, where, first)
     while rows_of_slice := list(islice(unread, ROWS_PER_SLICE)):
         tokenized_rows = rows.of_rows(rows_of_slice)

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow, discarded, excerpt
 from nrt_jax.data.duplicates import digest_of
-from nrt_jax.data.mixture import with_source
 from nrt_jax.data.parts import KEY_BYTES, TABLE, Note, Part, write_part
 from nrt_jax.data.plan import ROWS_PER_PART, Plan, Source, begin
 from nrt_jax.data.prepared_files import encode
@@ -75,7 +74,7 @@ def prepare(
                     bar.initial += len(of_part.rows)
                     bar.update(len(of_part.rows))
 
-        for made in in_workers(writer, unmade(), workers):
+        for made in in_workers(writer, unmade(), workers, threads=2):
             bar.update(made)
             done += made
     plan.write_totals(rows, count)
@@ -120,7 +119,7 @@ class PartWriter:
         source = self._sources[of_part.source]
         if of_part.source not in self._opened:
             config = source.config
-            opened = RowFields(config), RowTokenizer(config, self._tokenizer)
+            opened = RowFields(config), RowTokenizer(config, self._tokenizer, source.name)
             self._opened[of_part.source] = opened
         fields, tokenizer = self._opened[of_part.source]
         bad, entries, records, notes, labels = [], [], [], [], {}
@@ -132,11 +131,10 @@ class PartWriter:
                 left_out = discarded(row.place, why, file=row.file, fields=row.fields)
                 bad.append((position, left_out))
                 continue
-            named = with_source(tokenized, source.name)
-            records.append(encode(named, _turns(row, tokenizer, source.config)))
+            records.append(encode(tokenized, _turns(row, tokenizer, source.config)))
             notes.append(Note(row.place, row.file, excerpt(row.fields)).encode())
-            label = labels.setdefault(named.example.source, len(labels))
-            entries.append(_entry(named, label, position, records[-1], notes[-1]))
+            label = labels.setdefault(tokenized.example.source, len(labels))
+            entries.append(_entry(tokenized, label, position, records[-1], notes[-1]))
         part = Part(len(rows), len(records), bad, list(labels))
         write_part(of_part.path, part, np.array(entries, TABLE), records, notes)
         return len(rows)

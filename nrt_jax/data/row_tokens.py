@@ -35,9 +35,11 @@ class Rendered(NamedTuple):
 class RowTokenizer:
     """Template and tokenizer of one config; InputError when the template cannot be read."""
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer):
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, name: str = ""):
+        """`name` is that of the source in a mixture, which its examples have."""
         self._config = config
         self._tokenizer = tokenizer
+        self._name = name
         self._template = PromptTemplate(config, tokenizer)
 
     def fields_of(self, names: Container[str]) -> tuple[str, ...]:
@@ -157,7 +159,7 @@ class RowTokenizer:
                 answer=rendered.answer,
                 aliases=rendered.aliases,
                 user_text=rendered.user_text,
-                source=rendered.source,
+                source="/".join(filter(None, (self._name, rendered.source))),
             ),
             prompt_tokens=np.array(prompt, np.int32),
             answer_tokens=np.array(answer, np.int32),
@@ -182,12 +184,12 @@ class RowTokenizer:
         return prompt, after_start
 
     def _check_controls(self, rendered: Rendered, ids: list[list[int]]) -> None:
-        for text, text_ids in zip(_texts(rendered), ids, strict=True):
+        for i, text_ids in enumerate(ids):
             control = self._tokenizer.control_in(text_ids)
             if control is not None:
+                text = _texts(rendered)[i].text
                 raise BadRow(
-                    "spells a control token",
-                    f"{shorten(text.text)} spells {control}; reword the text",
+                    "spells a control token", f"{shorten(text)} spells {control}; reword the text"
                 )
 
     def _check_spelling(self, answer: str, ids: list[int]) -> None:
@@ -289,7 +291,7 @@ def _text(fields: dict, key: str, name: str | None = None, *, may_be_empty: bool
         raise BadRow(f"'{key}' not text", f"'{name}' is {shown}; fill it in or drop the row")
     if not isinstance(value, str):
         raise BadRow(f"'{key}' not text", f"'{name}' is {shorten(value)}; write it as a string")
-    if not value.strip() and not may_be_empty:
+    if (not value or value.isspace()) and not may_be_empty:
         raise BadRow(f"empty '{key}'", f"'{name}' is {shorten(value)}; fill it in or drop the row")
     try:
         value.encode("utf-8")

@@ -146,6 +146,8 @@ class Tokenizer:
         Unigram and word-level vocabularies can hold a control token's name as an ordinary piece, so
         that a text spells it after all; the token for unknown text does not count.
         """
+        if self.special_ids.isdisjoint(ids):
+            return None
         controls = (i for i in ids if i in self.special_ids and i != self.unk_id)
         found = next(controls, None)
         return None if found is None else self.token(found)
