@@ -148,17 +148,17 @@ def _choose(plan: Plan, read: list[list[Part]], repeated: Repeated) -> tuple[Row
     rows = rows._replace(places=np.concatenate(places))
     from_files = _joined(read[trains:], paths[trains:]) if read[trains:] else None
     in_files = None if from_files is None else _Questions(from_files)
-    chosen = select(plan.config, _Questions(rows), in_files, _permuted(plan.config, rows))
+    chosen = select(plan.config, _Questions(rows), in_files, _permuted(plan, rows))
     evaluates = rows if from_files is None else from_files
     held_out = evaluates._replace(places=evaluates.places[chosen.evaluation])
     return rows._replace(places=rows.places[chosen.train]), held_out, chosen.overlap
 
 
-def _permuted(config: DataConfig, rows: Rows) -> Permuted | None:
-    if config.permutation_seed is None:
+def _permuted(plan: Plan, rows: Rows) -> Permuted | None:
+    if plan.config.permutation_seed is None:
         return None
     names = [rows.source_names[number] for number in rows.column("source")]
-    return Permuted(row_ranks(config)[rows.column("index")], names)
+    return Permuted(row_ranks(plan.row_order())[rows.column("index")], names)
 
 
 def _joined(read: list[list[Part]], paths: list[list[Path]]) -> Rows:

@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
 from nrt_jax.data import chain_addition
@@ -14,7 +16,7 @@ from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
 from nrt_jax.data.mixture import draw_mixture
 from nrt_jax.data.prepared import Prepared, open_cached, open_prepared, prepared_directory
 from nrt_jax.data.prepared_cache import cached_directory
-from nrt_jax.data.row_choice import row_ranks
+from nrt_jax.data.row_choice import choose_rows, row_ranks
 from nrt_jax.data.row_filters import RowFilters
 from nrt_jax.data.row_tokens import RowTokenizer
 from nrt_jax.data.selection import IN_EVALUATION, Permuted, select
@@ -65,14 +67,14 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
         return Dataset(prepared.train, prepared.eval, prepared.manifest.rejected)
     if (directory := cached_directory(config, tokenizer)) is not None:
         return _of_cache(config, open_cached(directory, config, tokenizer))
-    train, bad, sources = _read_training(config, tokenizer)
-    from_files = None
+    read = _read_training(config, tokenizer)
+    train, bad, from_files = read.examples, read.bad, None
     if config.eval_path is not None:
         source = evaluation_source(config)
-        read = _read_files(source, config.eval_path, RowTokenizer(source, tokenizer), 0)
-        from_files, bad = read.examples, [*bad, read.bad]
+        held_out = _read_files(source, config.eval_path, RowTokenizer(source, tokenizer), 0)
+        from_files, bad = held_out.examples, [*bad, held_out.bad]
     in_files = None if from_files is None else _questions(from_files)
-    chosen = select(config, _questions(train), in_files, _permuted(config, train))
+    chosen = select(config, _questions(train), in_files, _permuted(read.order, train))
     evaluation = [(train if from_files is None else from_files)[i] for i in chosen.evaluation]
     bad_rows = sum((one.counts for one in bad), Counter())
     if chosen.overlap:
@@ -80,7 +82,7 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     kept = [train[i] for i in chosen.train]
     log_counts(config, Counter(example.example.source for example in kept))
     rejected = [row for one in bad for row in one.rejected]
-    return Dataset(kept, evaluation, dict(bad_rows), rejected, sources)
+    return Dataset(kept, evaluation, dict(bad_rows), rejected, read.sources)
 
 
 def first_rows(
@@ -133,25 +135,35 @@ class _ReadFiles(NamedTuple):
     bad: BadRows
     next_number: int
     """Of the first row of the next source."""
+    order: np.ndarray | None
+    """The numbers of all rows in the permuted order."""
 
 
-def _read_training(
-    config: DataConfig, tokenizer: Tokenizer
-) -> tuple[list[TokenizedExample], list[BadRows], list[SourceRows]]:
+class _Training(NamedTuple):
+    examples: list[TokenizedExample]
+    bad: list[BadRows]
+    sources: list[SourceRows]
+    order: np.ndarray | None
+    """As in `_ReadFiles`; a permutation is of one source."""
+
+
+def _read_training(config: DataConfig, tokenizer: Tokenizer) -> _Training:
     """The usable training rows of every source, of a mixture those that are drawn."""
-    first, by_source, bad, sources = 0, [], [], []
+    first, order = 0, None
+    by_source, bad, sources = [], [], []
     filters = RowFilters(config)
     for source, name in zip(sources_of(config), config.source_names, strict=True):
         assert source.path is not None, "DataConfig requires a path for file sources"
         rows = RowTokenizer(source, tokenizer, name)
         read = _read_files(source, source.path, rows, first, filters)
-        first = read.next_number
+        first, order = read.next_number, read.order
         bad.append(read.bad)
         by_source.append(read.examples)
         sources.append(SourceRows(name, len(read.examples), dict(read.bad.counts)))
     filters.finish()
     drawn = draw_mixture(config, [len(examples) for examples in by_source])
-    return [of[i] for of, rows in zip(by_source, drawn, strict=True) for i in rows], bad, sources
+    examples = [of[i] for of, rows in zip(by_source, drawn, strict=True) for i in rows]
+    return _Training(examples, bad, sources, order)
 
 
 def _read_files(
@@ -164,7 +176,8 @@ def _read_files(
     """The usable rows of one source that pass the filters, numbered from `first`."""
     examples: list[TokenizedExample] = []
     bad_rows = BadRows(location(where))
-    unread = read_source(config, where, first)
+    choice = choose_rows(config)
+    unread = read_source(config, where, first, choice)
     while rows_of_slice := list(islice(unread, ROWS_PER_SLICE)):
         tokenized_rows = rows.of_rows(rows_of_slice)
         if filters is not None:
@@ -176,14 +189,14 @@ def _read_files(
                 examples.append(tokenized)
         first = rows_of_slice[-1].number + 1
     bad_rows.check(len(examples), config.max_bad_share)
-    return _ReadFiles(examples, bad_rows, first)
+    return _ReadFiles(examples, bad_rows, first, None if choice is None else choice.order)
 
 
-def _permuted(config: DataConfig, train: list[TokenizedExample]) -> Permuted | None:
-    if config.permutation_seed is None:
+def _permuted(order: np.ndarray | None, train: list[TokenizedExample]) -> Permuted | None:
+    if order is None:
         return None
     examples = [example.example for example in train]
-    ranks = row_ranks(config)[[example.index for example in examples]]
+    ranks = row_ranks(order)[[example.index for example in examples]]
     return Permuted(ranks, [example.source for example in examples])
 
 

@@ -7,10 +7,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Int64
+
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.digests import digests_of_data, digests_of_filters
 from nrt_jax.data.manifest import NAMED, is_prepared, read_manifest, token_settings
 from nrt_jax.data.parts import write_whole
+from nrt_jax.data.row_choice import RowChoice, choose_rows, row_order
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.training_rows import evaluation_source, sources_of
 from nrt_jax.errors import InputError
@@ -60,6 +64,11 @@ class Plan:
         """The training sources, then the evaluation's."""
         return sources(self.config)
 
+    @cached_property
+    def choices(self) -> list[RowChoice | None]:
+        """Of each source which rows are read; this may read the sources of all rows."""
+        return [choose_rows(source.config) for source in self.sources]
+
     @property
     def training(self) -> list[Source]:
         """The training sources."""
@@ -71,13 +80,16 @@ class Plan:
 
     def write_totals(self, rows: list[int], shards: int) -> None:
         """Keep the number of rows of each source, which a process knows that has read them all."""
-        content = json.dumps({"rows": rows, "shards": shards})
+        orders = [choice.order for choice in self.choices if choice and choice.order is not None]
+        # A permutation is of one source.
+        counted = len(orders[0]) if orders else None
+        content = json.dumps({"rows": rows, "shards": shards, "counted": counted})
         write_whole(self.work / _TOTALS_FILE, content.encode())
 
     def missing_part(self) -> str | None:
         """What has to run before the merge; None when all parts are there."""
         try:
-            totals = json.loads((self.work / _TOTALS_FILE).read_bytes())
+            totals = self._totals()
         except FileNotFoundError:
             return (
                 "no process has read all rows yet; run nrt-jax data prepare CONFIG OUT to its end"
@@ -91,11 +103,18 @@ class Plan:
 
     def part_paths(self, rows: list[int] | None = None) -> list[list[Path]]:
         """The parts of each source, from its number of rows."""
-        rows = rows or json.loads((self.work / _TOTALS_FILE).read_bytes())["rows"]
+        rows = rows or self._totals()["rows"]
         return [
             [self.part_path(source, part) for part in range(-(-count // ROWS_PER_PART))]
             for source, count in enumerate(rows)
         ]
+
+    def row_order(self) -> Int64[np.ndarray, "rows"]:
+        """All rows of the source in the order of data.permutation_seed, by their numbers."""
+        return row_order(self.config, self._totals()["counted"])
+
+    def _totals(self) -> dict[str, Any]:
+        return json.loads((self.work / _TOTALS_FILE).read_bytes())
 
 
 def sources(config: DataConfig) -> list[Source]:

@@ -62,7 +62,7 @@ def prepare(
     writer = PartWriter(plan.sources, tokenizer, RowFilters(config))
     index, count = share
     rows, done, started = [0] * len(plan.sources), 0, time.monotonic()
-    with tqdm(total=known_rows(plan.sources), unit=" rows", disable=None) as bar:
+    with tqdm(total=known_rows(plan), unit=" rows", disable=None) as bar:
 
         def unmade() -> Iterator[Slice]:
             for number, of_part in enumerate(slices(plan)):
@@ -91,16 +91,18 @@ def slices(plan: Plan) -> Iterator[Slice]:
             first = 0
         config = source.config
         assert config.path is not None, "DataConfig requires a path for file sources"
-        unread = read_unchanged(config, config.path, RowFields(config), first)
+        choice = plan.choices[number]
+        unread = read_unchanged(config, config.path, RowFields(config), first, choice)
         part = 0
         while rows := list(islice(unread, ROWS_PER_PART)):
             yield Slice(number, plan.part_path(number, part), rows)
             first, part = rows[-1].number + 1, part + 1
 
 
-def known_rows(sources: list[Source]) -> int | None:
+def known_rows(plan: Plan) -> int | None:
     """How many rows are read, where all sources tell it; else None."""
-    told = [rows_to_read(source.config) for source in sources]
+    chosen = zip(plan.sources, plan.choices, strict=True)
+    told = [rows_to_read(source.config, choice) for source, choice in chosen]
     counts = [count for count in told if count is not None]
     return sum(counts) if len(counts) == len(told) else None
 

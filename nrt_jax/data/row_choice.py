@@ -25,6 +25,8 @@ class RowChoice(NamedTuple):
 
     name: str
     is_read: Bool[np.ndarray, "rows"]
+    order: Int64[np.ndarray, "rows"] | None = None
+    """The numbers of all rows in the permuted order; None without data.permutation_seed."""
 
     def keep(self, first: int) -> Keep:
         """Whether a row is read, where the numbers start from `first`."""
@@ -65,18 +67,16 @@ def choose_rows(config: DataConfig) -> RowChoice | None:
         training = training[: _with_spare(config.train_rows, config.max_bad_share)]
     is_read = np.zeros(len(order), bool)
     is_read[held_out] = is_read[training] = True
-    return RowChoice(config.location, is_read)
+    return RowChoice(config.location, is_read, order)
 
 
-def rows_to_read(config: DataConfig) -> int | None:
+def rows_to_read(config: DataConfig, choice: RowChoice | None) -> int | None:
     """How many rows of a source are read; None where nothing tells it."""
-    choice = choose_rows(config)
     return told_rows(config, config.path) if choice is None else int(choice.is_read.sum())
 
 
-def row_ranks(config: DataConfig) -> Int64[np.ndarray, "rows"]:
-    """The place of each row in the permuted order, by its number."""
-    order = row_order(config, count_rows(config, config.path))
+def row_ranks(order: Int64[np.ndarray, "rows"]) -> Int64[np.ndarray, "rows"]:
+    """The place of each row in a permuted order, by its number."""
     ranks = np.empty_like(order)
     ranks[order] = np.arange(len(order))
     return ranks

@@ -9,7 +9,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import CONVERSATIONS, Benchmark, RowsConfig
 from nrt_jax.data.all_rows import read_all
 from nrt_jax.data.bad_rows import BadRow
-from nrt_jax.data.row_choice import choose_rows
+from nrt_jax.data.row_choice import RowChoice, choose_rows
 from nrt_jax.data.row_fields import RowFields
 from nrt_jax.data.row_presets import with_preset
 from nrt_jax.data.rows import Row
@@ -55,22 +55,31 @@ def naming_benchmarks() -> Iterator[None]:
 
 
 def read_source(
-    config: DataConfig, where: Path | str | Sequence[Path | str], first: int = 0
+    config: DataConfig,
+    where: Path | str | Sequence[Path | str],
+    first: int = 0,
+    choice: RowChoice | None = None,
 ) -> Iterator[Row]:
     """The rows of the files that `where` means, in order and numbered through from `first`.
 
     Where there are several files, the place of a row names its own. `config` is one of
-    `sources_of`. Raises InputError for files that cannot be found or read.
+    `sources_of`, and `choice` what `choose_rows` says of it, where it is known already. Raises
+    InputError for files that cannot be found or read.
     """
-    fields = RowFields(config)
-    return (with_fields(row, fields) for row in read_unchanged(config, where, fields, first))
+    fields, choice = RowFields(config), choice or choose_rows(config)
+    unchanged = read_unchanged(config, where, fields, first, choice)
+    return (with_fields(row, fields) for row in unchanged)
 
 
 def read_unchanged(
-    config: DataConfig, where: Path | str | Sequence[Path | str], fields: RowFields, first: int = 0
+    config: DataConfig,
+    where: Path | str | Sequence[Path | str],
+    fields: RowFields,
+    first: int,
+    choice: RowChoice | None,
 ) -> Iterator[Row]:
-    """The rows as they stand in the files, for `with_fields`; else as `read_source`."""
-    choice = choose_rows(config)
+    """The rows as they stand in the files, for `with_fields`, all of them without a choice; else as
+    `read_source`."""
     if choice is None:
         return read_all(config, where, fields.columns, first)
     return read_all(config, where, fields.columns, first, choice.keep(first))

@@ -14,6 +14,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.config.load import Section, load_config
 from nrt_jax.config.presets import presets
 from nrt_jax.config.tulu3 import ROWS, SOURCES
+from nrt_jax.data import row_choice, training_rows
 from nrt_jax.data.merge import merge
 from nrt_jax.data.pipeline import load_dataset
 from nrt_jax.data.prepare import prepare
@@ -326,3 +327,19 @@ def test_a_row_without_a_source_is_bad(make_config, write_rows, tokenizer):
     assert {e.example.source for e in dataset.train} == {"a"}
     (source,) = sources_of(given)
     assert choose_rows(source) is None
+
+
+@pytest.mark.parametrize("overrides", [(), ("data.exclude_licences=[CC-BY-NC-4.0]",)])
+def test_rows_are_chosen_once(overrides, config, tokenizer, tmp_path, monkeypatch):
+    """To choose them may take a pass over all rows, before the one that reads them."""
+    given, read = config(*overrides), []
+    for module in (row_choice, training_rows):
+        read_all = module.read_all
+        monkeypatch.setattr(
+            module, "read_all", lambda *a, read_all=read_all: read.append(1) or read_all(*a)
+        )
+    monkeypatch.setattr(row_choice, "count_rows", lambda *_: read.append(1) or TOTAL)
+    load_dataset(given, tokenizer)
+    assert len(read) == 2
+    merge(prepare(given, tokenizer, tmp_path / "out", workers=1, share=(0, 1)), 1)
+    assert len(read) == 4
