@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nrt_jax import distributed
-from nrt_jax.checkpoints.files import write_atomically
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.errors import InputError
 
 RENEW_S, EXPIRE_S = 5.0, 20.0

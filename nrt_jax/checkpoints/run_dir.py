@@ -19,7 +19,7 @@ import jax
 
 import nrt_jax
 from nrt_jax import distributed
-from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
+from nrt_jax.atomic_files import PART_SUFFIX, write_atomically
 from nrt_jax.checkpoints.inputs import RunInputs
 from nrt_jax.checkpoints.json_files import read_json
 from nrt_jax.checkpoints.lease import leased

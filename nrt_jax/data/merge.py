@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Int64
 from tqdm import tqdm
 
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRows, rejected_lines
 from nrt_jax.data.leave_out import LeaveOut
@@ -32,7 +33,7 @@ from nrt_jax.data.manifest import (
 )
 from nrt_jax.data.mixture import draw_mixture
 from nrt_jax.data.part_duplicates import Repeated, find_repeated, runs_by_part
-from nrt_jax.data.parts import TABLE, Part, read_part, read_records, read_table, write_whole
+from nrt_jax.data.parts import TABLE, Part, read_part, read_records, read_table
 from nrt_jax.data.plan import Plan
 from nrt_jax.data.prepared_files import FOLDER, shard_name, write_metadata, write_shard
 from nrt_jax.data.row_choice import row_ranks
@@ -78,7 +79,7 @@ def _merge(plan: Plan, workers: int) -> None:
     write_metadata(plan.out / FOLDER, {name: [s.rows for s in of] for name, of in shards.items()})
     rejected = [row for of_source in bad for row in of_source.rejected]
     if rejected:
-        write_whole(plan.out / REJECTED_FILE, rejected_lines(rejected))
+        write_atomically(plan.out / REJECTED_FILE, rejected_lines(rejected), shared=True)
     reasons = sum((of_source.counts for of_source in bad), Counter())
     if overlap:
         reasons[IN_EVALUATION] = overlap
@@ -90,7 +91,9 @@ def _merge(plan: Plan, workers: int) -> None:
         **plan.content,
         "sources": _sources(plan, read, bad),
     }
-    write_whole(plan.out / MANIFEST_FILE, (json.dumps(content, indent=1) + "\n").encode())
+    write_atomically(
+        plan.out / MANIFEST_FILE, (json.dumps(content, indent=1) + "\n").encode(), shared=True
+    )
 
 
 # --- which rows ----------------------------------------------------------------------------------
@@ -256,7 +259,7 @@ def write_task(task: ShardTask) -> Shard:
     rows = sum(len(places) for _, places in task.runs)
     shard = Shard(f"{FOLDER}/{task.name}", rows, partial.stat().st_size, digest)
     partial.replace(path)
-    write_whole(done, json.dumps(shard._asdict()).encode())
+    write_atomically(done, json.dumps(shard._asdict()).encode(), shared=True)
     return shard
 
 

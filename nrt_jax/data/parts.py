@@ -5,7 +5,6 @@ length of the header, 8 bytes | header, JSON | table | notes, one after another 
 
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, UInt32
 
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.data.bad_rows import Discarded, Rejected
 from nrt_jax.data.duplicates import DIGEST_BYTES
 from nrt_jax.errors import InputError
@@ -78,7 +78,8 @@ def write_part(
     """Write a whole part or none; the table has an entry of `TABLE` per record and note."""
     header = json.dumps(part._asdict()).encode()
     size = len(header).to_bytes(8, "little")
-    write_whole(path, b"".join([size, header, table.tobytes(), *notes, *records]))
+    content = b"".join([size, header, table.tobytes(), *notes, *records])
+    write_atomically(path, content, shared=True)
 
 
 def read_part(path: Path) -> Part:
@@ -146,24 +147,3 @@ def _read_header(file: BinaryIO) -> Part:
 def _read_table(file: BinaryIO) -> np.ndarray:
     usable = _read_header(file).usable
     return np.frombuffer(file.read(usable * TABLE.itemsize), TABLE, usable)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that no reader sees a part of it, though several processes write it.
-
-    Raises OSError with the name of the file.
-    """
-    try:
-        number, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with open(number, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, path)
-        except BaseException:
-            os.unlink(name)
-            raise
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.digests import digests_of_data, digests_of_filters
 from nrt_jax.data.manifest import NAMED, is_prepared, read_manifest, token_settings
-from nrt_jax.data.parts import write_whole
 from nrt_jax.data.row_choice import RowChoice, choose_rows, row_order
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.training_rows import evaluation_source, sources_of
@@ -84,7 +84,7 @@ class Plan:
         # A permutation is of one source.
         counted = len(orders[0]) if orders else None
         content = json.dumps({"rows": rows, "shards": shards, "counted": counted})
-        write_whole(self.work / _TOTALS_FILE, content.encode())
+        write_atomically(self.work / _TOTALS_FILE, content.encode(), shared=True)
 
     def missing_part(self) -> str | None:
         """What has to run before the merge; None when all parts are there."""
@@ -167,7 +167,9 @@ def begin(config: DataConfig, tokenizer: Tokenizer, out: Path) -> Plan:
         if out.is_dir() and any(entry.name != WORK for entry in out.iterdir()):
             raise InputError(f"{out}: exists and is not empty; give a new folder")
         plan.work.mkdir(parents=True, exist_ok=True)
-        write_whole(plan.work / _PLAN_FILE, json.dumps(plan.content, indent=1).encode())
+        write_atomically(
+            plan.work / _PLAN_FILE, json.dumps(plan.content, indent=1).encode(), shared=True
+        )
     elif difference := _difference(before, plan.content):
         raise InputError(
             f"{out}: holds data of another config or of other files: {difference}; undo it, or "

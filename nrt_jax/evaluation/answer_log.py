@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nrt_jax.checkpoints.files import write_atomically
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.checkpoints.json_files import read_json
 from nrt_jax.errors import InputError
 

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from nrt_jax.checkpoints.files import write_atomically
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.checkpoints.fingerprint import fingerprints
 from nrt_jax.checkpoints.open import OpenModel, open_model
 from nrt_jax.config.run import RunConfig

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from nrt_jax.checkpoints.files import write_atomically
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.errors import InputError
 from nrt_jax.file_kinds import why_missing
 from nrt_jax.strict_json import parse_json

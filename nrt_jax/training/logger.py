@@ -10,7 +10,8 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nrt_jax.checkpoints.files import append, open_to_append, write_atomically
+from nrt_jax.atomic_files import write_atomically
+from nrt_jax.checkpoints.files import append, open_to_append
 from nrt_jax.config.logging import LoggingConfig
 from nrt_jax.training.progress_bar import ProgressBar
 from nrt_jax.training.tensorboard import EventFile

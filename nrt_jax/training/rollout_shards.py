@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from nrt_jax.checkpoints.files import PART_SUFFIX, write_atomically
+from nrt_jax.atomic_files import PART_SUFFIX, write_atomically
 from nrt_jax.errors import InputError
 
 log = logging.getLogger(__name__)

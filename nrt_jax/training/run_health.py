@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nrt_jax import distributed
-from nrt_jax.checkpoints.files import write_atomically
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import RunFailed

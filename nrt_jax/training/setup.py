@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 
 from nrt_jax import distributed
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.checkpoints import run_dir
 from nrt_jax.checkpoints.abstract_model import (
     Model,
@@ -20,7 +21,6 @@ from nrt_jax.checkpoints.abstract_model import (
     engine_model,
     load_tokenizer,
 )
-from nrt_jax.checkpoints.files import write_atomically
 from nrt_jax.checkpoints.fingerprint import fingerprints
 from nrt_jax.checkpoints.inputs import RunInputs, read_inputs
 from nrt_jax.checkpoints.store import Checkpoints

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from nrt_jax import distributed
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.checkpoints.abstract_model import engine_model
-from nrt_jax.checkpoints.files import write_atomically
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.instruction import find_instruction, instructed_prompts
 from nrt_jax.data.tokenizer import Tokenizer
