@@ -20,7 +20,7 @@ from nrt_jax.atomic_files import write_atomically
 from nrt_jax.checkpoints.json_files import read_json
 from nrt_jax.errors import InputError
 
-ANSWERS, IDENTITY_FILE = "answers", "evaluation.json"
+ANSWERS, IDENTITY_FILE = "answers", "identity.json"
 SHARD_ROWS = 2000
 """Rows of a full file."""
 FLUSH_S = 10.0

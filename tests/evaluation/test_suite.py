@@ -163,7 +163,7 @@ def test_a_server_is_not_asked_for_log_likelihoods(evaluate, tmp_path):
 
 
 def test_answers_of_another_model_are_not_mixed_in(evaluate, model, tmp_path):
-    (tmp_path / "evaluation.json").write_text('{"weights": "other"}')
+    (tmp_path / "identity.json").write_text('{"weights": "other"}')
     status, _, err = evaluate(model, tmp_path, *CHAT, tasks=("gsm8k",))
     assert status == 2
     assert "holds answers with weights 'other', and now it is" in err
