@@ -59,7 +59,7 @@ def reply(body: dict) -> tuple[int, dict]:
 
 
 def test_two_documents_with_a_kill_between(data: Path, words, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(suite, "ChatClient", partial(ChatClient, tries=1))
+    monkeypatch.setattr(suite, "ChatClient", partial(ChatClient, first_wait_s=0.01))
 
     def evaluate(server: StubServer, name: str) -> tuple[int, str, str]:
         options = ("--tasks", "humaneval", "--limit", 2, "--data", data, "--out", tmp_path / name)
