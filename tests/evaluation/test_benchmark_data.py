@@ -198,7 +198,7 @@ def test_every_benchmark_of_the_table_is_a_task_and_every_task_is_in_the_table()
     assert set(task_manager(None).all_tasks) == set(BENCHMARKS)
 
 
-def test_shots_of_bbh_come_with_lm_eval_where_rows_come_from_the_hub(monkeypatch):
+def test_shots_of_all_27_tasks_of_bbh_come_with_lm_eval_where_rows_come_from_the_hub(monkeypatch):
     monkeypatch.setattr(
         "datasets.load_dataset", lambda *_, split: [{"input": "q", "target": "(A)"}]
     )
@@ -206,4 +206,9 @@ def test_shots_of_bbh_come_with_lm_eval_where_rows_come_from_the_hub(monkeypatch
     assert [doc["group"] for doc in docs] == list(bbh.KINDS)
     for doc in docs:
         assert len(doc["shots"]) == 3
-        assert all("So the answer is" in shot["gold"] for shot in doc["shots"])
+        for shot in doc["shots"]:
+            gold = shot["gold"].rpartition("So the answer is ")[2].removesuffix(".")
+            answered = {"group": doc["group"], "gold": gold}
+            assert bbh.process_results(answered, [shot["gold"]])["exact_match"] == 1
+            assert bbh.process_results(answered, [gold])["exact_match"] == 1
+            assert bbh.process_results(answered, [""])["exact_match"] == 0

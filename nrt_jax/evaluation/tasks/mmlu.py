@@ -51,7 +51,7 @@ def document(row: Row) -> Document:
     return {
         "group": row.text("subject"),
         "question": row.text("question").strip(),
-        "choices": [row.text(letter).strip() for letter in LETTERS],
+        "choices": [str(row.values.get(letter, "")).strip() for letter in LETTERS],
         "gold": gold,
     }
 
