@@ -64,6 +64,8 @@ def detailed(suite: SuiteResult) -> Table:
     ]
     if headline:
         notes.append(_overall_note(headline))
+    if parts := _parts(suite.tasks):
+        notes.append(f"Documents of the whole benchmark: {', '.join(parts)}.")
     if any(row.task == "ifeval" for row in suite.tasks):
         notes.append(
             "IFEval is greedy, prompt-level and loose, as in OLMES; the paper's Table 7 names "
@@ -161,6 +163,12 @@ def _overall_note(headline: Sequence[TaskResult]) -> str:
             "of its Llama models."
         )
     return f"Overall is the plain mean of the {len(headline)} shown, without {', '.join(missing)}."
+
+
+def _parts(rows: Sequence[TaskResult]) -> list[str]:
+    """Which rows are about a part of their benchmark."""
+    sizes = [(row, BENCHMARKS[row.task].full_size) for row in rows if row.task in BENCHMARKS]
+    return [f"{row.title} {row.n:,} of {size:,}" for row, size in sizes if row.n < size]
 
 
 def percent(share: float) -> str:

@@ -67,6 +67,8 @@ def test_the_detailed_table_by_hand():
         *[("IFEval pass@10 (variant)", "pass@10", "100.0", "1", *["0 (0.0 %)"] * 2, "0", "0")],
     ]
     assert "without BBH, MMLU, DROP, PopQA, MATH, HEval, IFEval." in table.notes[1]
+    parts = "GSM8K 4 of 1,319, TQA 2 of 817, IFEval pass@10 1 of 541."
+    assert table.notes[2] == f"Documents of the whole benchmark: {parts}"
 
 
 def test_the_papers_table_is_typed_right():
