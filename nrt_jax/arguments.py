@@ -201,3 +201,10 @@ def dtype(text: str) -> str:
     if text not in (*names, *names.values()):
         raise argparse.ArgumentTypeError(f"{text} is no dtype of weights; give {', '.join(names)}")
     return names.get(text, text)
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the config files and overrides of a verb."""
+    parser.add_argument(
+        "config", nargs="+", metavar="CONFIG", help="YAML files or presets, and key=value overrides"
+    )

@@ -1,7 +1,6 @@
 """The verbs of the command line and their options."""
 
 import argparse
-import os
 from pathlib import Path
 
 import nrt_jax
@@ -10,6 +9,7 @@ from nrt_jax.arguments import (
     INPUTS,
     LAUNCH_KINDS,
     Parser,
+    add_config,
     dtype,
     exit_status,
     inputs,
@@ -19,11 +19,11 @@ from nrt_jax.arguments import (
     row_count,
     seconds,
     seed,
-    share,
     temperature,
     topology,
     volume,
 )
+from nrt_jax.data_options import add_data_verbs
 
 EPILOG = """\
 CONFIG is one or more YAML files or presets, merged from left to right, followed by overrides such
@@ -48,6 +48,7 @@ def make_parser() -> Parser:
     _add_evaluate(subparsers)
     _add_judge(subparsers)
     _add_checkpoint_verbs(subparsers)
+    add_data_verbs(subparsers)
     _add_views(subparsers)
     _add_local(subparsers)
     _add_sweep(subparsers)
@@ -58,7 +59,7 @@ def make_parser() -> Parser:
 
 def _add_run_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     train = subparsers.add_parser("train", help="train a config's run, or continue it")
-    _add_config(train)
+    add_config(train)
     train.add_argument(
         "--allow-changed",
         type=inputs,
@@ -228,35 +229,6 @@ def _add_checkpoint_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> N
 
 
 def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
-    data = subparsers.add_parser("data", help="show, measure or prepare a config's data")
-    data_verbs = data.add_subparsers(required=True, metavar="VERB")
-    show_data = data_verbs.add_parser(
-        "show", help="print rows as the model sees them, part by part"
-    )
-    _add_config(show_data)
-    show_data.add_argument("--rows", type=row_count, default=3, help="how many, 3 by default")
-    show_data.add_argument("--color", choices=("auto", "always", "never"), default="auto")
-    show_data.set_defaults(verb=verbs.data_show)
-    stats = data_verbs.add_parser(
-        "stats", help="count rows and tokens by source, reasons for rows left out, and padding"
-    )
-    _add_config(stats)
-    stats.add_argument(
-        "--rows", type=row_count, help="read the first rows of each source alone, so many"
-    )
-    stats.add_argument(
-        "--out", type=path, help="write data_stats.html, data_stats.png and data_stats.json there"
-    )
-    stats.set_defaults(verb=verbs.data_stats)
-    _add_prepare(data_verbs)
-    deduplicate = data_verbs.add_parser(
-        "deduplicate", help="list duplicates and near-duplicates, to leave them out of training"
-    )
-    _add_config(deduplicate)
-    deduplicate.add_argument("--out", type=path, required=True, metavar="DIR")
-    _add_workers(deduplicate, "--tasks")
-    deduplicate.set_defaults(verb=verbs.data_deduplicate)
-
     report = subparsers.add_parser(
         "report", help="compare runs and evaluations of benchmarks: report.html, summary.json, ..."
     )
@@ -269,38 +241,10 @@ def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     )
     config_verbs = config.add_subparsers(required=True, metavar="VERB")
     show = config_verbs.add_parser("show", help="print the resolved config")
-    _add_config(show)
+    add_config(show)
     show.set_defaults(verb=verbs.config_show)
     schema = config_verbs.add_parser("schema", help="print the JSON schema")
     schema.set_defaults(verb=verbs.config_schema)
-
-
-def _add_prepare(data_verbs: "argparse._SubParsersAction[Parser]") -> None:
-    prepare = data_verbs.add_parser(
-        "prepare", help="tokenise a config's rows once; the same command goes on after a kill"
-    )
-    _add_config(prepare)
-    prepare.add_argument("folder", metavar="OUT", help="the folder to write")
-    _add_workers(prepare, "--workers")
-    prepare.add_argument(
-        "--shard",
-        type=share,
-        default="0/1",
-        metavar="I/N",
-        help="prepare the I-th of N shares, from 0, such as one per task of a job array; then run "
-        "nrt-jax data merge",
-    )
-    prepare.set_defaults(verb=verbs.data_prepare)
-    merge = data_verbs.add_parser("merge", help="finish what data prepare --shard has prepared")
-    merge.add_argument("folder", type=path, metavar="OUT")
-    _add_workers(merge, "--workers")
-    merge.set_defaults(verb=verbs.data_merge)
-
-
-def _add_workers(parser: argparse.ArgumentParser, option: str) -> None:
-    parser.add_argument(
-        option, type=process_count, default=os.cpu_count(), metavar="N", help="processes"
-    )
 
 
 def _add_local(subparsers: "argparse._SubParsersAction[Parser]") -> None:
@@ -439,10 +383,4 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="a run, RUN/checkpoints/STEP, an import or a Hugging Face directory",
-    )
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "config", nargs="+", metavar="CONFIG", help="YAML files or presets, and key=value overrides"
     )

@@ -21,7 +21,6 @@ from nrt_jax.stop import INTERRUPTED, StopRequest
 
 if TYPE_CHECKING:
     from nrt_jax.config.run import RunConfig
-    from nrt_jax.data.manifest import Manifest
     from nrt_jax.engine.generate import Generate
 
 log = logging.getLogger(__name__)
@@ -172,7 +171,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     trace_limit, overrides = args.max_trace_tokens, list(args.overrides)
     args.interrupts.at_leaving = lambda: "the same command goes on after the answers that came"
-    with _exit_on_sigterm(), _keeps_what_is_finished():
+    with exit_on_sigterm(), _keeps_what_is_finished():
         if args.url is None:
             if trace_limit is not None:
                 overrides.append(f"rollout.max_trace_tokens={trace_limit}")
@@ -199,7 +198,7 @@ def judge(args: argparse.Namespace) -> None:
 
     client = ChatClient(url=args.url, model=args.judge)
     args.interrupts.at_leaving = lambda: "the same command goes on after the verdicts that came"
-    with _exit_on_sigterm(), _keeps_what_is_finished():
+    with exit_on_sigterm(), _keeps_what_is_finished():
         summary = judge_model(
             args.model,
             client,
@@ -234,7 +233,7 @@ def import_(args: argparse.Namespace) -> None:
     from nrt_jax.config.mesh import parse_mesh
 
     use_cache(CompilationConfig())
-    with _exit_on_sigterm():
+    with exit_on_sigterm():
         imported = import_checkpoint(args.source, args.out, parse_mesh(args.mesh), args.dtype)
     print(
         f"wrote {args.out}: {imported.weights / 1e9:.3g} billion weights, "
@@ -242,98 +241,8 @@ def import_(args: argparse.Namespace) -> None:
     )
 
 
-def data_show(args: argparse.Namespace) -> None:
-    config = load(args)
-    from nrt_jax.checkpoints.abstract_model import load_tokenizer
-    from nrt_jax.data.show import show_rows
-
-    color = args.color == "always" or (args.color == "auto" and sys.stdout.isatty())
-    reasons = config.method == "nrt"
-    tokenizer = load_tokenizer(config)
-    for line in show_rows(config.data, tokenizer, reasons=reasons, rows=args.rows, color=color):
-        print(line)
-
-
-def data_stats(args: argparse.Namespace) -> None:
-    config = load(args)
-    from nrt_jax.analysis.data_stats import write_stats
-
-    write_stats(config, args.rows, args.out)
-
-
-def data_prepare(args: argparse.Namespace) -> None:
-    config = load(args)
-    from nrt_jax.data.merge import merge
-    from nrt_jax.data.prepare import prepare
-    from nrt_jax.data.tokenizer import Tokenizer
-
-    data, out = config.data, args.folder
-    args.interrupts.at_leaving = lambda: "the same command goes on with what is finished"
-    tokenizer = Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
-    with _exit_on_sigterm(), _keeps_what_is_finished():
-        plan = prepare(data, tokenizer, out, workers=args.workers, share=args.shard)
-        alone = args.shard.count == 1 or plan.finished
-        manifest = merge(plan, args.workers) if alone else None
-    if manifest is None:
-        print(f"{out}: share {args.shard} is there; after all of them run nrt-jax data merge {out}")
-    else:
-        _print_prepared(manifest)
-
-
-def data_merge(args: argparse.Namespace) -> None:
-    from nrt_jax.data.merge import merge
-    from nrt_jax.data.plan import read_plan
-
-    with _exit_on_sigterm(), _keeps_what_is_finished():
-        manifest = merge(read_plan(args.folder), args.workers)
-    _print_prepared(manifest)
-
-
 @contextmanager
-def _keeps_what_is_finished() -> Iterator[None]:
-    """Say of a full disk that the same command goes on."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFailed(
-            f"{error.filename or 'the output'}: {error.strerror or error}; make room or allow "
-            "access there, then run the same command again: what is finished is kept"
-        ) from error
-
-
-def _print_prepared(manifest: "Manifest") -> None:
-    from nrt_jax.data.bad_rows import reasons_table
-
-    rows = {split: sum(s.rows for s in shards) for split, shards in manifest.splits.items()}
-    rejected = sum(manifest.rejected.values())
-    print(
-        f"{manifest.directory}: {rows['train']:,} training rows, {rows.get('eval', 0):,} for the "
-        f"evaluation, {rejected:,} left out"
-    )
-    for line in reasons_table(manifest.rejected):
-        print(line)
-
-
-def data_deduplicate(args: argparse.Namespace) -> None:
-    config = load(args)
-    from nrt_jax.data.bad_rows import reasons_table
-
-    try:
-        from nrt_jax.data.near_duplicates import LIST_FILE, deduplicate
-    except ModuleNotFoundError as missing:
-        package = str(missing.name).partition(".")[0]
-        raise InputError(
-            f"data deduplicate: the package {package} is not installed; "
-            "pip install 'nrt-jax[datatrove]'"
-        ) from None
-    counts, path = deduplicate(config.data, args.out, args.tasks), args.out / LIST_FILE
-    for line in reasons_table(counts):
-        print(line)
-    print(f"{path} names {counts.total()} rows; data.leave_out={path} trains without them")
-
-
-@contextmanager
-def _exit_on_sigterm() -> Iterator[None]:
+def exit_on_sigterm() -> Iterator[None]:
     """Turn SIGTERM into an exception, so that half-written files are removed."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
@@ -345,7 +254,7 @@ def _exit_on_sigterm() -> Iterator[None]:
 def export(args: argparse.Namespace) -> None:
     from nrt_jax.checkpoints.export import export
 
-    with _exit_on_sigterm():
+    with exit_on_sigterm():
         export(args.model, args.out, dtype=args.dtype, copy_rows=args.copy_row)
     print(f"wrote {args.out}")
 

@@ -14,9 +14,13 @@ from nrt_jax.analysis.padding import AT_LIMIT, MINI_BATCHES, NO_TRACES, SPREAD, 
 from nrt_jax.analysis.page import page_template
 from nrt_jax.analysis.summary import aligned, number, percent
 from nrt_jax.checkpoints.abstract_model import architecture_of, load_tokenizer
+from nrt_jax.config.data import DataConfig
 from nrt_jax.config.run import RunConfig
+from nrt_jax.config.tulu3 import SOURCES
 from nrt_jax.data.pipeline import load_dataset
+from nrt_jax.data.source_counts import source_table
 from nrt_jax.data.stats import (
+    RowLengths,
     SourceLengths,
     lengths_of_dataset,
     lengths_of_first_rows,
@@ -49,10 +53,14 @@ def write_stats(config: RunConfig, rows: int | None, out: Path | None) -> None:
     if rows is None and data.generated:
         rows = GENERATED_ROWS
     if rows is None:
-        sources = lengths_of_dataset(load_dataset(data, tokenizer), data.short_location(2))
+        dataset = load_dataset(data, tokenizer)
+        sources = lengths_of_dataset(dataset, data.short_location(2))
+        summary = summarise(config, sources, rows, RowLengths(dataset.train))
     else:
         sources = lengths_of_first_rows(data, tokenizer, rows)
-    summary = summarise(config, sources, rows)
+        every = together(sources)
+        pairs = zip(every.prompt_tokens.tolist(), every.answer_tokens.tolist(), strict=True)
+        summary = summarise(config, sources, rows, [*pairs])
     print(text(summary))
     if out is None:
         return
@@ -71,9 +79,13 @@ def write_stats(config: RunConfig, rows: int | None, out: Path | None) -> None:
 
 
 def summarise(
-    config: RunConfig, sources: Sequence[SourceLengths], rows: int | None
+    config: RunConfig,
+    sources: Sequence[SourceLengths],
+    rows: int | None,
+    lengths: Sequence[tuple[int, int]],
 ) -> dict[str, Any]:
-    """All figures of the page, ready for JSON."""
+    """All figures of the page, ready for JSON; `lengths` are those of the training rows in their
+    order."""
     every = together(sources)
     if not len(every.prompt_tokens):
         reasons = ", ".join(f"{n} {reason}" for reason, n in Counter(every.left_out).most_common())
@@ -94,8 +106,17 @@ def summarise(
             "prompt": config.data.max_prompt_tokens,
             "answer": config.data.max_answer_tokens,
         },
-        "padding": padding(config, layout, every.prompt_tokens, every.answer_tokens),
+        "padding": padding(config, layout, lengths),
+        "table4": table4(config.data, sources),
     }
+
+
+def table4(data: DataConfig, sources: Sequence[SourceLengths]) -> list[str]:
+    """Lines that set the rows that are trained on beside the paper's, where they are of tulu-3."""
+    counts = {source.name: len(source.prompt_tokens) for source in sources}
+    if not any(name in SOURCES for name in counts):
+        return []
+    return source_table(data, {name: count for name, count in counts.items() if count})
 
 
 def table_rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -134,6 +155,8 @@ def text(summary: dict[str, Any]) -> str:
         for row in rows
     ]
     parts = [_heading(summary), *aligned([head, *counts], right=True)]
+    if summary["table4"]:
+        parts += ["", *summary["table4"]]
     for side in ("prompt", "answer"):
         limit = summary["limits"][side]
         head = (f"{side} tokens (at most {limit:,})", *LENGTHS.values())

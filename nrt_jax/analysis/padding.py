@@ -8,33 +8,30 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int32
 
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.epochs import EpochOrder
 from nrt_jax.training.packing import Layout, Lengths, Packer, Plan, packing_metrics
 
+RowLengths = Sequence[tuple[int, int]]
+"""Tokens of the prompt and of the answer of each training row."""
 MINI_BATCHES = 8
 """How many are packed, unless the run has fewer."""
 AT_LIMIT, SPREAD, NO_TRACES = "at the limit", "0 to the limit, evenly", "none"
 """Assumed lengths of traces."""
 
 
-def padding(
-    config: RunConfig,
-    layout: Layout,
-    prompt_tokens: Int32[np.ndarray, "rows"],
-    answer_tokens: Int32[np.ndarray, "rows"],
-) -> list[dict[str, Any]]:
+def padding(config: RunConfig, layout: Layout, lengths: RowLengths) -> list[dict[str, Any]]:
     """For each assumption about the traces, and with and without packing: the share of padding, the
     tokens and the micro-batches per update, and the number of shapes.
 
-    Data with fewer rows than a batch are one batch.
+    Only the lengths of the rows of the first batches are asked for. Data with fewer rows than a
+    batch are one batch.
     """
     traces = (NO_TRACES,) if config.method == "sft" else (SPREAD, AT_LIMIT)
     found = []
     for assumed in traces:
-        minis = list(_mini_batches(config, prompt_tokens, answer_tokens, assumed))
+        minis = list(_mini_batches(config, lengths, assumed))
         for packing in (True, False):
             packer = Packer(layout._replace(packing=packing))
             of_minis = [packer.plan(mini) for mini in minis]
@@ -57,12 +54,9 @@ def _figures(of_minis: Sequence[Sequence[Plan]], packer: Packer) -> dict[str, fl
     }
 
 
-def _mini_batches(
-    config: RunConfig, prompt_tokens: np.ndarray, answer_tokens: np.ndarray, traces: str
-) -> Iterator[list[Lengths]]:
+def _mini_batches(config: RunConfig, lengths: RowLengths, traces: str) -> Iterator[list[Lengths]]:
     """Lengths of the groups of each update."""
-    train, data = config.train, config.data
-    rows = len(prompt_tokens)
+    train, data, rows = config.train, config.data, len(lengths)
     batch = min(train.batch_prompts, rows)
     order = EpochOrder(rows, batch, data.seed + config.seed if data.shuffle else None)
     random = np.random.default_rng(0)
@@ -70,7 +64,7 @@ def _mini_batches(
     for mini in range(min(MINI_BATCHES, train.steps * (batch // size))):
         step, start = divmod(mini * size, batch)
         yield [
-            _lengths(config, int(prompt_tokens[row]), int(answer_tokens[row]), traces, random)
+            _lengths(config, *lengths[row], traces, random)
             for row in order.batch(step)[start : start + size]
         ]
 

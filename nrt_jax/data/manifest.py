@@ -7,6 +7,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Int32
+
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
 from nrt_jax.data.bad_rows import Rejected
@@ -57,10 +60,17 @@ class Manifest:
         """Left-out rows by reason."""
         return self.content["rejected"]
 
-    def by_source(self, split: str) -> dict[str, Any]:
-        """Of each source with rows in the split: licence, and by split rows and lengths."""
+    @property
+    def train_rows(self) -> dict[str, int]:
+        """The numbers of training rows by source."""
         found = self.content["examples_by_source"]
-        return {name: of for name, of in found.items() if split in of}
+        return {name: of["train"]["rows"] for name, of in found.items() if "train" in of}
+
+    def train_lengths(self, source: str, of: str) -> Int32[np.ndarray, "rows"]:
+        """The lengths of the training rows of a source in tokens, the shortest first; `of` is
+        prompt_tokens or answer_tokens."""
+        histogram = self.content["examples_by_source"][source]["train"][of]
+        return np.repeat(np.array([*map(int, histogram)], np.int32), [*histogram.values()])
 
     def read_rejected(self) -> list[Rejected]:
         """The rows that were left out, file by file."""

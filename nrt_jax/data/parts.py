@@ -37,8 +37,8 @@ TABLE = np.dtype(
 )
 """Of each record a digest of its question, one of question and answer, the position of its row in
 the part, its note's length in bytes and checksum, the number of its row, its own length in bytes
-and checksum, the lengths of x and y* in tokens, and the place of its source's name in the part's
-list."""
+and checksum, the lengths in tokens of x, with what a template writes after t_start, and of y*, and
+the place of its source's name in the part's list."""
 
 
 class Part(NamedTuple):

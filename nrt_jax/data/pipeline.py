@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
 from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
+from nrt_jax.data.manifest import Manifest
 from nrt_jax.data.mixture import draw_mixture
 from nrt_jax.data.prepared import Prepared, open_cached, open_prepared, prepared_directory
 from nrt_jax.data.prepared_cache import cached_directory
@@ -51,6 +52,8 @@ class Dataset:
     """The rows that could not be used, file by file."""
     sources: Sequence[SourceRows] = ()
     """What was read of each source of files."""
+    manifest: Manifest | None = None
+    """Of prepared data, which has the lengths of all examples."""
 
 
 def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
@@ -63,8 +66,7 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     if config.generated:
         return _generated(config, RowTokenizer(config, tokenizer))
     if (directory := prepared_directory(config)) is not None:
-        prepared = open_prepared(directory, config, tokenizer)
-        return Dataset(prepared.train, prepared.eval, prepared.manifest.rejected)
+        return _of_prepared(open_prepared(directory, config, tokenizer))
     if (directory := cached_directory(config, tokenizer)) is not None:
         return _of_cache(config, open_cached(directory, config, tokenizer))
     read = _read_training(config, tokenizer)
@@ -113,18 +115,26 @@ def first_rows(
             BadRows(source.location).check(0, config.max_bad_share)
 
 
+def _of_prepared(prepared: Prepared) -> Dataset:
+    """Without the left-out rows, which its folder names."""
+    manifest = prepared.manifest
+    return Dataset(
+        train=prepared.train,
+        eval=prepared.eval,
+        bad_rows=manifest.rejected,
+        sources=[
+            SourceRows(source["name"], source["usable"], source["rejected"])
+            for source in manifest.content["sources"]
+            if not source["evaluates"]
+        ],
+        manifest=manifest,
+    )
+
+
 def _of_cache(config: DataConfig, prepared: Prepared) -> Dataset:
     """What the files themselves would give."""
-    manifest = prepared.manifest
-    rows_by_source = {name: of["train"]["rows"] for name, of in manifest.by_source("train").items()}
-    log_counts(config, rows_by_source)
-    sources = [
-        SourceRows(source["name"], source["usable"], source["rejected"])
-        for source in manifest.content["sources"]
-        if not source["evaluates"]
-    ]
-    rejected = manifest.read_rejected()
-    return Dataset(prepared.train, prepared.eval, manifest.rejected, rejected, sources)
+    log_counts(config, prepared.manifest.train_rows)
+    return replace(_of_prepared(prepared), rejected=prepared.manifest.read_rejected())
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -150,7 +150,8 @@ def _entry(
     key = hashlib.blake2b(question, digest_size=KEY_BYTES).digest()
     of_note = position, len(note), zlib.crc32(note)
     of_record = example.example.index, len(record), zlib.crc32(record)
-    lengths = len(example.prompt_tokens), len(example.answer_tokens)
+    prompt = len(example.prompt_tokens) + len(example.after_start_tokens)
+    lengths = prompt, len(example.answer_tokens)
     return key, digest_of(example.example), *of_note, *of_record, *lengths, label
 
 

@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.bad_rows import BadRow
+from nrt_jax.data.manifest import read_manifest
 from nrt_jax.data.pipeline import first_rows
+from nrt_jax.data.prepared import prepared_directory
+from nrt_jax.data.source_counts import source_table
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.types import TokenizedExample
 
@@ -41,7 +44,8 @@ EOS = Part("eos", "\x1b[34m", "ends the sequence", "token term")
 def show_rows(
     config: DataConfig, tokenizer: Tokenizer, *, reasons: bool, rows: int, color: bool
 ) -> Iterator[str]:
-    """A legend and the first `rows` rows of each source, each as text to print.
+    """A legend, of prepared data the table of its sources, and the first `rows` rows of each
+    source, each as text to print.
 
     `reasons` says whether the model writes a trace (NRT) or answers at once (SFT). The texts are
     decoded from the ids of training; special tokens appear by name and id. Without `color`,
@@ -52,6 +56,9 @@ def show_rows(
     paint = _Paint(color)
     yield f"{paint(BOLD, config.location)}\ntemplate {config.template_file or config.template}"
     yield _legend(parts, paint)
+    directory = prepared_directory(config)
+    if directory is not None:
+        yield "\n".join(["", *source_table(config, read_manifest(directory).train_rows), ""])
     for place, row in first_rows(config, tokenizer, rows):
         if isinstance(row, BadRow):
             yield f"{paint(BOLD, place)}\n  {paint(RED, 'left out')}  {_visible(str(row))}\n"

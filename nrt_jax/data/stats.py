@@ -39,18 +39,14 @@ class SourceLengths(NamedTuple):
 def lengths_of_dataset(dataset: Dataset, name: str) -> list[SourceLengths]:
     """The sources of loaded data; a source without a name of its own gets `name`."""
     rows = {row.name: row for row in dataset.sources}
-    by_source: dict[str, list[TokenizedExample]] = {row: [] for row in rows}
-    for example in dataset.train:
-        by_source.setdefault(example.example.source, []).append(example)
+    trained = dict.fromkeys(rows, _NONE) | _trained(dataset)
     # Rows may name their sources themselves; then those read without a name are the others.
-    named = sum(len(examples) for source, examples in by_source.items() if source not in rows)
+    named = sum(len(lengths.prompt) for source, lengths in trained.items() if source not in rows)
     if named and "" in rows:
         rows[""] = rows[""]._replace(usable=rows[""].usable - named)
-    # Prepared data know their left-out rows, but not of which source these are.
-    left_out = dataset.bad_rows if not rows and len(by_source) == 1 else {}
     return [
-        _lengths(rows.get(source, SourceRows(source, len(examples), left_out)), examples, name)
-        for source, examples in by_source.items()
+        _of_source(rows.get(source, SourceRows(source, len(lengths.prompt), {})), lengths, name)
+        for source, lengths in trained.items()
     ]
 
 
@@ -67,17 +63,64 @@ def lengths_of_first_rows(
         examples = [row for row in rows if isinstance(row, TokenizedExample)]
         left_out = Counter(row.reason for row in rows if isinstance(row, BadRow))
         read = SourceRows(name, len(examples), dict(left_out))
-        found.append(_lengths(read, examples, config.short_location(2)))
+        lengths = _lengths([lengths_of(example) for example in examples])
+        found.append(_of_source(read, lengths, config.short_location(2)))
     return found
 
 
-def _lengths(read: SourceRows, examples: Sequence[TokenizedExample], name: str) -> SourceLengths:
-    prompts = (len(example.prompt_tokens) + len(example.after_start_tokens) for example in examples)
-    answers = (len(example.answer_tokens) for example in examples)
+class _Lengths(NamedTuple):
+    prompt: Int32[np.ndarray, "rows"]
+    answer: Int32[np.ndarray, "rows"]
+
+
+def lengths_of(example: TokenizedExample) -> tuple[int, int]:
+    """Tokens of x, with what a chat template writes after t_start, and of y*."""
+    prompt = len(example.prompt_tokens) + len(example.after_start_tokens)
+    return prompt, len(example.answer_tokens)
+
+
+class RowLengths(Sequence[tuple[int, int]]):
+    """`lengths_of` each example, which is read when it is asked for."""
+
+    def __init__(self, examples: Sequence[TokenizedExample]):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, row: Any) -> Any:
+        return lengths_of(self._examples[row])
+
+
+def _lengths(pairs: Sequence[tuple[int, int]]) -> _Lengths:
+    return _Lengths(*np.array(pairs, np.int32).reshape(-1, 2).T)
+
+
+_NONE = _lengths([])
+
+
+def _trained(dataset: Dataset) -> dict[str, _Lengths]:
+    """Lengths by source of the rows that are trained on; prepared data are not read for it."""
+    manifest = dataset.manifest
+    if manifest is not None:
+        return {
+            source: _Lengths(
+                manifest.train_lengths(source, "prompt_tokens"),
+                manifest.train_lengths(source, "answer_tokens"),
+            )
+            for source in manifest.train_rows
+        }
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for example in dataset.train:
+        pairs.setdefault(example.example.source, []).append(lengths_of(example))
+    return {source: _lengths(of_source) for source, of_source in pairs.items()}
+
+
+def _of_source(read: SourceRows, lengths: _Lengths, name: str) -> SourceLengths:
     return SourceLengths(
         name=read.name or name,
-        prompt_tokens=np.fromiter(prompts, np.int32, len(examples)),
-        answer_tokens=np.fromiter(answers, np.int32, len(examples)),
+        prompt_tokens=lengths.prompt,
+        answer_tokens=lengths.answer,
         usable=read.usable,
         left_out=read.left_out,
     )

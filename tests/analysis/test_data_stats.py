@@ -43,8 +43,7 @@ def test_padding_of_equal_rows_is_what_rounding_leaves():
     """40 tokens of 9 + 32 with the first target left out: a row has 8 times 5, and no padding."""
     config = config_of("method=sft")
     layout = Layout(2, largest=Lengths(0, (79,), 0))
-    prompts, answers = np.full(64, 9, np.int32), np.full(64, 32, np.int32)
-    rows = padding(config, layout, prompts, answers)
+    rows = padding(config, layout, [(9, 32)] * 64)
     assert [(row["traces"], row["packing"], row["configured"]) for row in rows] == [
         (NO_TRACES, True, True),
         (NO_TRACES, False, False),
@@ -53,14 +52,14 @@ def test_padding_of_equal_rows_is_what_rounding_leaves():
         assert row["tokens"] == pytest.approx(4 * 40)
         assert row["padding"] == pytest.approx(0, abs=1e-9)
     # One token more than 40: the next row length is 48.
-    (_, unpacked) = padding(config, layout, prompts + 1, answers)
+    (_, unpacked) = padding(config, layout, [(10, 32)] * 64)
     assert unpacked["padding"] == pytest.approx(1 - 41 / 48)
 
 
 def test_traces_are_assumed_at_their_limit_and_spread_below_it():
     config = config_of("train.packing=false")
     layout = Layout(2, largest=Lengths(64, (48, 48), 17))
-    rows = padding(config, layout, np.full(8, 8, np.int32), np.full(8, 4, np.int32))
+    rows = padding(config, layout, [(8, 4)] * 8)
     by_name = {(row["traces"], row["packing"]): row for row in rows}
     # A prompt, two completions of 32 + 1 + 4 tokens, and a baseline of 5, for each of 4 prompts.
     assert by_name[AT_LIMIT, False]["tokens"] == pytest.approx(4 * (8 + 2 * 37 + 5))
@@ -73,7 +72,7 @@ def test_traces_are_assumed_at_their_limit_and_spread_below_it():
 def test_data_smaller_than_a_batch_are_one_batch():
     config = config_of("method=sft")
     layout = Layout(2, largest=Lengths(0, (79,), 0))
-    rows = padding(config, layout, np.full(3, 9, np.int32), np.full(3, 32, np.int32))
+    rows = padding(config, layout, [(9, 32)] * 3)
     assert rows[0]["tokens"] == pytest.approx(3 * 40)
 
 
