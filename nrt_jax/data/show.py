@@ -44,7 +44,7 @@ EOS = Part("eos", "\x1b[34m", "ends the sequence", "token term")
 def show_rows(
     config: DataConfig, tokenizer: Tokenizer, *, reasons: bool, rows: int, color: bool
 ) -> Iterator[str]:
-    """A legend, of prepared data the table of its sources, and the first `rows` rows of each
+    """A legend, of prepared data the table of its named sources, and the first `rows` rows of each
     source, each as text to print.
 
     `reasons` says whether the model writes a trace (NRT) or answers at once (SFT). The texts are
@@ -57,8 +57,9 @@ def show_rows(
     yield f"{paint(BOLD, config.location)}\ntemplate {config.template_file or config.template}"
     yield _legend(parts, paint)
     directory = prepared_directory(config)
-    if directory is not None:
-        yield "\n".join(["", *source_table(config, read_manifest(directory).train_rows), ""])
+    counts = {} if directory is None else read_manifest(directory).train_rows
+    if any(counts):
+        yield "\n".join(["", *source_table(config, counts), ""])
     for place, row in first_rows(config, tokenizer, rows):
         if isinstance(row, BadRow):
             yield f"{paint(BOLD, place)}\n  {paint(RED, 'left out')}  {_visible(str(row))}\n"

@@ -44,10 +44,11 @@ def lengths_of_dataset(dataset: Dataset, name: str) -> list[SourceLengths]:
     named = sum(len(lengths.prompt) for source, lengths in trained.items() if source not in rows)
     if named and "" in rows:
         rows[""] = rows[""]._replace(usable=rows[""].usable - named)
-    return [
+    found = [
         _of_source(rows.get(source, SourceRows(source, len(lengths.prompt), {})), lengths, name)
         for source, lengths in trained.items()
     ]
+    return [source for source in found if source.read]
 
 
 def lengths_of_first_rows(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import matplotlib.image
@@ -158,6 +159,20 @@ def test_sources_and_reasons(stats, tmp_path: Path):
     page = Page((tmp_path / "out" / "data_stats.html").read_text())
     assert "without 'answer'" in page.text
     assert page.tags.count("svg") == 4
+
+
+def test_rows_of_tulu3_stand_beside_table_4(stats, tmp_path: Path):
+    flan, own = "ai2-adapt-dev/flan_v2_converted", "mine"
+    rows = [{"question": f"{i}", "answer": "=1", "of": own if i % 3 else flan} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.path={tmp_path}/rows.jsonl", "data.source=jsonl", "data.source_field=of"]
+    status, told, _ = stats(*words, "data.eval_rows=0", "--out", tmp_path / "out")
+    assert status == 0
+    lines = [" ".join(line.split()) for line in told.splitlines()]
+    at = lines.index("source rows share Table 4 share licence")
+    assert lines[at + 1] == "mine 6 66.67% - - unstated"
+    assert re.fullmatch(rf"{flan} 3 33.33% [\d,]+ [\d.]+% unstated", lines[at + 2])
+    assert "Table 4" in (tmp_path / "out" / "data_stats.html").read_text()
 
 
 @pytest.mark.parametrize(

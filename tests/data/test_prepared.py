@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from nrt_jax.cli import main
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data import merge
 from nrt_jax.data.instruction import instructed_prompts
@@ -18,6 +19,7 @@ from nrt_jax.data.prepare import prepare
 from nrt_jax.data.prepared import PreparedExamples, prepared_directory
 from nrt_jax.data.show import show_rows
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.data.verify import verify
 from nrt_jax.errors import InputError
 from nrt_jax.types import TokenizedExample
 from tests.data.test_instruction import NUMBERS
@@ -50,6 +52,8 @@ def train_shards(config: DataConfig) -> list[Path]:
 def test_tfds_reads_it_without_tensorflow(prepared, tokenizer):
     script = """if True:
         import pickle, sys
+        import importlib.util
+        assert importlib.util.find_spec("tensorflow") is None, "TensorFlow is installed"
         import tensorflow_datasets as tfds
         out = sys.argv[1]
         splits = tfds.data_source("prepared", data_dir=out)
@@ -230,6 +234,28 @@ def test_a_flipped_bit_is_refused_or_harmless(prepared, tokenizer):
             refused.append(str(error))
     assert len(refused) > 10
     assert all(re.fullmatch(rf"{shard}: is damaged \(.+; restore .+", line) for line in refused)
+
+
+def test_verify_names_every_damaged_shard(prepared, capsys):
+    shards = train_shards(prepared)
+    assert main(["data", "verify", str(prepared.path)]) == 0
+    count = len(shards) + 1
+    assert (
+        capsys.readouterr().out == f"{prepared.path}: all {count} shards are as they were written\n"
+    )
+    shards[0].unlink()
+    cut(shards[1])
+    content = bytearray(shards[2].read_bytes())
+    content[len(content) // 2] ^= 1
+    shards[2].write_bytes(content)
+    names = [shard.relative_to(prepared.path) for shard in shards]
+    with pytest.raises(InputError) as caught:
+        verify(prepared.path)
+    assert str(caught.value) == (
+        f"{prepared.path}: 3 of {count} shards are damaged: {names[0]} (No such file or "
+        f"directory), {names[1]} (131071 bytes of 131072), {names[2]} (another content); restore "
+        "it or prepare the data again"
+    )
 
 
 def test_a_damaged_manifest_is_refused(prepared, tokenizer):

@@ -16,6 +16,7 @@ from nrt_jax.config.data import DataConfig
 from nrt_jax.data import merge, plan, prepare, prepared_cache
 from nrt_jax.data.batches import BatchIterator
 from nrt_jax.data.pipeline import Dataset, load_dataset
+from nrt_jax.data.prepared import open_cached
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.types import Example, TokenizedExample
 from tests.data.test_prepare import in_killed_process
@@ -141,7 +142,7 @@ def test_data_that_is_refused_leaves_nothing(config, tokenizer):
 
 
 def test_a_damaged_entry(config, tokenizer):
-    train = load_dataset(config, tokenizer).train
+    load_dataset(config, tokenizer)
     shard = next(Path(config.cache).rglob("*train.array_record-00000*"))
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
@@ -151,7 +152,7 @@ def test_a_damaged_entry(config, tokenizer):
         load_dataset(config, tokenizer)
     shard.write_bytes(bytes(len(content)))
     with pytest.raises(InputError) as caught:
-        next(BatchIterator(load_dataset(config, tokenizer).train, len(train), True, 0))
+        open_cached(entry, config, tokenizer).train[0]
     assert str(caught.value) == f"{shard}: is damaged (0 readable rows of 12){remedy}"
 
 

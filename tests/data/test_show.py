@@ -5,6 +5,8 @@ import re
 import pytest
 
 from nrt_jax.data import pipeline, show
+from nrt_jax.data.merge import merge
+from nrt_jax.data.prepare import prepare
 from nrt_jax.data.show import show_rows
 from nrt_jax.data.tokenizer import Tokenizer
 
@@ -111,6 +113,15 @@ def test_counts_are_those_of_training(made, make_config, write_rows):
     counts = re.findall(r"^  \S+ +(\d+)  ", shown, re.MULTILINE)
     prompt, answer = len(example.prompt_tokens), len(example.answer_tokens)
     assert counts == [str(n) for n in (prompt, 1, 1, answer - 1, 1)]
+
+
+def test_prepared_data_show_their_sources(tokenizer, write_rows, make_config, tmp_path):
+    rows = [{"question": f"{i}+1", "answer": "=3", "of": f"{i % 3 == 0}"} for i in range(6)]
+    config = make_config(path=write_rows(rows), source_field="of", eval_rows=0, licence="MIT")
+    merge(prepare(config, tokenizer, tmp_path / "out", workers=1, share=(0, 1)), 1)
+    run = config.model_copy(update={"path": tmp_path / "out", "source": None})
+    table = [line.split() for line in lines(run, tokenizer)[2].splitlines()]
+    assert table[2:4] == [["False", "4", "66.67%", "MIT"], ["True", "2", "33.33%", "MIT"]]
 
 
 @pytest.mark.parametrize("source", ["jsonl", "chain_documents"])

@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.data.merge import merge
 from nrt_jax.data.pipeline import load_dataset
+from nrt_jax.data.prepare import prepare
+from nrt_jax.data.prepared import PreparedExamples
 from nrt_jax.data.stats import (
     SourceLengths,
     lengths_of_dataset,
@@ -85,6 +88,22 @@ def test_every_row_of_a_mixture_is_accounted_for(mixture, tokenizer):
     trained = [e for e in dataset.train if e.example.source == "b"]
     assert second.prompt_tokens.tolist() == [len(e.prompt_tokens) for e in trained]
     assert second.answer_tokens.tolist() == [len(e.answer_tokens) for e in trained]
+
+
+def test_prepared_data_are_measured_by_their_manifest(mixture, tokenizer, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    merge(prepare(mixture, tokenizer, out, workers=1, share=(0, 1)), 1)
+    run = mixture.model_copy(update={"mixture": (), "path": out})
+    expected = lengths_of_dataset(load_dataset(mixture, tokenizer), "unnamed")
+    dataset = load_dataset(run, tokenizer)
+    monkeypatch.setattr(PreparedExamples, "_read", lambda *_: pytest.fail("a record is read"))
+    found = lengths_of_dataset(dataset, "unnamed")
+    for one, other in zip(found, expected, strict=True):
+        assert one.prompt_tokens.tolist() == sorted(other.prompt_tokens)
+        assert one.answer_tokens.tolist() == sorted(other.answer_tokens)
+        assert (one.name, one.read, one.usable) == (other.name, other.read, other.usable)
+        assert one.left_out == other.left_out
+        assert summarise_source(one) == summarise_source(other)
 
 
 def test_the_first_rows_alone(mixture, tokenizer):
