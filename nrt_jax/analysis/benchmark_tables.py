@@ -8,6 +8,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 from nrt_jax.analysis.ink import DARK, LIGHT
@@ -18,6 +19,8 @@ from nrt_jax.evaluation.results import SuiteResult, TaskResult, mean
 from nrt_jax.evaluation.tasks import BENCHMARKS
 
 NONE = "–"
+NOTE_WIDTH = 100
+"""Characters of a line under a table in a terminal."""
 NINE = tuple(name for name, benchmark in BENCHMARKS.items() if benchmark.headline)
 FILES = ("results.html", "results.csv", "results.tex")
 _DETAILS = (
@@ -190,11 +193,12 @@ def _share(count: int, answers: int) -> str:
 
 def as_text(found: Sequence[Table]) -> str:
     """The tables for a terminal."""
-    parts = [
-        "\n".join([table.title, *aligned([table.head, *table.rows], right=True), *table.notes])
-        for table in found
-    ]
-    return "\n\n".join(parts)
+    return "\n\n".join("\n".join(_text_lines(table)) for table in found)
+
+
+def _text_lines(table: Table) -> list[str]:
+    notes = [line for note in table.notes for line in wrap(note, NOTE_WIDTH)]
+    return [table.title, *aligned([table.head, *table.rows], right=True), *notes]
 
 
 def as_latex(found: Sequence[Table]) -> str:
@@ -213,7 +217,7 @@ def _latex(table: Table) -> str:
         *map(_latex_row, table.rows),
         "\\bottomrule",
         "\\end{tabular}",
-        *(f"\\par\\footnotesize {_escaped(note)}" for note in table.notes),
+        *(f"\\par{{\\footnotesize {_escaped(note)}\\par}}" for note in table.notes),
     ]
     return "\n".join(lines) + "\n"
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from nrt_jax.errors import InputError, RunFailed
 
@@ -121,27 +121,37 @@ def _python(seconds: float) -> list[str]:
     return [sys.executable, "-B", "-s", "-c", launcher, json.dumps(limits)]
 
 
-def _start(command: Sequence[str], program, **options) -> "subprocess.Popen[bytes]":
+def _start(
+    command: Sequence[str],
+    program: IO[bytes],
+    *,
+    pass_fds: Sequence[int] = (),
+    cwd: str | None = None,
+    env: dict[str, str] | None = None,
+) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(
         command,
         stdin=program,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        **options,
+        pass_fds=pass_fds,
+        cwd=cwd,
+        env=env,
     )
 
 
-def _start_jail(seconds: float, program) -> "subprocess.Popen[bytes]":
+def _start_jail(seconds: float, program: IO[bytes]) -> "subprocess.Popen[bytes]":
     words = [_bubblewrap(), "--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534"]
     words += ["--cap-drop", "ALL", "--die-with-parent", "--clearenv", "--hostname", "jail"]
     for name, value in _ENVIRONMENT.items():
         words += ["--setenv", name, value]
+    # Before the others, which may be below /tmp.
+    words += ["--size", str(FOLDER_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     for path in dict.fromkeys([*_READ_ONLY, sys.base_prefix, sys.prefix]):
         words += ["--ro-bind-try", path, path]
     for device in _DEVICES:
         words += ["--dev-bind", device, device]
-    words += ["--size", str(FOLDER_BYTES), "--tmpfs", "/tmp", "--chdir", "/tmp"]
     # The root itself is a folder in memory, whose size nothing else limits.
     words += ["--remount-ro", "/"]
     filter_out, filter_in = os.pipe()

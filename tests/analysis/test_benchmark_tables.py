@@ -159,6 +159,7 @@ def test_the_interval_of_many_documents_is_the_normal_one():
     row = suite_of(scores).tasks[0]
     found = interval(row, scores)
     assert found.value == pytest.approx(row.value)
+    assert row.stderr is not None
     assert found.low == pytest.approx(row.value - 1.96 * row.stderr, abs=0.006)
     assert found.high == pytest.approx(row.value + 1.96 * row.stderr, abs=0.006)
 

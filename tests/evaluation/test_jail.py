@@ -90,7 +90,16 @@ def test_home_the_project_and_other_processes_are_hidden():
     fails(f"open({str(Path(__file__).resolve())!r})", "No such file")
     fails("open('/proc/self/environ')", "No such file")
     fails("import os; raise Exception(sorted(os.environ))", "['HOME', 'LANG'")
-    fails("import os; raise Exception(os.getuid(), os.listdir())", "(65534, [])")
+    fails("import os; raise Exception(os.getuid(), os.getcwd())", "(65534, '/tmp')")
+
+
+def test_an_environment_below_tmp_is_seen(tmp_path: Path, monkeypatch):
+    (tmp_path / "marker").write_text("here")
+    monkeypatch.setattr(jail, "_READ_ONLY", (*jail._READ_ONLY, str(tmp_path)))
+    program = f"assert open({str(tmp_path / 'marker')!r}).read() == 'here'"
+    assert run_program(program, seconds=10.0).passed
+    fails(f"open({str(tmp_path / 'other')!r}, 'w')", "Read-only")
+    assert run_program("open('/tmp/own', 'w').write('x')", seconds=10.0).passed
 
 
 def _prefixes_in(folder: Path) -> list[str]:
@@ -153,7 +162,7 @@ def test_a_killed_evaluation_leaves_no_program():
     )
     ours = subprocess.Popen([sys.executable, "-c", code])
     try:
-        _wait_for(lambda: len(_with_limit(7655)) == 2)
+        _wait_for(lambda: len(_with_limit(7655)) == 3)
     finally:
         ours.send_signal(signal.SIGKILL)
         ours.wait()
@@ -161,7 +170,7 @@ def test_a_killed_evaluation_leaves_no_program():
 
 
 def _with_limit(cpu_seconds: int) -> list[str]:
-    """The processes of a jail with this limit that run: bwrap and its child are two more of it."""
+    """Processes of a jail with this limit: bwrap outside, bwrap inside, and the program."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
