@@ -1,6 +1,6 @@
 """Training rows that ask a question of a benchmark, found by the n-grams that both share.
 
-The rule of tulu-3 (arXiv 2411.15124, section 3; `decontamination/search.py` of open-instruct): a
+The rule of tulu-3 (arXiv 2411.15124; `decontamination/search.py` of open-instruct): a
 word of a benchmark question matches a training prompt when it stands in a run of n = 8 words that
 also stands in the prompt, and the prompt is contaminated when more than half of the question's
 words match:
@@ -9,7 +9,7 @@ words match:
     prompt     x a b c d e y h i j      abcd, bcde
     matched    a b c d e                5 of 10 words: not more than half
 
-With n = 13 and a share of 0 it is the rule of GPT-3 (arXiv 2005.14165, appendix C): any run that
+With n = 13 and a share of 0 it is the rule of GPT-3 (arXiv 2005.14165): any run that
 both have. Here words are runs of letters and digits in lower case. A question of fewer than n words
 has no run, and is matched by a last turn of the user that is the same but for case, white space and
 the punctuation at its end.

@@ -77,7 +77,10 @@ class Manifest:
         path = self.directory / REJECTED_FILE
         if not path.exists():
             return []
-        return [Rejected(**json.loads(line)) for line in path.read_bytes().splitlines()]
+        try:
+            return [Rejected(**json.loads(line)) for line in path.read_bytes().splitlines()]
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path}: is damaged ({error}); {self.remedy}") from error
 
     def check_files(self) -> None:
         """InputError for the first shard that is missing or has another size."""

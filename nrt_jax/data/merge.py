@@ -11,6 +11,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -250,7 +251,8 @@ def write_task(task: ShardTask) -> Shard:
     """Write a shard, unless an earlier try has."""
     path, done = task.out / FOLDER / task.name, task.work / f"{task.name}.json"
     if done.exists() and path.exists():
-        return Shard(**json.loads(done.read_bytes()))
+        with suppress(ValueError, TypeError):  # a damaged one is made again
+            return Shard(**json.loads(done.read_bytes()))
     partial = task.work / f".{task.name}.{os.getpid()}"
     records = chain.from_iterable(read_records(part, places) for part, places in task.runs)
     write_shard(partial, records)

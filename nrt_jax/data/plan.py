@@ -114,7 +114,8 @@ class Plan:
         return row_order(self.config, self._totals()["counted"])
 
     def _totals(self) -> dict[str, Any]:
-        return json.loads((self.work / _TOTALS_FILE).read_bytes())
+        remedy = "remove it and run nrt-jax data prepare again"
+        return _read_json(self.work / _TOTALS_FILE, remedy)
 
 
 def sources(config: DataConfig) -> list[Source]:
@@ -196,10 +197,14 @@ def _content_of(out: Path) -> dict[str, Any] | None:
     path = out / WORK / _PLAN_FILE
     if not path.is_file():
         return None
+    return _read_json(path, f"remove {out} and begin again")
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         return parse_json(path.read_bytes())
     except ValueError as error:
-        raise InputError(f"{path}: is damaged ({error}); remove {out} and begin again") from error
+        raise InputError(f"{path}: is damaged ({error}); {remedy}") from error
 
 
 def _difference(before: Any, now: Any) -> str | None:

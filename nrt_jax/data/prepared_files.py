@@ -95,8 +95,10 @@ def write_shard(path: Path, records: Iterable[bytes]) -> None:
         writer.close()
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from error
         reason = str(error).removeprefix("write() failed: ").partition(";")[0]
         raise OSError(_error_number(reason), reason, str(path)) from error
 
