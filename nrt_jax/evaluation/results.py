@@ -213,8 +213,10 @@ def from_json(text: str | bytes) -> SuiteResult:
 
 
 def is_evaluation(folder: Path) -> bool:
-    """Whether a folder holds a finished evaluation of benchmarks."""
-    return (folder / RESULTS_FILE).is_file()
+    """Whether a folder holds an evaluation of benchmarks, finished or not."""
+    from nrt_jax.evaluation.answer_log import IDENTITY_FILE
+
+    return any((folder / name).is_file() for name in (RESULTS_FILE, IDENTITY_FILE))
 
 
 def read_results(folder: Path) -> SuiteResult:

@@ -261,3 +261,8 @@ def test_folders_that_cannot_be_compared(tmp_path: Path):
     with pytest.raises(InputError, match="are of different evaluations"):
         read_evaluations([first])
     assert differences([]) == []
+    unfinished = tmp_path / "c"
+    unfinished.mkdir()
+    (unfinished / "identity.json").write_text("{}")
+    with pytest.raises(InputError, match=r"results.json: no such file; name a folder that"):
+        write_report([other, unfinished], tmp_path / "out")
