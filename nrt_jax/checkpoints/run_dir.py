@@ -45,6 +45,7 @@ FREE_TO_CHANGE = (
     "data.cache",
     "data.read_threads",
     "logging.",
+    "profile.",
     "train.max_skipped_updates",
     "train.diagnosis_prompts",
     "train.allow_cold_start",

@@ -15,6 +15,7 @@ from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import ModelConfig
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.optimizer import OptimizerConfig
+from nrt_jax.config.profile import ProfileConfig
 from nrt_jax.config.rollout import RolloutConfig
 from nrt_jax.config.train import TrainConfig
 from nrt_jax.config.warmup import WarmupConfig
@@ -57,6 +58,8 @@ class RunConfig(Section):
     """Metrics."""
     compilation: CompilationConfig = CompilationConfig()
     """Compiled programs."""
+    profile: ProfileConfig = ProfileConfig()
+    """Traces of steps."""
 
     @property
     def tokenizer_directory(self) -> Path:
@@ -64,6 +67,16 @@ class RunConfig(Section):
         directory = self.data.tokenizer or self.model.path
         assert directory is not None, "_a_tokenizer_is_named holds"
         return directory
+
+    @model_validator(mode="after")
+    def _traced_steps_exist(self) -> "RunConfig":
+        last = max(self.profile.steps, default=0)
+        if last > self.train.steps:
+            raise ValueError(
+                f"profile.steps names step {last} of train.steps {self.train.steps}; name steps of "
+                "the run"
+            )
+        return self
 
     @model_validator(mode="after")
     def _a_tokenizer_is_named(self) -> "RunConfig":

@@ -113,6 +113,7 @@ def _start_in_shard(
     )
 
 
+@jax.named_scope("decode")
 def decode_steps(
     decoder: Decoder,
     state: DecodeState,

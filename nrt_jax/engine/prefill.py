@@ -62,6 +62,7 @@ def empty_prefix(
     )
 
 
+@jax.named_scope("prefill")
 def run_prompts(
     decoder: Decoder, tokens_RS: Int[Array, "R S"], length_R: Int[Array, "R"], mesh: Mesh
 ) -> Prefix:
@@ -79,6 +80,7 @@ def run_prompts(
     )
 
 
+@jax.named_scope("prefill")
 def run_next_parts(
     decoder: Decoder,
     prefix: Prefix,

@@ -15,6 +15,7 @@ from nrt_jax.models.decoder import Decoder
 CHUNK_TOKENS = 1024
 
 
+@jax.named_scope("scoring")
 def suffix_logprobs(
     decoder: Decoder,
     state: DecodeState,
@@ -42,6 +43,7 @@ def suffix_logprobs(
     return decoder.token_logprobs(hidden_BTD, tokens_rows_A[:, 1:], CHUNK_TOKENS).logprob_BT
 
 
+@jax.named_scope("scoring")
 def prompt_logprobs(
     decoder: Decoder, tokens_S: Int[Array, "S"], length: Int[Array, ""], top: int
 ) -> tuple[Float[Array, "S"], Int[Array, "S top"], Float[Array, "S top"]]:

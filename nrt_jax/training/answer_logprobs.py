@@ -182,6 +182,7 @@ def _arrays(
 
 
 @partial(jax.jit, static_argnames=("settings", "mesh"))
+@jax.named_scope("scoring")
 def answer_logprobs(
     params: Any, prompts: PromptRows, rows: CompletionRows, *, settings: NrtSettings, mesh: Mesh
 ) -> TokenLogprobs:

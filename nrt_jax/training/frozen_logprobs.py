@@ -51,6 +51,7 @@ def frozen_logprobs_fn(
     wants_base = wants_c or (several_updates and not stale)
 
     @jax.jit
+    @jax.named_scope("scoring")
     def under_sampling_policy(params: Any, batch: NrtBatch) -> FrozenLogprobs:
         decoder: Decoder = nnx.merge(settings.definition, params)
         if not (wants_c or wants_old):
@@ -63,6 +64,7 @@ def frozen_logprobs_fn(
         )
 
     @jax.jit
+    @jax.named_scope("scoring")
     def under_reference(params: Any, batch: NrtBatch) -> Float[Array, "P K T"]:
         decoder: Decoder = nnx.merge(settings.definition, params)
         return group_logprobs(decoder, settings, batch, baselines=False).logprob_PKT

@@ -12,6 +12,7 @@ from nrt_jax.compilation import WATCH
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.held_out import evaluate
 from nrt_jax.stop import StopRequest
+from nrt_jax.training.profile import traced
 from nrt_jax.training.progress import save_progress
 from nrt_jax.training.setup import EVALUATION_STREAM, Run
 
@@ -33,7 +34,8 @@ def steps(run: Run, stop: StopRequest) -> Iterator[int]:
         evaluate_run(run)
     stop.wait_for_the_step()
     while progress.step < last and not distributed.any_of("a stop", stop.requested):
-        yield progress.step + 1
+        with traced(config, progress.step + 1):
+            yield progress.step + 1
     if progress.step:
         save_run(run)
     if progress.step < last:

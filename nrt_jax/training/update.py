@@ -62,13 +62,17 @@ def zero_total(loss_fn: LossFn, params: Any, batch: Any) -> Total:
 
 def add_micro_batch(loss_fn: LossFn, params: Any, total: Total, batch: Any) -> tuple[Total, Any]:
     """`total` with one more micro-batch's gradient and metrics, and the values of its traces."""
-    gradient, metrics = jax.grad(loss_fn, has_aux=True)(params, batch)
+    with jax.named_scope("forward"):
+        loss, pull_back, metrics = jax.vjp(lambda p: loss_fn(p, batch), params, has_aux=True)
+    with jax.named_scope("backward"):
+        (gradient,) = pull_back(jnp.ones_like(loss))
     total = Total(
         jax.tree.map(jnp.add, total.gradient, gradient), add_metrics(total.metrics, metrics)
     )
     return total, metrics.of_traces
 
 
+@jax.named_scope("update")
 def apply_update(
     state: TrainState,
     gradient: Any,

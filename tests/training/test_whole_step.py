@@ -79,7 +79,8 @@ def test_nrt(tiny_config, tmp_path, monkeypatch):
 
 def test_sft(tiny_config, tmp_path, monkeypatch):
     minis = watch_batches(monkeypatch, sft, "sft_batch")
-    policy, _, metrics = one_step(tiny_config, tmp_path, "method=sft")
+    policy, _, metrics = one_step(tiny_config, tmp_path, "method=sft", "profile.steps=[1]")
+    assert list((tmp_path / "run" / "profile" / "step_1").rglob("*.xplane.pb"))
     assert [len(mini) for mini in minis] == [MINI_BATCH, MINI_BATCH]
     assert metrics["batch/micro_batches"] == 4
     expected = np.mean([plain_sft_loss(policy, mini) for mini in minis])
