@@ -60,6 +60,9 @@ def summarise(groups: Sequence[SeedGroup]) -> dict[str, Any]:
         `seconds`          per phase: `data`, `generate`, `update`, `evaluate`, and their sum
                            `total`, without start-up and saving; and `compile`, the part of them
                            that was spent compiling
+        `goodput`          over all starts: `life_s`, seconds from the first start to the last step;
+                           `share` of them that finished steps took, without compiling; and
+                           `starts`. null for a run that did not measure it
 
     The {first, last} of training metrics are means over the first and the last 5 steps, or null if
     one of these values was not finite.
@@ -145,6 +148,18 @@ def _summarise_run(record: RunRecord, label: str) -> dict[str, Any]:
         "skipped_updates": int(record.training[-1].get("update/skipped", 0)),
         "tokens_per_second": _median(record, "speed/tokens_per_second"),
         "seconds": _seconds(record),
+        "goodput": _goodput(record),
+    }
+
+
+def _goodput(record: RunRecord) -> dict[str, float] | None:
+    last = record.training[-1]
+    if "goodput/share" not in last:
+        return None
+    return {
+        "life_s": last["goodput/life_s"],
+        "share": last["goodput/share"],
+        "starts": int(last["goodput/starts"]),
     }
 
 

@@ -15,6 +15,7 @@ import jax
 from nrt_jax.atomic_files import write_atomically
 from nrt_jax.checkpoints.files import append, open_to_append
 from nrt_jax.config.logging import LoggingConfig
+from nrt_jax.training.life import RunLife
 from nrt_jax.training.progress_bar import ProgressBar
 from nrt_jax.training.tensorboard import EventFile
 from nrt_jax.training.trackers import open_trackers
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 NOT_FINITE = "metrics/not_finite"
 """Number of metrics of the line that are NaN or infinite."""
 METRICS_FILE, SAMPLES_FILE, ROLLOUTS = "metrics.jsonl", "samples.jsonl", "rollouts"
-TIMING_PREFIXES = ("time/", "speed/", "weights/seconds")
+TIMING_PREFIXES = ("time/", "speed/", "weights/seconds", "goodput/")
 """Metrics that differ between two otherwise equal runs."""
 
 TERMINAL_NAMES = {
@@ -102,6 +103,7 @@ class MetricsWriter:
         self._trackers = open_trackers(config, run_dir, resolved, continues=after >= 0)
         with ExitStack() as opened:
             self._metrics = opened.enter_context(open_to_append(run_dir / METRICS_FILE))
+            self._life = RunLife(run_dir, run_dir / METRICS_FILE, after)
             self._samples = opened.enter_context(open_to_append(run_dir / SAMPLES_FILE))
             self._rollouts = _open_rollouts(run_dir / ROLLOUTS, config, after)
             if self._rollouts is not None:
@@ -134,6 +136,10 @@ class MetricsWriter:
         for tracker in self._trackers:
             tracker.log(step, scalars)
         self._show(step, scalars)
+
+    def of_life(self, seconds: float) -> dict[str, float]:
+        """Metrics of the run's life, with a finished step that took so long without compiling."""
+        return self._life.of_step(seconds)
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Write the traces and answers of one evaluation."""
@@ -180,6 +186,10 @@ class SilentWriter:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Leave the line to process 0."""
+
+    def of_life(self, seconds: float) -> dict[str, float]:
+        """Leave the run's life to process 0."""
+        return {}
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Leave the samples to process 0."""

@@ -61,6 +61,7 @@ def finish_step(run: Run, metrics: Mapping[str, float]) -> None:
     row = {**metrics, **times}
     row["speed/tokens_per_second"] = row.pop("speed/tokens") / sum(times.values())
     row["time/compile_s"] = WATCH.take()
+    row |= logger.of_life(sum(times.values()) - row["time/compile_s"])
     row["speed/programs"] = float(WATCH.model_programs)
     row["speed/small_programs"] = float(WATCH.programs - WATCH.model_programs)
     logger.write(progress.step, row)

@@ -115,7 +115,9 @@ def _finish_update(run: Run, update: "StageUpdate", planned: PlannedUpdate) -> N
         metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     progress.step += 1
     row = {"warmup/update": number} | metrics | row_metrics(planned.rows)
-    logger.write(progress.step, row | logger.timer.take() | {"time/compile_s": WATCH.take()})
+    times, compile_s = logger.timer.take(), WATCH.take()
+    row |= times | {"time/compile_s": compile_s}
+    logger.write(progress.step, row | logger.of_life(sum(times.values()) - compile_s))
     in_row, most = int(metrics["warmup/skipped_in_row"]), run.config.train.max_skipped_updates
     if in_row >= most:
         raise RunFailed(

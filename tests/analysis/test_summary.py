@@ -72,6 +72,22 @@ def test_figures_of_an_nrt_run(make_run: MakeRun):
     )
 
 
+def test_goodput_is_that_of_the_last_step(make_run: MakeRun, tmp_path: Path):
+    measured, old = make_run("measured"), make_run("old", "sft")
+    lines = (measured / "metrics.jsonl").read_text("utf-8")
+    for step, share in ((11, 0.9), (12, 0.4)):
+        life = f'"goodput/share": {share}, "goodput/life_s": 7200.0, "goodput/starts": 3.0'
+        lines = lines.replace(f'{{"step": {step}, "loss', f'{{"step": {step}, {life}, "loss')
+    (measured / "metrics.jsonl").write_text(lines, encoding="utf-8")
+    runs = {run["name"]: run for run in summary_of([measured, old])["runs"]}
+    assert runs["measured"]["goodput"] == {"life_s": 7200.0, "share": 0.4, "starts": 3}
+    assert runs["old"]["goodput"] is None
+    write_report([measured, old], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text("utf-8")
+    rows = page[page.index("first start to last step") :]
+    assert all(value in rows for value in ("<td>2 h 0 min</td>", "<td>40.0 %</td>", "<td>3</td>"))
+
+
 def test_sft_has_no_traces(make_run: MakeRun):
     (run,) = summary_of([make_run("sft", "sft")])["runs"]
     assert run["scheme"] is None

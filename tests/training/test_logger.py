@@ -153,7 +153,7 @@ def test_no_tensorboard(tmp_path):
     writer = open_writer(tmp_path, tensorboard=False)
     writer.write(1, {"x": 1.0})
     writer.close()
-    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "samples.jsonl"]
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "samples.jsonl", "starts.jsonl"]
 
 
 def test_wandb_is_not_installed(tmp_path, monkeypatch):
