@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -156,6 +158,13 @@ def test_an_answer_that_is_one_more_is_wrong_in_math(shared_data):
         assert score(task, doc, f"\\boxed{{{doc['gold']} + 1}}") == 0
 
 
+def test_math_is_graded_in_a_thread_too():
+    doc = {"gold": r"\frac{\sqrt{2}}{2}"}
+    with ThreadPoolExecutor(1) as pool:
+        graded = pool.submit(hendrycks_math.process_results, doc, [r"\boxed{1/\sqrt{2}}"])
+    assert graded.result()["exact_match"] == 1
+
+
 def test_shots_of_bbh_are_turns_and_the_first_says_what_the_task_is(shared_data):
     task = load_task("bbh", shared_data)
     docs = {doc["group"]: doc for doc in task.eval_docs}
@@ -185,10 +194,10 @@ def test_popqa_has_a_shot_of_each_template_but_that_of_the_question(shared_data)
     assert "Q: Who is the mother of Elizabeth I? A:" in prompts
 
 
-def test_drop_draws_the_same_1000_documents_each_time(shared_data):
-    first, second = (drop.load(data_dir=str(shared_data))["test"] for _ in range(2))
-    assert [doc["id"] for doc in first] == [doc["id"] for doc in second]
-    assert len({doc["id"] for doc in first}) == 1000
+def test_drop_draws_1000_documents_with_the_seed_of_olmes(shared_data):
+    docs = drop.load(data_dir=str(shared_data))["test"]
+    drawn = random.Random(1234).sample(range(1504), 1000)
+    assert [doc["id"] for doc in docs] == [f"drop/drop_v0_dev.jsonl.gz:{n + 1}" for n in drawn]
 
 
 def test_drop_reads_its_own_files(shared_data, tmp_path):

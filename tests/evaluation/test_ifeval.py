@@ -118,6 +118,15 @@ def test_an_answer_that_does_not_follow_is_wrong_each_time(name, kwargs, wrong):
         assert ifeval.process_results(doc, [wrong])["prompt_level_loose_acc"] == 0
 
 
+def test_the_guess_of_a_language_is_the_same_each_time():
+    name = "language:response_language"
+    doc = {"key": 1, "prompt": "x", "instruction_id_list": [name], "kwargs": [{"language": "so"}]}
+    text = "WHY WOULD YOU WANT THAT"  # Somali or Swahili, by the draw
+    assert (
+        len({ifeval.process_results(doc, [text])["prompt_level_loose_acc"] for _ in range(30)}) == 1
+    )
+
+
 def test_loosely_an_answer_may_have_a_first_line_that_does_not_follow():
     doc = {
         "key": 1,
