@@ -17,6 +17,7 @@ from nrt_jax.config.run import RunConfig
 from nrt_jax.doctor import devices, folders, run
 from nrt_jax.doctor.finding import Finding, first_wrong, table
 from nrt_jax.doctor.host import Host, accelerators, driver_cuda
+from nrt_jax.errors import RunFailed
 
 Usage = namedtuple("Usage", "total used free")
 NOTHING = Host((), (), libtpu=False, cuda_plugin=None, driver_cuda=None, cpu_asked=False)
@@ -284,6 +285,15 @@ def test_the_first_that_is_wrong_is_the_error(monkeypatch, capsys):
     told = json.loads(capsys.readouterr().out)
     assert told["first_wrong"] == "cache"
     assert [line["ok"] for line in told["findings"]] == [True, False, False]
+
+
+def test_what_is_wrong_on_another_host_is_shown(monkeypatch):
+    mine, theirs = Finding("cache", "fast"), Finding("matmul 3", "slow", "replace it")
+    monkeypatch.setattr(run.distributed, "gather", lambda what, value: [value, list(theirs[:3])])
+    found = run.of_all([mine])
+    assert found == [mine, theirs._replace(name="process 1: matmul 3")]
+    with pytest.raises(RunFailed, match="process 1: matmul 3: slow; replace it"):
+        run.raise_first(found)
 
 
 def test_a_sound_machine_passes(monkeypatch, capsys, tmp_path):
