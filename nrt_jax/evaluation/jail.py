@@ -79,11 +79,17 @@ def run_programs(
     unsafe: bool = False,
     workers: int | None = None,
 ) -> list[ProgramResult]:
-    """The results of several programs, in their order; as many at once as there are cores."""
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    """The results of several programs, in their order; one per core of this process at once."""
+    with ThreadPoolExecutor(workers or _cores()) as pool:
         return list(
             pool.map(lambda source: run_program(source, seconds=seconds, unsafe=unsafe), programs)
         )
+
+
+def _cores() -> int | None:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def run_program(source: str, *, seconds: float = SECONDS, unsafe: bool = False) -> ProgramResult:
