@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -295,9 +296,13 @@ def _slurm_prepare(request: Request) -> tuple[str, dict[str, Any]]:
 
 
 def _local(request: Request) -> tuple[str, dict[str, Any]]:
-    if request.topology is None:
-        return "local.sh.jinja", {"topology": None, "environment": {}, "devices": ""}
+    topology = request.topology
+    devices = "" if topology is None else f" --devices-per-process {topology.chips_per_host}"
     return "local.sh.jinja", {
-        "environment": machines.settings(request.topology, 1),
-        "devices": f" --devices-per-process {request.topology.chips_per_host}",
+        "program": [sys.executable, "-m", "nrt_jax"],
+        # SIGTERM comes from who started it, and ends it: nothing is to start the run again.
+        "args": ["train", *request.words],
+        "topology": topology and topology.name,
+        "environment": {} if topology is None else machines.settings(topology, 1),
+        "devices": devices,
     }

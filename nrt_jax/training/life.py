@@ -26,10 +26,14 @@ class RunLife:
     ):
         """A new start after step `after`, when `metrics` has the lines up to it and no other."""
         self._clock = clock
-        with open_to_append(run_dir / STARTS_FILE) as file:
-            # Before it, in case a full disk has cut the last line short.
-            append(file, b"\n" + json.dumps({"time": clock(), "step": after}).encode() + b"\n")
-        starts = list(_rows(run_dir / STARTS_FILE))
+        starts_file = run_dir / STARTS_FILE
+        line = json.dumps({"time": clock(), "step": after}).encode() + b"\n"
+        if starts_file.exists() and not starts_file.read_bytes().endswith(b"\n"):
+            # A full disk has cut the last line short.
+            line = b"\n" + line
+        with open_to_append(starts_file) as file:
+            append(file, line)
+        starts = list(_rows(starts_file))
         self._first, self._starts = float(starts[0]["time"]), len(starts)
         self._useful = max((row.get(_USEFUL) or 0.0 for row in _rows(metrics)), default=0.0)
 

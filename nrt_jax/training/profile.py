@@ -32,4 +32,4 @@ def traced(config: RunConfig, step: int) -> Iterator[None]:
         jax.profiler.StepTraceAnnotation("step", step_num=step),
     ):
         yield
-    log.info("step %d: its trace is in %s; xprof %s shows it", step, folder, folder.parent)
+    log.info("step %d: its trace is in %s; xprof %s shows it", step, folder, folder)

@@ -157,6 +157,10 @@ def test_no_slurm_script_binds_a_gpu_to_a_task(printed):
             assert not any("per-task=" in d and "gpu" in d for d in directives), name
 
 
+def test_a_local_run_that_is_stopped_is_not_started_again(printed):
+    assert "--stopped-status" not in printed("local", *QUICKSTART)
+
+
 def test_words_reach_a_script_as_they_were_written(printed):
     odd = "data.question_jinja={{ q }} $HOME 'it'"
     text = printed("local", *QUICKSTART, odd)
