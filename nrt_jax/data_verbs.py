@@ -2,12 +2,10 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nrt_jax.errors import InputError, RunFailed
-from nrt_jax.verbs import exit_on_sigterm, load
+from nrt_jax.errors import InputError
+from nrt_jax.verbs import exit_on_sigterm, keeps_what_is_finished, load
 
 if TYPE_CHECKING:
     from nrt_jax.data.manifest import Manifest
@@ -41,7 +39,7 @@ def prepare(args: argparse.Namespace) -> None:
     data, out = config.data, args.folder
     args.interrupts.at_leaving = lambda: "the same command goes on with what is finished"
     tokenizer = Tokenizer.load(config.tokenizer_directory, data.think_start, data.think_end)
-    with exit_on_sigterm(), _keeps_what_is_finished():
+    with exit_on_sigterm(), keeps_what_is_finished():
         plan = prepare(data, tokenizer, out, workers=args.workers, share=args.shard)
         alone = args.shard.count == 1 or plan.finished
         manifest = merge(plan, args.workers) if alone else None
@@ -55,7 +53,7 @@ def merge(args: argparse.Namespace) -> None:
     from nrt_jax.data.merge import merge
     from nrt_jax.data.plan import read_plan
 
-    with exit_on_sigterm(), _keeps_what_is_finished():
+    with exit_on_sigterm(), keeps_what_is_finished():
         manifest = merge(read_plan(args.folder), args.workers)
     _print_prepared(manifest)
 
@@ -66,18 +64,6 @@ def verify(args: argparse.Namespace) -> None:
     manifest = verify(args.folder)
     count = sum(map(len, manifest.splits.values()))
     print(f"{args.folder}: all {count} shards are as they were written")
-
-
-@contextmanager
-def _keeps_what_is_finished() -> Iterator[None]:
-    """Say of a full disk that the same command goes on."""
-    try:
-        yield
-    except OSError as error:
-        raise RunFailed(
-            f"{error.filename or 'the output'}: {error.strerror or error}; make room or allow "
-            "access there, then run the same command again: what is finished is kept"
-        ) from error
 
 
 def _print_prepared(manifest: "Manifest") -> None:

@@ -171,7 +171,7 @@ def evaluate(args: argparse.Namespace) -> None:
     )
     trace_limit, overrides = args.max_trace_tokens, list(args.overrides)
     args.interrupts.at_leaving = lambda: "the same command goes on after the answers that came"
-    with exit_on_sigterm(), _keeps_what_is_finished():
+    with exit_on_sigterm(), keeps_what_is_finished():
         if args.url is None:
             if trace_limit is not None:
                 overrides.append(f"rollout.max_trace_tokens={trace_limit}")
@@ -198,7 +198,7 @@ def judge(args: argparse.Namespace) -> None:
 
     client = ChatClient(url=args.url, model=args.judge)
     args.interrupts.at_leaving = lambda: "the same command goes on after the verdicts that came"
-    with exit_on_sigterm(), _keeps_what_is_finished():
+    with exit_on_sigterm(), keeps_what_is_finished():
         summary = judge_model(
             args.model,
             client,
@@ -239,6 +239,18 @@ def import_(args: argparse.Namespace) -> None:
         f"wrote {args.out}: {imported.weights / 1e9:.3g} billion weights, "
         f"{imported.nbytes / 1e9:.3g} GB"
     )
+
+
+@contextmanager
+def keeps_what_is_finished() -> Iterator[None]:
+    """Say of a full disk that the same command goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(
+            f"{error.filename or 'the output'}: {error.strerror or error}; make room or allow "
+            "access there, then run the same command again: what is finished is kept"
+        ) from error
 
 
 @contextmanager
