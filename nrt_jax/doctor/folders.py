@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nrt_jax import distributed
 from nrt_jax.config.compilation import CompilationConfig
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.paths import user_cache
@@ -72,14 +73,17 @@ def check_folder(name: str, folder: Path, least_free: float | int, remedy: str) 
 
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make the folder, and remove afterwards what was not there before."""
+    """Make the folder, and remove afterwards what was not there before.
+
+    With other processes it stays: they may be writing there.
+    """
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
         yield
     finally:
-        for path in new:
-            if not any(path.iterdir()):
+        if distributed.process_count() == 1:
+            for path in new:
                 path.rmdir()
 
 
