@@ -51,9 +51,9 @@ def measure_ours(path: Path, tasks: dict[str, Any], limits: dict[str, int]) -> d
 
 def measure_theirs(path: Path, tasks: dict[str, Any], limits: dict[str, int]) -> dict[str, float]:
     """CPU-seconds by task."""
-    from lm_eval.models.huggingface import HFLM
+    from benchmarks.evaluate_parity import transformers_lm
 
-    lm = HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=LARGEST_BATCH)
+    lm = transformers_lm(path, batch_size=LARGEST_BATCH)
     return {name: _measure(lm, task, limits[name]) for name, task in tasks.items()}
 
 

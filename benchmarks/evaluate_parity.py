@@ -35,13 +35,19 @@ class Compared(NamedTuple):
     tokens: int
 
 
+def transformers_lm(path: Path, *, batch_size: int) -> Any:
+    """`lm_eval --model hf`, in float32 on the CPU."""
+    from lm_eval.models.huggingface import HFLM
+
+    make: Any = HFLM  # its decorator hides the arguments
+    return make(pretrained=str(path), dtype="float32", device="cpu", batch_size=batch_size)
+
+
 class Reference:
     """lm-eval's model for transformers."""
 
     def __init__(self, path: Path):
-        from lm_eval.models.huggingface import HFLM
-
-        self.lm = HFLM(pretrained=str(path), dtype="float32", device="cpu", batch_size=8)
+        self.lm = transformers_lm(path, batch_size=8)
 
     def requests(self, task: Any, limit: int) -> list[Any]:
         """The requests of a task with the prompts of this model."""

@@ -28,6 +28,7 @@ from nrt_jax.engine.programs import Programs
 from nrt_jax.engine.requests import Request
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.errors import InputError
+from nrt_jax.evaluation.answer_stream import closed_prompt
 from nrt_jax.evaluation.extract import Extract, make_extract
 from nrt_jax.objective.rewards import score_rewards
 from nrt_jax.types import SuffixLogprobs, TokenizedExample, Trace
@@ -100,7 +101,7 @@ class Answerer:
     ) -> list[tuple[Trace | None, Trace]]:
         end = self.tokenizer.think_end_id
         closed = [
-            np.concatenate([request.prompt_tokens, trace.tokens, [end]]).astype(np.int32)
+            closed_prompt(request.prompt_tokens, trace, end)
             for request, trace in zip(requests, traces, strict=True)
         ]
         after = self._requests(closed, self.max_answer_tokens, Sampling(0.0))

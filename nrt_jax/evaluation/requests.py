@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from nrt_jax.engine.sampling import Sampling
 from nrt_jax.engine.scorer import Scored
@@ -91,7 +91,7 @@ def asked_answers(requests: Sequence["Instance"], *settings: Any) -> list[Asked]
     asked = []
     for request in requests:
         task, document = str(request.task_name), int(request.doc_id or 0)
-        text, values = request.args
+        text, values = cast(tuple[Any, Any], request.args)
         repeat = seen[task, document, request.idx]
         seen[task, document, request.idx] += 1
         drawing = read_drawing(task, values)
@@ -135,7 +135,7 @@ def given_answers(requests: Sequence["Instance"], *settings: Any) -> list[Given]
     given = []
     for request in requests:
         task, document = str(request.task_name), int(request.doc_id or 0)
-        text, answer = request.args
+        text, answer = cast(tuple[Any, Any], request.args)
         key = answer_key("score", task, document, request.idx, text, answer, settings)
         given.append(Given(task, document, request.idx, read_context(text), answer, key))
     return given

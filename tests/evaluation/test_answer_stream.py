@@ -29,7 +29,7 @@ def ask(tokenizer, engines, rig):
 
 
 def ids(tokenizer: Tokenizer, *names: str) -> list[int]:
-    return [tokenizer.backend.token_to_id(name) for name in names]
+    return [int(tokenizer.backend.token_to_id(name)) for name in names]
 
 
 def test_a_model_that_does_not_reason_answers_directly(ask, tokenizer):
