@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nrt_jax.engine.decode_state import DecodeState, Sampled, SlotRequests, sizes_of
 from nrt_jax.engine.kv_cache import KVCache, SlotMap
+from nrt_jax.engine.packed_requests import unpacked
 from nrt_jax.engine.paged_kv_cache import PagedCache
 from nrt_jax.engine.prefill import Prefix
 from nrt_jax.engine.sampling import fit_vocab, most_probable, sample
@@ -76,6 +77,18 @@ def insert_samples(
         by_shard, prefix.logits_RV, prefix.seen_RV, prefix.length_R, requests
     )
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), started), prompts
+
+
+def insert_packed(
+    prefix: Prefix,
+    state: DecodeState,
+    prompts: list[Any],
+    data_RC: Int[Array, "R columns"],
+    samples: int,
+    decoding: Decoding,
+) -> tuple[DecodeState, list[Any]]:
+    """`insert_samples` of the data of packed requests, for K samples in each shard."""
+    return insert_samples(prefix, state, prompts, unpacked(data_RC, samples), decoding)
 
 
 def _start_in_shard(

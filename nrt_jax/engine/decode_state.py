@@ -42,8 +42,8 @@ def padded(tokens: np.ndarray, capacity: int | None = None) -> Int[np.ndarray, "
 class SlotRequests(NamedTuple):
     """What K samples of one prompt are to do; an entry whose slot is -1 is unused.
 
-    `Engine.insert_rows` takes the requests of all shards, with a leading dim of shards, and slots
-    and prompt slots counted within the shard.
+    Those of all shards have a leading dim of shards, and slots and prompt slots counted within the
+    shard.
     """
 
     slot_K: Int[Array | np.ndarray, "K"]

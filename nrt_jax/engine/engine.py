@@ -6,7 +6,7 @@ Letters: those of decode_state.py; A tokens of a suffix.
 """
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,9 +18,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.rollout import AttentionKernel
-from nrt_jax.engine import prefill, score
+from nrt_jax.engine import decode, prefill, score
 from nrt_jax.engine.attention_kernels import kv_cache
-from nrt_jax.engine.decode import Decoding, decode_steps, insert_samples, token_sets
 from nrt_jax.engine.decode_state import (
     SMALLEST_OWN_TOKENS,
     DecodeState,
@@ -36,8 +35,16 @@ from nrt_jax.engine.decode_state import (
     state_shardings,
 )
 from nrt_jax.engine.kv_cache import Sizes, shards_of
+from nrt_jax.engine.packed_requests import PackedRequests
 from nrt_jax.engine.prefill import Prefix, prefix_shardings
-from nrt_jax.engine.programs import Programs, move_program, resize_program, with_decoder
+from nrt_jax.engine.programs import (
+    Programs,
+    init_program,
+    insert_program,
+    move_program,
+    resize_program,
+    with_decoder,
+)
 from nrt_jax.engine.sampling import sampled_vocab
 from nrt_jax.models.sharding import replicated
 
@@ -81,12 +88,14 @@ class Engine:
         one_size: bool = False,
         programs: Programs | None = None,
     ):
-        self._definition, self._architecture, self._mesh = definition, architecture, mesh
+        self._definition, self._architecture = definition, architecture
+        self.mesh = mesh
+        """The mesh of the weights and of the cache."""
         self._cache_dtype = dtype if cache_dtype is None else cache_dtype
         platform, shards = mesh.devices.flat[0].platform, shards_of(mesh)
         self._slots = -(-slots // shards) * shards
         self._vocab = sampled_vocab(architecture.vocab_size, mesh)
-        self._decoding = Decoding(
+        self._decoding = decode.Decoding(
             cache=kv_cache(attention, platform, mesh, architecture, self._cache_dtype),
             shards=shards,
             num_samples=min(num_samples, self._slots // shards),
@@ -95,7 +104,9 @@ class Engine:
             unstacks_once=platform == "cpu",
             mesh=mesh,
         )
-        self._max_prompt, self.max_new_tokens = bucket(max_prompt_tokens), max_new_tokens
+        self.max_prefill_length = bucket(max_prompt_tokens)
+        """Longest prompt in tokens, a bucket."""
+        self.max_new_tokens = max_new_tokens
         """Most tokens that can follow the longest prompt."""
         self._longest_prompt = quarter_bucket(max_prompt_tokens)
         self.prefill_chunk = None if prefill_chunk is None else bucket(prefill_chunk)
@@ -104,7 +115,9 @@ class Engine:
         """Whether prompts and slots have one capacity, and the number of slots does not change."""
         self.stop_ids = stop_ids
         """The tokens that end any sequence."""
-        self._token_sets = token_sets(self._vocab, stop_ids, banned_ids)
+        self._banned_ids = banned_ids
+        self.top_logprobs = top_logprobs
+        """Most probable tokens that are reported for each token drawn."""
         self.programs = Programs(mesh) if programs is None else programs
         """Its compiled programs, and those of the engines that it shares them with."""
         fixed = self._decoding._replace(cache=type(self._decoding.cache), num_samples=0)
@@ -157,10 +170,10 @@ class Engine:
             tokens_RS.shape[1],
             make=lambda: jax.jit(
                 self._with_decoder(
-                    prefill.run_next_parts if before else prefill.run_prompts, mesh=self._mesh
+                    prefill.run_next_parts if before else prefill.run_prompts, mesh=self.mesh
                 ),
                 donate_argnums=1 if before else (),
-                out_shardings=prefix_shardings(self._mesh),
+                out_shardings=prefix_shardings(self.mesh),
             ),
         )
         return program(params, *before, tokens_RS, length_R)
@@ -172,8 +185,8 @@ class Engine:
             "empty_prefix",
             capacity,
             make=lambda: jax.jit(
-                lambda: prefill.empty_prefix(a, self.shards, capacity, dtype, self._mesh),
-                out_shardings=prefix_shardings(self._mesh),
+                lambda: prefill.empty_prefix(a, self.shards, capacity, dtype, self.mesh),
+                out_shardings=prefix_shardings(self.mesh),
             ),
         )
         return make()
@@ -184,31 +197,31 @@ class Engine:
         self, prefix: Prefix, decode_state: DecodeState, requests: SlotRequests
     ) -> DecodeState:
         """Start K sequences from one prefill; the state passed in is consumed."""
-        return self.insert_rows(prefix, decode_state, by_shard(requests, self.shards, decode_state))
+        rows = by_shard(requests, self.shards, decode_state)
+        return self._insert(prefix, decode_state, rows, decode.insert_samples, rows.slot_K.shape[1])
 
     def insert_rows(
-        self, prefix: Prefix, decode_state: DecodeState, requests: SlotRequests
+        self, prefix: Prefix, decode_state: DecodeState, requests: PackedRequests
     ) -> DecodeState:
         """Start up to K sequences in each shard after its row; the state passed in is consumed."""
-        cache, layers = self._decoding.cache, decode_state.layers
-        state = decode_state._replace(layers=())
+        data_RC, samples = requests
+        insert = partial(decode.insert_packed, samples=samples)
+        return self._insert(prefix, decode_state, data_RC, insert, "packed", data_RC.shape[1])
+
+    def _insert(
+        self, prefix: Prefix, state: DecodeState, requests: Any, insert: Callable, *shapes: Any
+    ) -> DecodeState:
+        cache, layers = self._decoding.cache, state.layers
+        state = state._replace(layers=())
         prompts = [cache.prompts_of(layer) for layer in layers]
-
-        def make() -> Callable:
-            return jax.jit(
-                wraps(insert_samples)(partial(insert_samples, decoding=self._decoding)),
-                donate_argnums=(1, 2),
-                out_shardings=jax.tree.map(lambda x: x.sharding, (state, prompts)),
-            )
-
         program = self._program(
             "insert",
             len(state.active_B),
             jax.tree.structure(prompts[0]),
             tuple(x.shape for x in jax.tree.leaves(prompts[0])),
             prefix.capacity,
-            requests.slot_K.shape[1],
-            make=make,
+            *shapes,
+            make=lambda: insert_program(self._decoding, insert, state, prompts),
         )
         state, prompts = program(prefix, state, prompts, requests)
         return state._replace(layers=tuple(map(cache.with_prompts, layers, prompts)))
@@ -240,16 +253,19 @@ class Engine:
             sizes_of(decode_state),
             steps,
             make=lambda: jax.jit(
-                self._with_decoder(decode_steps, steps=steps, decoding=self._decoding),
+                self._with_decoder(decode.decode_steps, steps=steps, decoding=self._decoding),
                 donate_argnums=1,
-                out_shardings=(
-                    state_shardings(self._mesh, decode_state),
-                    replicated(self._mesh),
-                ),
+                out_shardings=(state_shardings(self.mesh, decode_state), replicated(self.mesh)),
             ),
         )
         enough = self._slots if enough is None else enough
-        return program(params, decode_state, np.int32(enough), self._token_sets)
+        sets, constant = (self._vocab, self.stop_ids, self._banned_ids), self.programs.constant
+        return program(
+            params,
+            decode_state,
+            constant(("enough", enough), lambda: np.int32(enough)),
+            constant(("token sets", *sets), lambda: decode.token_sets(*sets)),
+        )
 
     # Logprobs of given tokens
 
@@ -275,7 +291,7 @@ class Engine:
             tokens_rows_A.shape,
             make=lambda: jax.jit(
                 self._with_decoder(score.suffix_logprobs, decoding=self._decoding),
-                out_shardings=replicated(self._mesh),
+                out_shardings=replicated(self.mesh),
             ),
         )
         return program(params, decode_state, slot_rows, trace_length_rows, tokens_rows_A)
@@ -294,7 +310,7 @@ class Engine:
             top,
             make=lambda: jax.jit(
                 self._with_decoder(score.prompt_logprobs, top=top),
-                out_shardings=replicated(self._mesh),
+                out_shardings=replicated(self.mesh),
             ),
         )
         logprobs = jax.tree.map(np.asarray, program(params, tokens_S, len(tokens)))
@@ -314,11 +330,8 @@ class Engine:
             )
             return empty_state(layers, B, decoding.num_samples, self._vocab)
 
-        def make() -> Callable:
-            shardings = state_shardings(self._mesh, jax.eval_shape(empty))
-            return jax.jit(empty, out_shardings=shardings)
-
-        return self._program("init", self.num_samples, sizes, make=make)()
+        shapes = self.num_samples, sizes
+        return self._program("init", *shapes, make=lambda: init_program(self.mesh, empty))()
 
     def resize(self, decode_state: DecodeState, sizes: Sizes) -> DecodeState:
         """The same sequences in caches of other sizes; what does not fit is cut off.
@@ -333,7 +346,7 @@ class Engine:
             len(decode_state.active_B),
             sizes_of(decode_state),
             sizes,
-            make=lambda: resize_program(self._mesh, self._decoding.cache, decode_state, sizes),
+            make=lambda: resize_program(self.mesh, self._decoding.cache, decode_state, sizes),
         )
         return program(decode_state)
 
@@ -345,7 +358,7 @@ class Engine:
             len(decode_state.active_B),
             sizes_of(decode_state),
             len(moves.from_B),
-            make=lambda: move_program(self._mesh, self._decoding.cache, decode_state, moves),
+            make=lambda: move_program(self.mesh, self._decoding.cache, decode_state, moves),
         )
         return program(decode_state, moves)
 
@@ -354,7 +367,7 @@ class Engine:
     @property
     def largest_sizes(self) -> Sizes:
         """A prompt slot for every slot, for the longest prompt, and max_new_tokens after it."""
-        prompt_tokens = self._longest_prompt if self.one_size else self._max_prompt
+        prompt_tokens = self._longest_prompt if self.one_size else self.max_prefill_length
         return Sizes(self._slots, prompt_tokens, bucket(self.max_new_tokens))
 
     @property
@@ -383,18 +396,3 @@ class Engine:
     def num_samples(self) -> int:
         """Most slots that share one prompt slot."""
         return self._decoding.num_samples
-
-    @property
-    def max_prefill_length(self) -> int:
-        """Longest prompt in tokens, a bucket."""
-        return self._max_prompt
-
-    @property
-    def top_logprobs(self) -> int:
-        """Most probable tokens that are reported for each token drawn."""
-        return self._decoding.top_logprobs
-
-    @property
-    def mesh(self) -> Mesh:
-        """The mesh of the weights and of the cache."""
-        return self._mesh

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from nrt_jax.engine.decode import Decoding
 from nrt_jax.engine.decode_state import (
     DecodeState,
     SlotMoves,
@@ -18,6 +19,7 @@ from nrt_jax.engine.decode_state import (
     state_shardings,
 )
 from nrt_jax.engine.kv_cache import Sizes, shards_of
+from nrt_jax.models.sharding import place, replicated
 
 _LAUNCH = threading.Lock()
 
@@ -65,6 +67,7 @@ class Programs:
         self.compiled: Counter[str] = Counter()
         """Programs by kind."""
         self._engines: dict[Any, int] = {}
+        self._constants: dict[Hashable, Any] = {}
 
     def engine_number(self, settings: Hashable) -> int:
         """A number for the settings that an engine's programs are compiled for, short as a key."""
@@ -76,6 +79,32 @@ class Programs:
             self._programs[kind, *shapes] = launched_in_order(make(), self._mesh)
             self.compiled[kind] += 1
         return self._programs[kind, *shapes]
+
+    def constant(self, name: Hashable, make: Callable[[], Any]) -> Any:
+        """Host arrays that many dispatches take, copied to all devices once."""
+        if name not in self._constants:
+            self._constants[name] = place(make(), replicated(self._mesh))
+        return self._constants[name]
+
+
+def init_program(mesh: Mesh, empty: Callable[[], DecodeState]) -> Callable[[], DecodeState]:
+    """Makes an empty state on the devices."""
+    return jax.jit(empty, out_shardings=state_shardings(mesh, jax.eval_shape(empty)))
+
+
+def insert_program(
+    decoding: Decoding, insert: Callable, state: DecodeState, prompts: list[Any]
+) -> Callable:
+    """Starts sequences in a state without its layers, of whose caches `prompts` are the prompts'.
+
+    It consumes both.
+    """
+
+    def insert_samples(*args: Any) -> Any:
+        return insert(*args, decoding=decoding)
+
+    shardings = jax.tree.map(lambda x: x.sharding, (state, prompts))
+    return jax.jit(insert_samples, donate_argnums=(1, 2), out_shardings=shardings)
 
 
 def layer_by_layer(

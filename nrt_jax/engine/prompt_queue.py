@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Int
 
-from nrt_jax.engine.decode_state import SlotRequests, bucket, sample_keys_of_rows
+from nrt_jax.engine.decode_state import bucket
 from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.packed_requests import PackedRequests, no_requests
 from nrt_jax.engine.prefill import Prefix
 from nrt_jax.engine.requests import Job, RequestFailed
 from nrt_jax.engine.slot_table import Placement
@@ -59,38 +59,24 @@ class Start(NamedTuple):
 
 def shard_requests(
     starts: Sequence[Start], *, shards: int, num_samples: int, prompt_slots: int, slots: int
-) -> SlotRequests:
+) -> PackedRequests:
     """The requests of all shards, padded to `num_samples`, so that one program is compiled."""
-    slot_RK = np.full((shards, num_samples), -1, np.int32)
-    row_RK, sample_RK, limit_RK = np.zeros((3, shards, num_samples), np.int32)
-    prompt_R = np.full(shards, prompt_slots // shards, np.int32)  # none
-    of_shard = [starts[0]] * shards
+    key_words, none = len(starts[0].job.key_data), prompt_slots // shards
+    requests = no_requests(shards, num_samples, key_words, prompt=none)
     for start in starts:
-        of_shard[start.shard] = start
-        prompt_R[start.shard] = start.prompt
-        for column, slot in enumerate(start.placement.slots):
-            at = start.shard, column
-            slot_RK[at], row_RK[at] = slot % (slots // shards), start.placement.rows[column]
-            sample_RK[at] = sample = start.first + column
-            limit_RK[at] = start.job.limits[sample]
-    keys = sample_keys_of_rows(
-        np.stack([start.job.key_data for start in of_shard]),
-        np.asarray([start.job.request.stream for start in of_shard], np.int32),
-        sample_RK,
-    )
-    settings = [start.job.sampling for start in of_shard]
-    if all(one is settings[0] for one in settings):
-        sampling = jax.tree.map(lambda x: np.broadcast_to(x, (shards, *x.shape)), settings[0])
-    else:
-        sampling = jax.tree.map(lambda *x: np.stack(x), *settings)
-    return SlotRequests(
-        slot_K=slot_RK,
-        row_K=row_RK,
-        prompt=prompt_R,
-        key_K=keys,
-        limit_K=limit_RK,
-        sampling=sampling,
-    )
+        job, placement = start.job, start.placement
+        requests.fill(
+            start.shard,
+            slots=np.asarray(placement.slots) % (slots // shards),
+            rows=placement.rows,
+            first=start.first,
+            limits=job.limits[start.first : start.first + len(placement.slots)],
+            prompt=start.prompt,
+            stream=job.request.stream,
+            key_data=job.key_data,
+            sampling=job.sampling,
+        )
+    return requests
 
 
 @dataclass(eq=False)

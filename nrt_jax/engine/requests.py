@@ -12,10 +12,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
-from nrt_jax.engine.decode_state import Sampled, slot_sampling
+from nrt_jax.engine.decode_state import Sampled
 from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.kv_cache import Sizes
-from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
+from nrt_jax.engine.packed_requests import packed_sampling
+from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling
 from nrt_jax.engine.slot_table import SequenceId
 from nrt_jax.errors import InputError
 from nrt_jax.types import SuffixLogprobs
@@ -108,8 +109,8 @@ class Job:
     limits: Int[np.ndarray, "K"]
     stop_ids: frozenset[int]
     """Tokens that end its sequences."""
-    sampling: SlotSampling
-    """Of as many samples as are inserted together."""
+    sampling: Int[np.ndarray, "settings"]
+    """As `packed_sampling` writes it."""
     started: int = 0
     running: int = 0
     suffix_logprobs: SuffixLogprobs | None = None
@@ -150,14 +151,11 @@ def make_job(engine: Engine, ticket: int, request: Request, key: Key[Array, ""])
         np.asarray(jax.random.key_data(key)),
         limits=request.limits_K,
         stop_ids=of_engine | sampling.stop_ids,
-        sampling=_equal_slots(sampling, engine.num_samples),
+        sampling=_packed_sampling(sampling),
     )
 
 
-@lru_cache(maxsize=64)
-def _equal_slots(sampling: Sampling, count: int) -> SlotSampling:
-    """`slot_sampling` of equal slots; one object for many requests."""
-    return slot_sampling([sampling] * count)
+_packed_sampling = lru_cache(maxsize=64)(packed_sampling)
 
 
 def check(engine: Engine, request: Request, name: str = "prompt") -> None:

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from nrt_jax.engine.decode_state import slot_sampling
 from nrt_jax.engine.engine import Engine
+from nrt_jax.engine.packed_requests import packed_sampling
 from nrt_jax.engine.prompt_queue import PromptQueue
 from nrt_jax.engine.requests import Job, Request, RequestFailed
 from tests.engine.toy import prompt
@@ -54,7 +54,7 @@ def job(ticket, tokens, samples):
         key_data=np.asarray(jax.random.key_data(jax.random.key(0))),
         limits=request.limits_K,
         stop_ids=frozenset(),
-        sampling=slot_sampling([request.sampling]),
+        sampling=packed_sampling(request.sampling),
     )
 
 
