@@ -1,4 +1,4 @@
-"""Rows per second of `nrt-jax data prepare` against `datasets.map`, memory, and the start of a run.
+"""Rows per second of `nrt-jax data prepare` against `datasets.map`, memory, and a run's batches.
 
     .venv/bin/python benchmarks/data.py --data DIR
     .venv/bin/python benchmarks/data.py --data DIR --synthetic 10000000
@@ -6,18 +6,24 @@
 DIR holds flan_cot/*.tsv, t0_p3_sample/*.jsonl and tokenizers/llama3_1. `datasets.map` tokenises the
 same questions and answers with the same tokenizer and number of processes, from rows that are read
 before its time starts and without a check of any row; `prepare` reads, checks, tokenises, holds out
-and writes. The line of a run is the time until it has its first batch, without that of loading the
-tokenizer. --synthetic prepares so many made-up rows instead, for the memory of large data.
+and writes. Both run in turn --repeats times, and the fastest of each counts. The line of a run is
+the time until it has its first batch, without that of loading the tokenizer. The pipeline's tokens
+per second are those of batches that nothing uses; the step's are those of `nrt-jax train` with the
+quickstart's model of 3 layers and the vocabulary of the tokenizer. --synthetic prepares so many
+made-up rows instead, for the memory of large data.
 """
 
 import argparse
 import json
 import resource
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import tensorflow_datasets  # noqa: F401  # prepare would import it while it is timed
@@ -29,13 +35,17 @@ from nrt_jax.data.prepare import prepare
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.data.training_rows import read_source, sources_of
 
-BATCH_PROMPTS = 256
+if TYPE_CHECKING:
+    from nrt_jax.data.batches import BatchIterator
+
+BATCH_PROMPTS, BATCHES = 256, 50
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the preparation of data.")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--synthetic", type=int, metavar="ROWS")
     args = parser.parse_args()
     directory = args.data / "tokenizers" / "llama3_1"
@@ -46,17 +56,27 @@ def main() -> None:
             config = synthetic_rows(folder / "rows.jsonl", args.synthetic, directory)
         else:
             config = real_rows(args.data, directory)
+        out = folder / "prepared"
         for workers in args.workers:
-            out = folder / f"prepared-{workers}"
-            rows, seconds = time_prepare(config, tokenizer, out, workers)
-            line = f"workers {workers}: {rows} rows, prepare {rows / seconds:.0f} rows per second"
-            if not args.synthetic:
-                other = rows / time_map(config, directory, workers)
-                line += f", datasets.map {other:.0f}, ratio {rows / seconds / other:.2f}"
+            rows, seconds, others = 0, [], []
+            for _ in range(1 if args.synthetic else args.repeats):
+                shutil.rmtree(out, ignore_errors=True)
+                rows, taken = time_prepare(config, tokenizer, out, workers)
+                seconds.append(taken)
+                if not args.synthetic:
+                    others.append(time_map(config, directory, workers))
+            line = f"workers {workers}: {rows} rows, prepare {rows / min(seconds):.0f} per second"
+            if others:
+                ratio = min(others) / min(seconds)
+                line += f", datasets.map {rows / min(others):.0f}, ratio {ratio:.2f}"
             print(f"{line}; {memory()}", flush=True)
-            if workers != args.workers[-1]:
-                shutil.rmtree(out)
-        print(f"first batch of a run after {time_start(config, tokenizer, out):.2f} s")
+        run = config.model_copy(update={"path": out, "source": "prepared", "mixture": ()})
+        print(f"first batch of a run after {time_start(run, tokenizer):.2f} s", flush=True)
+        pipeline = tokens_per_second(run, tokenizer)
+        print(f"pipeline {pipeline:.0f} tokens per second", flush=True)
+        if not args.synthetic:
+            step = tokens_per_second_of_steps(out, directory, tokenizer, folder / "run")
+            print(f"SFT step on this machine {step:.0f}, ratio {pipeline / step:.0f}")
 
 
 def real_rows(data: Path, tokenizer: Path) -> DataConfig:
@@ -114,15 +134,62 @@ def time_map(config: DataConfig, directory: Path, workers: int) -> float:
     return time.perf_counter() - start
 
 
-def time_start(config: DataConfig, tokenizer: Tokenizer, out: Path) -> float:
+def time_start(run: DataConfig, tokenizer: Tokenizer) -> float:
     """Seconds from prepared data to the first batch."""
+    start = time.perf_counter()
+    next(batches_of(run, tokenizer))
+    return time.perf_counter() - start
+
+
+def batches_of(run: DataConfig, tokenizer: Tokenizer) -> "BatchIterator":
+    """Batches as a run reads them."""
+    # Grain imports jax, whose threads would make the workers of a preparation start anew.
     from nrt_jax.data.batches import BatchIterator
     from nrt_jax.data.pipeline import load_dataset
 
-    run = config.model_copy(update={"path": out, "source": "prepared", "mixture": ()})
+    train = load_dataset(run, tokenizer).train
+    return BatchIterator(train, BATCH_PROMPTS, True, 0, read_threads=run.read_threads)
+
+
+def tokens_per_second(run: DataConfig, tokenizer: Tokenizer) -> float:
+    """Tokens of prompts and answers per second of the pipeline alone."""
+    batches = batches_of(run, tokenizer)
+    next(batches)
     start = time.perf_counter()
-    next(BatchIterator(load_dataset(run, tokenizer).train, BATCH_PROMPTS, True, 0))
-    return time.perf_counter() - start
+    tokens = sum(
+        len(example.prompt_tokens) + len(example.answer_tokens)
+        for batch in islice(batches, BATCHES)
+        for example in batch
+    )
+    return tokens / (time.perf_counter() - start)
+
+
+def tokens_per_second_of_steps(
+    out: Path, directory: Path, tokenizer: Tokenizer, run_dir: Path
+) -> float:
+    """The most tokens per second that a step of SFT on these rows uses, the first one left out."""
+    settings = {
+        "run_dir": run_dir,
+        "data.source": "prepared",
+        "data.path": out,
+        "data.tokenizer": directory,
+        "data.max_prompt_tokens": DataConfig.model_fields["max_prompt_tokens"].default,
+        "data.max_answer_tokens": DataConfig.model_fields["max_answer_tokens"].default,
+        "data.shuffle": "true",
+        "data.chain.totals_rows": 0,
+        "model.architecture.vocab_size": tokenizer.vocab_size,
+        "model.architecture.max_position_embeddings": 8192,
+        "train.steps": 4,
+        "train.batch_prompts": 16,
+        "train.mini_batch_prompts": 16,
+        "train.micro_batch_prompts": 16,
+        "logging.tensorboard": "false",
+    }
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "-m", "nrt_jax", "train", "quickstart/base", *overrides]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return max(line["speed/tokens_per_second"] for line in lines if line["step"] > 1)
 
 
 def memory() -> str:

@@ -2,6 +2,10 @@
 
 import errno
 import os
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -97,3 +101,30 @@ def test_what_is_gone_is_made_again(make):
     work = make("out", to_the_end=False) / plan.WORK
     (work / "000-000004.part").unlink()
     assert tree(make("out")) == expected
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments(tmp_path, quickstart_directory):
+    rows = tmp_path / "rows.jsonl"
+    lines = [f'{{"question": "{i}+{i % 7}", "answer": "={i % 10}"}}\n' for i in range(60_000)]
+    rows.write_text("".join(lines))
+
+    def start(out: str, workers: int) -> subprocess.Popen:
+        words = f"data prepare quickstart/sft {tmp_path / out} --workers {workers}"
+        words += f" data.path={rows} data.source=jsonl data.tokenizer={quickstart_directory}"
+        return subprocess.Popen([sys.executable, "-m", "nrt_jax", *words.split()])
+
+    assert start("undisturbed", 1).wait() == 0
+    expected, moments, killed = tree(tmp_path / "undisturbed"), random.Random(0), 0
+    for workers in (1, 2):
+        out = f"killed-{workers}"
+        for _ in range(4):
+            command = start(out, workers)
+            while not (tmp_path / out).exists() and command.poll() is None:
+                time.sleep(0.02)
+            time.sleep(moments.uniform(0, 3))
+            command.kill()
+            killed += command.wait() != 0
+        assert start(out, workers).wait() == 0
+        assert tree(tmp_path / out) == expected
+    assert killed > 3
