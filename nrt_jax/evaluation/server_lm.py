@@ -28,19 +28,26 @@ class ServerLM(LoggedLM):
     def __init__(self, client: ChatClient, answers: AnswerLog, *, seed: int, trace_limit: int):
         super().__init__(answers, seed=seed)
         self._client, self._trace_limit = client, trace_limit
+        self._error: BaseException | None = None
+        """The first, after which nothing more is sent."""
 
     def settings(self) -> tuple[Any, ...]:
         return (self._trace_limit,)
 
     def rows(self, asked: Sequence[Asked]) -> Iterator[AnswerRow]:
-        """The answers, as they come; the first error ends them, and what came is kept."""
+        """The answers, as they come; after the first error those that are on their way."""
         pool = ThreadPoolExecutor(IN_FLIGHT)
         try:
             sent = {pool.submit(self._ask, request): request for request in asked}
             for reply in as_completed(sent):
-                yield _row(sent[reply], reply.result())
+                error = reply.exception()
+                if error is None:
+                    yield _row(sent[reply], reply.result())
+                self._error = self._error or error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        if self._error is not None:
+            raise self._error
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """Refused: a chat server does not score given answers."""
@@ -50,6 +57,8 @@ class ServerLM(LoggedLM):
         )
 
     def _ask(self, asked: Asked) -> ChatReply:
+        if self._error is not None:
+            raise self._error
         if asked.context.prefix:
             raise InputError(
                 f"{asked.name}: its answer must begin with {asked.context.prefix!r:.40}, which a "

@@ -28,7 +28,7 @@ from nrt_jax.evaluation.answer_log import (
 )
 from nrt_jax.evaluation.asked_model import AskedModel
 from nrt_jax.evaluation.benchmark_data import task_manager
-from nrt_jax.evaluation.chat_client import ChatClient, ServerGone
+from nrt_jax.evaluation.chat_client import ChatClient, ServerGone, ServerRefused
 from nrt_jax.evaluation.results import (
     DocumentScore,
     SuiteResult,
@@ -143,7 +143,7 @@ def evaluate_server(
 ) -> SuiteResult | None:
     """Evaluate a model behind an OpenAI-compatible server.
 
-    Raises RunFailed when the server goes away; the answers that came are kept.
+    Raises RunFailed when the server goes away or refuses; the answers that came are kept.
     """
     client = ChatClient(url=url, model=name)
     tasks = load_tasks(suite)
@@ -153,11 +153,11 @@ def evaluate_server(
         lm = ServerLM(client, answers, seed=suite.seed, trace_limit=trace_limit)
         try:
             result = _evaluate(lm, tasks, suite, name, is_chat=True)
-        except ServerGone as gone:
+        except (ServerGone, ServerRefused) as error:
             raise RunFailed(
-                f"{gone}; the {len(answers)} answers that came are kept in {out}, and the same "
+                f"{error}; the {len(answers)} answers that came are kept in {out}, and the same "
                 "command goes on"
-            ) from gone
+            ) from error
     return _written(result, out)
 
 

@@ -156,6 +156,22 @@ def test_a_server_that_goes_away_leaves_what_came(evaluate, tmp_path, monkeypatc
     assert [row.answer for row in read_answers(tmp_path)] == ["It is 3."]
 
 
+def test_answers_on_their_way_are_kept_after_an_error(evaluate, tmp_path):
+    fine = []
+
+    def reply(body):
+        if "Ann" in body["messages"][-1]["content"]:
+            return 400, {"error": "no"}
+        fine.append(1)
+        return 200, completion("It is 3.")
+
+    with StubServer(reply) as server:
+        status, _, err = evaluate("m", tmp_path, "--url", server.url, tasks=("gsm8k",))
+    assert status == 1
+    assert "refuses a request (status 400: no); the" in err
+    assert len(list(read_answers(tmp_path))) == len(fine)
+
+
 def test_a_server_is_not_asked_for_log_likelihoods(evaluate, tmp_path):
     status, _, err = evaluate("m", tmp_path, "--url", "http://127.0.0.1:9", tasks=("truthfulqa",))
     assert status == 2
