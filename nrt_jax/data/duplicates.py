@@ -5,7 +5,7 @@ import logging
 from array import array
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int64, UInt64
 
 from nrt_jax.data.bad_rows import LeftOut
 from nrt_jax.data.rows import Row
@@ -64,6 +64,29 @@ class Duplicates:
 def first_of_equal(digests: np.ndarray) -> Int64[np.ndarray, "rows"]:
     """The place of the first row with the digest of each; digests are of the dtype V16."""
     halves = np.ascontiguousarray(digests).view("<u8").reshape(-1, 2)
+    first = np.arange(len(halves))
+    # Most rows are alone with half of their digest, and need no memory for more.
+    rows = _not_alone(halves[:, 0])
+    first[rows] = rows[_first_of_equal(halves[rows])]
+    return first
+
+
+def _not_alone(values: UInt64[np.ndarray, "rows"]) -> Int64[np.ndarray, "some"]:
+    """The places of values that stand more than once."""
+    repeated = _repeated(values)
+    if not len(repeated):
+        return np.zeros(0, np.int64)
+    at = np.searchsorted(repeated, values)
+    np.minimum(at, len(repeated) - 1, out=at)
+    return np.flatnonzero(repeated[at] == values)
+
+
+def _repeated(values: UInt64[np.ndarray, "rows"]) -> UInt64[np.ndarray, "different"]:
+    ordered = np.sort(values)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+
+
+def _first_of_equal(halves: UInt64[np.ndarray, "rows 2"]) -> Int64[np.ndarray, "rows"]:
     # Equal rows stay in their order.
     order = np.lexsort((halves[:, 0], halves[:, 1]))
     ordered = halves[order]

@@ -1,7 +1,7 @@
 """`nrt-jax data merge`: from the parts of all processes to shards, metadata and manifest.
 
 Which rows are duplicates, drawn, held out and left out is decided here, from digests of all parts.
-Some 60 bytes per row are in memory for it, and the records pass through one by one.
+Some 65 bytes per row are in memory for it, and the records pass through one by one.
 """
 
 import hashlib
@@ -119,11 +119,8 @@ class Rows(NamedTuple):
         return self.table[name][self.places]
 
 
-_JOINED = {
-    name: TABLE[name]
-    for name in ("key", "index", "nbytes", "prompt_tokens", "answer_tokens", "source")
-}
-"""What of the parts' tables decides about rows, with its type."""
+_JOINED = ("key", "nbytes", "prompt_tokens", "answer_tokens", "source")
+"""What of the parts' tables decides about rows; a permutation needs their numbers too."""
 
 
 class _Questions(Sequence[bytes]):
@@ -143,19 +140,28 @@ def _choose(plan: Plan, read: list[list[Part]], repeated: Repeated) -> tuple[Row
     """The rows of training, those of the evaluation, and how many the overlap leaves out."""
     paths = plan.part_paths()
     trains = len(plan.training)
-    rows = _joined(read[:trains], paths[:trains])
+    columns = _JOINED if plan.config.permutation_seed is None else (*_JOINED, "index")
+    rows = _joined(read[:trains], paths[:trains], columns)
     ends = np.cumsum([sum(part.usable for part in parts) for parts in read[:trains]])
-    usable = np.delete(rows.places, repeated.places)
-    of_sources = np.split(usable, np.searchsorted(usable, ends[:-1]))
-    drawn = draw_mixture(plan.config, [len(of) for of in of_sources])
-    places = [of[chosen] for of, chosen in zip(of_sources, drawn, strict=True)]
-    rows = rows._replace(places=np.concatenate(places))
-    from_files = _joined(read[trains:], paths[trains:]) if read[trains:] else None
+    rows = rows._replace(places=_drawn(plan.config, rows, ends, repeated))
+    from_files = _joined(read[trains:], paths[trains:], _JOINED) if read[trains:] else None
     in_files = None if from_files is None else _Questions(from_files)
     chosen = select(plan.config, _Questions(rows), in_files, _permuted(plan, rows))
     evaluates = rows if from_files is None else from_files
     held_out = evaluates._replace(places=evaluates.places[chosen.evaluation])
     return rows._replace(places=rows.places[chosen.train]), held_out, chosen.overlap
+
+
+def _drawn(
+    config: DataConfig, rows: Rows, ends: Int64[np.ndarray, "sources"], repeated: Repeated
+) -> Int64[np.ndarray, "rows"]:
+    """The places of the rows that are no duplicates, of a mixture of those that are drawn."""
+    usable = np.delete(rows.places, repeated.places)
+    if not config.mixture:
+        return usable
+    of_sources = np.split(usable, np.searchsorted(usable, ends[:-1]))
+    drawn = draw_mixture(config, [len(of) for of in of_sources])
+    return np.concatenate([of[chosen] for of, chosen in zip(of_sources, drawn, strict=True)])
 
 
 def _permuted(plan: Plan, rows: Rows) -> Permuted | None:
@@ -165,15 +171,15 @@ def _permuted(plan: Plan, rows: Rows) -> Permuted | None:
     return Permuted(row_ranks(plan.row_order())[rows.column("index")], names)
 
 
-def _joined(read: list[list[Part]], paths: list[list[Path]]) -> Rows:
-    """All rows of some sources."""
+def _joined(read: list[list[Part]], paths: list[list[Path]], columns: Sequence[str]) -> Rows:
+    """All rows of some sources, with columns of their tables."""
     parts, files = list(chain.from_iterable(read)), list(chain.from_iterable(paths))
     names = list(dict.fromkeys(name for part in parts for name in part.source_names))
     ends = np.cumsum([part.usable for part in parts])
-    table = np.empty(ends[-1], list(_JOINED.items()))
+    table = np.empty(ends[-1], [(name, TABLE[name]) for name in columns])
     for part, file, end in zip(parts, files, ends, strict=True):
         of_part = table[end - part.usable : end]
-        of_part[:] = read_table(file)[list(_JOINED)]
+        of_part[:] = read_table(file)[list(columns)]
         renumbered = np.array([names.index(name) for name in part.source_names], np.uint32)
         of_part["source"] = renumbered[of_part["source"]]
     first_places = ends - [part.usable for part in parts]

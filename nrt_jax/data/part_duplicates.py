@@ -23,14 +23,11 @@ class Repeated(NamedTuple):
 
 def find_repeated(paths: Sequence[Path], *, keep: bool) -> Repeated:
     """The duplicates of parts in their order; with `keep` none, and their number is logged."""
-    # A copy, so that the other columns go.
-    digests = [read_table(path)["digest"].copy() for path in paths]
-    first = first_of_equal(np.concatenate(digests))
+    first, starts = _first_of_equal(paths)
     places = np.flatnonzero(first != np.arange(len(first)))
     if keep:
         log_kept(len(places))
         return Repeated(places[:0], {})
-    starts = np.cumsum([0, *map(len, digests)])[:-1]
     firsts = np.unique(first[places])
     notes = {
         place: f"{note.file} {_row(note)}"
@@ -48,6 +45,18 @@ def find_repeated(paths: Sequence[Path], *, keep: bool) -> Repeated:
         )
         by_part.setdefault(path, []).append((position, Discarded(note.place, True, rejected)))
     return Repeated(places, by_part)
+
+
+def _first_of_equal(
+    paths: Sequence[Path],
+) -> tuple[Int64[np.ndarray, "rows"], Int64[np.ndarray, "parts"]]:
+    """Of each row the first that is equal, and of each part its first row."""
+    # A copy, so that the other columns go.
+    digests = [read_table(path)["digest"].copy() for path in paths]
+    starts = np.cumsum([0, *map(len, digests)])[:-1]
+    joined = np.concatenate(digests)
+    digests.clear()
+    return first_of_equal(joined), starts
 
 
 def runs_by_part(
