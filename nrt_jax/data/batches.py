@@ -7,6 +7,7 @@ from typing import SupportsIndex
 import grain
 
 from nrt_jax.data.epochs import EpochOrder
+from nrt_jax.data.prepared import PreparedExamples
 from nrt_jax.errors import InputError
 from nrt_jax.types import TokenizedExample
 
@@ -91,4 +92,6 @@ class _Batches:
         # The order remembers the epoch that it was asked for last.
         with self._lock:
             rows = self._order.batch(int(number))
+        if isinstance(self._examples, PreparedExamples):
+            return self._examples.at(rows)
         return [self._examples[row] for row in rows]

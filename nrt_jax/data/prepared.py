@@ -47,6 +47,19 @@ class PreparedExamples(Sequence[TokenizedExample]):
         """For pickle: another process opens the shards itself."""
         return self.__dict__ | {"_readers": {}}
 
+    def at(self, indices: Sequence[int]) -> list[TokenizedExample]:
+        """The examples of these indices in their order, by one read per shard."""
+        by_shard: dict[int, list[tuple[int, int]]] = {}
+        for position, index in enumerate(indices):
+            number, place = self._place(index)
+            by_shard.setdefault(number, []).append((position, place))
+        found: dict[int, TokenizedExample] = {}
+        for number, rows in by_shard.items():
+            positions, places = zip(*rows, strict=True)
+            examples = self._parsed(number, list(places), decode)
+            found |= zip(positions, examples, strict=True)
+        return [found[position] for position in range(len(indices))]
+
     def first(self, count: int) -> list[TokenizedExample]:
         """The first examples, at most `count`, by one read per shard."""
         examples: list[TokenizedExample] = []
@@ -57,10 +70,14 @@ class PreparedExamples(Sequence[TokenizedExample]):
         return examples
 
     def _read(self, index: int, parse: Callable[[bytes], Any]) -> Any:
-        number = bisect_left(self._ends, index + 1)
-        place = int(index) - (self._ends[number] - self._shards[number].rows)
+        number, place = self._place(index)
         (value,) = self._parsed(number, [place], parse)
         return value
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """The shard of an example, and its place there."""
+        number = bisect_left(self._ends, index + 1)
+        return number, int(index) - (self._ends[number] - self._shards[number].rows)
 
     def _parsed(self, number: int, places: list[int], parse: Callable[[bytes], Any]) -> list[Any]:
         """What `parse` makes of the records at some places of a shard."""
