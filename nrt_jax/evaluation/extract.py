@@ -15,6 +15,8 @@ from nrt_jax.evaluation.boxed import boxed, plain_latex
 from nrt_jax.evaluation.numbers import find_last_number, number_value, plain_number
 
 LETTERS = "A-J"
+MARKUP = r"[\s*_$`\"']*(?:\\(?:boxed|text|textbf|mathbf|mathrm)\s*\{\s*)*"
+"""What may stand between "the answer is" and an answer: spaces, emphasis, quotes, LaTeX."""
 
 
 class Extract(NamedTuple):

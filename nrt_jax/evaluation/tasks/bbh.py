@@ -17,7 +17,7 @@ from nrt_jax.evaluation.benchmark_data import (
     read_json,
     read_text,
 )
-from nrt_jax.evaluation.extract import after, plain_words
+from nrt_jax.evaluation.extract import MARKUP, after, plain_words
 from nrt_jax.evaluation.numbers import plain_number
 
 SHOTS = 3
@@ -189,8 +189,8 @@ def answer(text: str, task: str) -> str | None:
     kind = KINDS[task]
     direct = f"{kind.pattern}|{kind.introduced}" if kind.introduced else kind.pattern
     patterns = (
-        rf"(?i)so the answer is:?\s*[*$\"'`]*({direct})",
-        rf"(?i)answer is:?\s*[*$\"'`]*({direct})",
+        rf"(?i)so the answer is:?{MARKUP}({direct})",
+        rf"(?i)answer is:?{MARKUP}({direct})",
         rf"(?i)answer:[^\n]*?({kind.pattern})",
         rf"(?i)answer\b[^\n]*?({kind.pattern})",
         *(f"({pattern})" for pattern in kind.alone),

@@ -13,6 +13,7 @@ from nrt_jax.evaluation.benchmark_data import (
     load_documents,
     read_csv,
 )
+from nrt_jax.evaluation.extract import MARKUP
 
 LETTERS = "ABCD"
 
@@ -80,7 +81,7 @@ def summarize_prompt(doc: Document) -> str:
     )
 
 
-_ASKED = re.compile(r"Therefore, the answer is (?:\(([A-D])\)|: ([A-D])\b)")
+_ASKED = re.compile(rf"Therefore, the answer is ?:?{MARKUP}\(?([A-D])(?![\w'’])")
 _FALLBACKS = (
     re.compile(r"(?i)therefore,?\s*the\s*answer\s*is:?\s*\(?([A-D])\b"),
     re.compile(r"(?i)answer\s*is:?\s*\(?([A-D])\b"),
@@ -96,7 +97,7 @@ def letter(text: str) -> str | None:
     Of the fallbacks the first that matches counts, and of its matches the first.
     """
     if asked := _ASKED.findall(text):
-        return "".join(asked[-1])
+        return asked[-1]
     for pattern in _FALLBACKS:
         if found := pattern.search(text):
             return found[1].upper()
