@@ -120,7 +120,7 @@ def test_an_answer_that_does_not_follow_is_wrong_each_time(name, kwargs, wrong):
 
 def test_the_guess_of_a_language_is_the_same_each_time():
     name = "language:response_language"
-    doc = {"key": 1, "prompt": "x", "instruction_id_list": [name], "kwargs": [{"language": "so"}]}
+    doc = {"key": 1, "prompt": "x", "instruction_id_list": [name], "kwargs": [{"language": "sw"}]}
     text = "WHY WOULD YOU WANT THAT"  # Somali or Swahili, by the draw
     assert (
         len({ifeval.process_results(doc, [text])["prompt_level_loose_acc"] for _ in range(30)}) == 1
@@ -185,6 +185,10 @@ def test_missing_data_of_the_splitter_are_refused_with_the_package(monkeypatch):
             "kwargs has no object for each of the 1 instructions",
         ),
         (
+            {"prompt": "x", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [None]},
+            "kwargs has no object for each of the 1 instructions",
+        ),
+        (
             {"prompt": "x", "instruction_id_list": ["punctuation:rhyme"], "kwargs": [{}]},
             "unknown 'punctuation:rhyme'",
         ),
@@ -195,6 +199,14 @@ def test_missing_data_of_the_splitter_are_refused_with_the_package(monkeypatch):
                 "kwargs": [{"relation": "at least", "num_words": None}],
             },
             "kwargs of length_constraints:number_words lacks num_words",
+        ),
+        (
+            {
+                "prompt": "x",
+                "instruction_id_list": ["language:response_language"],
+                "kwargs": [{"language": "tlh"}],
+            },
+            "kwargs of language:response_language cannot be used (KeyError('tlh'))",
         ),
     ],
 )

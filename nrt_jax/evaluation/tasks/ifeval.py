@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -36,7 +36,9 @@ def document(row: Row) -> Document:
     """A prompt, the names of its instructions and the arguments of each."""
     names = row.texts("instruction_id_list")
     kwargs = row.values.get("kwargs")
-    if not isinstance(kwargs, Sequence) or len(kwargs) != len(names):
+    if not isinstance(kwargs, list) or not all(isinstance(k, Mapping) for k in kwargs):
+        kwargs = []
+    if len(kwargs) != len(names):
         raise row.bad("kwargs", f"has no object for each of the {len(names)} instructions")
     for name, arguments in zip(names, kwargs, strict=True):
         check = checks().instructions_registry.INSTRUCTION_DICT.get(name)
@@ -46,6 +48,10 @@ def document(row: Row) -> Document:
         missing = [key for key in check(name).get_instruction_args_keys() if not arguments.get(key)]
         if missing:
             raise row.bad("kwargs", f"of {name} lacks {missing[0]}")
+        try:
+            check(name).build_description(**{k: v for k, v in arguments.items() if v})
+        except (LookupError, TypeError, ValueError) as error:
+            raise row.bad("kwargs", f"of {name} cannot be used ({error!r:.80})") from error
     return {
         "key": row.values.get("key"),
         "prompt": row.text("prompt"),
