@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -36,8 +36,9 @@ def document(row: Row) -> Document:
     """A prompt, the names of its instructions and the arguments of each."""
     names = row.texts("instruction_id_list")
     kwargs = row.values.get("kwargs")
-    objects = isinstance(kwargs, list) and all(isinstance(a, Mapping) for a in kwargs)
-    if not objects or len(kwargs) != len(names):
+    if not isinstance(kwargs, list) or not all(isinstance(k, Mapping) for k in kwargs):
+        kwargs = []
+    if len(kwargs) != len(names):
         raise row.bad("kwargs", f"has no object for each of the {len(names)} instructions")
     for name, arguments in zip(names, kwargs, strict=True):
         check = checks().instructions_registry.INSTRUCTION_DICT.get(name)
