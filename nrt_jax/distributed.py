@@ -211,7 +211,8 @@ def _keep_standard_output() -> None:
         return
     sys.stdout.flush()
     ours = os.dup(sys.stdout.fileno())
-    os.dup2(ours if process_index() else sys.__stderr__.fileno(), 1)
+    others = ours if process_index() or sys.__stderr__ is None else sys.__stderr__.fileno()
+    os.dup2(others, 1)
     sys.stdout = open(ours, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)  # noqa: SIM115
 
 
