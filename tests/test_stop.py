@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nrt_jax import cli
+from nrt_jax import cli, verbs
 from nrt_jax.stop import INTERRUPTED, Interrupts, StopRequest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -78,7 +78,7 @@ def test_what_a_library_makes_of_it_is_one_line(error, monkeypatch, capsys):
         except KeyboardInterrupt:
             raise error from None
 
-    monkeypatch.setattr(cli.verbs, "config_show", verb)
+    monkeypatch.setattr(verbs, "config_show", verb)
     assert cli.main(["config", "show", "x.yaml"]) == INTERRUPTED == 130
     assert capsys.readouterr().err == "nrt-jax: error: interrupted\n"
 
