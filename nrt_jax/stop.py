@@ -1,5 +1,6 @@
 """SIGTERM and Ctrl-C: a run finishes its step and saves; a second Ctrl-C leaves at once."""
 
+import ctypes
 import logging
 import os
 import signal
@@ -10,6 +11,8 @@ from types import FrameType, TracebackType
 
 log = logging.getLogger(__name__)
 
+_AGAIN_S = 0.05
+"""Until an ignored exception is raised again: the collection that ignored it is over then."""
 INTERRUPTED = 128 + signal.SIGINT
 """Exit status after Ctrl-C, by which a shell script tells it from a success."""
 
@@ -98,6 +101,7 @@ class StopRequest:
         self._waits = False
 
     def __enter__(self) -> "StopRequest":
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._raise_again
         self._before = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._handle)}
         if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
             self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._handle)
@@ -109,6 +113,7 @@ class StopRequest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        sys.unraisablehook = self._hook_before
         # After a first signal, another one must not kill the process while it exits.
         after = {signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: _disregard}
         for number, before in self._before.items():
@@ -123,6 +128,19 @@ class StopRequest:
         if not self._waits:
             return None
         return "Ctrl-C: finishing the step and saving; Ctrl-C again leaves at once"
+
+    def _raise_again(self, ignored: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(ignored.exc_value, SystemExit | KeyboardInterrupt):
+            self._hook_before(ignored)
+            return
+        again = threading.Timer(_AGAIN_S, self._raise_in_main_thread, [ignored.exc_type])
+        again.daemon = True
+        again.start()
+
+    def _raise_in_main_thread(self, kind: type[BaseException]) -> None:
+        if not self._waits:
+            main = ctypes.c_ulong(threading.main_thread().ident or 0)
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(kind))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.requested = True

@@ -117,6 +117,35 @@ def test_a_second_one_leaves_while_a_library_computes():
     )
 
 
+IN_COLLECTION = """
+import signal, time
+from nrt_jax.stop import StopRequest
+class Collected:
+    def __del__(self):
+        signal.raise_signal(signal.{name})
+        for _ in range(100):
+            pass
+with StopRequest():
+    collected = Collected()
+    del collected
+    for _ in range(600):
+        time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 0), ("SIGINT", -signal.SIGINT)])
+def test_a_signal_while_garbage_is_collected_stops_all_the_same(name, status):
+    result = subprocess.run(
+        [sys.executable, "-c", IN_COLLECTION.format(name=name)],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=20,
+    )
+    assert result.returncode == status, result.stderr
+    assert "ignored" not in result.stderr
+
+
 SLOW_IMPORT = """
 import signal, sys
 class Importing:
