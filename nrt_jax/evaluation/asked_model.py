@@ -77,9 +77,10 @@ class AskedModel:
         InputError for a prompt that leaves no room, before anything is drawn.
         """
         questions = self._questions(asked, answers=answers)
-        slots = min(self.config.rollout.slots, len(questions))
+        slots = self.config.rollout.slots
         for batch in batches(questions, FULL_ENGINES * slots):
-            engine = self._engine([questions[i] for i in batch], slots)
+            # An empty slot costs as much per step as a full one.
+            engine = self._engine([questions[i] for i in batch], min(slots, len(batch)))
             answered = stream_answers(
                 engine,
                 self.params,
@@ -183,21 +184,25 @@ def _longest_prompt(question: Question) -> int:
 def batches(questions: Sequence[Question], enough: int) -> list[list[int]]:
     """Indices of questions that one engine answers, the longest answers of each first.
 
-    A slot of the cache is as long as the longest prompt, so prompts of one bucket go together where
-    there are `enough` of them to keep an engine full; otherwise with those of the next bucket.
+    All slots of an engine are as long as its longest sequence, so that only answers of one bucket
+    of limits go together. Of these, prompts of one bucket go together where there are `enough` of
+    them to keep an engine full; otherwise with those of the next bucket.
     """
-    order = sorted(range(len(questions)), key=lambda i: (_bucket(questions[i]), i))
+    order = sorted(range(len(questions)), key=lambda i: (*_buckets(questions[i]), i))
     made: list[list[int]] = []
-    for _, indices in groupby(order, key=lambda i: _bucket(questions[i])):
-        if made and len(made[-1]) < enough:
+    limit_of_last = 0
+    for (limit, _), indices in groupby(order, key=lambda i: _buckets(questions[i])):
+        if made and len(made[-1]) < enough and limit == limit_of_last:
             made[-1] += indices
         else:
             made.append(list(indices))
+        limit_of_last = limit
     return [sorted(batch, key=lambda i: _longest_first(questions[i], i)) for batch in made]
 
 
-def _bucket(question: Question) -> int:
-    return bucket(len(question.prompt_tokens))
+def _buckets(question: Question) -> tuple[int, int]:
+    """Of the longest of trace and answer, and of the prompt."""
+    return bucket(max(_limits(question))), bucket(len(question.prompt_tokens))
 
 
 def _longest_first(question: Question, index: int) -> tuple[int, int, int]:

@@ -41,8 +41,13 @@ def test_prompts_of_one_bucket_share_an_engine_that_they_fill():
 
 
 def test_the_longest_answers_begin_first():
-    questions = [question(10), question(10, limit=90), question(12)]
+    questions = [question(10), question(10, limit=12), question(12)]
     assert batches(questions, 1) == [[1, 2, 0]]
+
+
+def test_short_answers_do_not_pay_for_the_slots_of_long_ones():
+    questions = [question(10, limit=2048), question(10), question(200), question(10, limit=2000)]
+    assert batches(questions, 7) == [[2, 1], [0, 3]]
 
 
 @pytest.mark.parametrize(
