@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nrt_jax.config.data import DataConfig
+from nrt_jax.data import merge, plan, prepare
 from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from tests.data.made_tokenizers import write_made_tokenizer
@@ -143,3 +144,11 @@ def write_rows(tmp_path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of 16 rows and shards of 3,000 bytes, so that a few rows make several."""
+    monkeypatch.setattr(plan, "ROWS_PER_PART", 16)
+    monkeypatch.setattr(prepare, "ROWS_PER_PART", 16)
+    monkeypatch.setattr(merge, "SHARD_BYTES", 3000)

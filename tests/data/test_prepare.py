@@ -30,11 +30,7 @@ def additions(count: int, first: int = 0) -> list:
     return [*rows[:5], b"{broken", *rows[5:], {"question": "", "answer": "=1"}]
 
 
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(plan, "ROWS_PER_PART", 16)
-    monkeypatch.setattr(prepare, "ROWS_PER_PART", 16)
-    monkeypatch.setattr(merge, "SHARD_BYTES", 3000)
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 
 @pytest.fixture

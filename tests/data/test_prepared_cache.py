@@ -13,7 +13,7 @@ import pytest
 
 from nrt_jax import distributed
 from nrt_jax.config.data import DataConfig
-from nrt_jax.data import merge, plan, prepare, prepared_cache
+from nrt_jax.data import prepare, prepared_cache
 from nrt_jax.data.batches import BatchIterator
 from nrt_jax.data.pipeline import Dataset, load_dataset
 from nrt_jax.data.prepared import open_cached
@@ -32,11 +32,8 @@ def rows_of(count: int, first: int = 0) -> list:
 
 
 @pytest.fixture(autouse=True)
-def no_file_is_small(monkeypatch):
+def no_file_is_small(small_parts, monkeypatch):
     monkeypatch.setattr(prepared_cache, "MEMORY_BYTES", 0)
-    monkeypatch.setattr(plan, "ROWS_PER_PART", 16)
-    monkeypatch.setattr(prepare, "ROWS_PER_PART", 16)
-    monkeypatch.setattr(merge, "SHARD_BYTES", 3000)
 
 
 @pytest.fixture

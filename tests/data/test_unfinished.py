@@ -14,12 +14,7 @@ from nrt_jax.data import merge, plan, prepare
 from nrt_jax.errors import InputError
 from tests.data.test_prepare import additions, tree
 
-
-@pytest.fixture(autouse=True)
-def small_parts(monkeypatch):
-    monkeypatch.setattr(plan, "ROWS_PER_PART", 16)
-    monkeypatch.setattr(prepare, "ROWS_PER_PART", 16)
-    monkeypatch.setattr(merge, "SHARD_BYTES", 3000)
+pytestmark = pytest.mark.usefixtures("small_parts")
 
 
 @pytest.fixture
