@@ -100,12 +100,7 @@ def _add_run_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:
 
     generate = subparsers.add_parser("generate", help="print the trace and the answer to a prompt")
     _add_model(generate)
-    generate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.FIELD=VALUE",
-        help="how the model is asked, such as data.template=plain",
-    )
+    _add_overrides(generate, "data.template=plain")
     generate.add_argument("--prompt", required=True, action="append", help="may be given again")
     generate.add_argument(
         "--temperature", type=temperature, default=0.0, help="of the trace; 0 is greedy"
@@ -135,12 +130,7 @@ def _add_run_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> None:
 def _add_evaluate(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     evaluate = subparsers.add_parser("evaluate", help="evaluate any model on benchmarks")
     _add_model(evaluate)
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.FIELD=VALUE",
-        help="how the model is asked, such as rollout.slots=128",
-    )
+    _add_overrides(evaluate, "rollout.slots=128")
     evaluate.add_argument("--suite", default="paper", help="its nine benchmarks by default")
     evaluate.add_argument(
         "--tasks", metavar="NAME,...", help="these benchmarks or variants of the suite alone"
@@ -178,12 +168,7 @@ def _add_judge(subparsers: "argparse._SubParsersAction[Parser]") -> None:
         "judge", help="let another model score the traces of a model, as in the paper's Appendix H"
     )
     _add_model(judge)
-    judge.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="SECTION.FIELD=VALUE",
-        help="how the model is asked, such as evaluation.trace_temperature=1",
-    )
+    _add_overrides(judge, "evaluation.trace_temperature=1")
     judge.add_argument(
         "--url", required=True, help="an OpenAI-compatible server, such as http://HOST/v1"
     )
@@ -383,4 +368,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "model",
         metavar="MODEL",
         help="a run, RUN/checkpoints/STEP, an import or a Hugging Face directory",
+    )
+
+
+def _add_overrides(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="SECTION.FIELD=VALUE",
+        help=f"how the model is asked, such as {example}",
     )
