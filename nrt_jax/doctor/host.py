@@ -1,7 +1,6 @@
 """What can be told before jax starts: versions, accelerators and their drivers."""
 
 import ctypes
-import glob
 import importlib.metadata
 import os
 import platform
@@ -9,10 +8,10 @@ from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
+from nrt_jax.devices import GPU_FILES, TPU_FILES, device_files
 from nrt_jax.doctor.finding import Finding
 
 PACKAGES = ("nrt-jax", "jax", "jaxlib", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
-TPU_FILES, GPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*"), ("/dev/nvidia[0-9]*",)
 
 
 class Host(NamedTuple):
@@ -35,17 +34,13 @@ class Host(NamedTuple):
 def look(*, cpu_asked: bool) -> Host:
     """Look at this machine, without jax."""
     return Host(
-        tpu_files=_existing(TPU_FILES),
-        gpu_files=_existing(GPU_FILES),
+        tpu_files=device_files(TPU_FILES),
+        gpu_files=device_files(GPU_FILES),
         libtpu=find_spec("libtpu") is not None,
         cuda_plugin=next((v for v in (13, 12) if find_spec(f"jax_cuda{v}_plugin")), None),
         driver_cuda=driver_cuda(),
         cpu_asked=cpu_asked,
     )
-
-
-def _existing(patterns: Sequence[str]) -> list[str]:
-    return sorted(path for pattern in patterns for path in glob.glob(pattern))
 
 
 def driver_cuda(load: Callable[[str], ctypes.CDLL] = ctypes.CDLL) -> int | None:
