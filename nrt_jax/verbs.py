@@ -273,9 +273,9 @@ def export(args: argparse.Namespace) -> None:
 
 def report(args: argparse.Namespace) -> None:
     from nrt_jax.analysis.report import write_report
-    from nrt_jax.experiments.sweep_table import finished_runs, is_sweep
+    from nrt_jax.experiments.sweep_table import is_sweep, run_dirs
 
-    expanded = [finished_runs(folder) if is_sweep(folder) else [folder] for folder in args.folders]
+    expanded = [run_dirs(folder) if is_sweep(folder) else [folder] for folder in args.folders]
     write_report([folder for folders in expanded for folder in folders], args.out)
 
 

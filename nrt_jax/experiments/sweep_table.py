@@ -1,15 +1,14 @@
 """Cells of a sweep as a table: what would be trained, and how far each is."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
+from nrt_jax.analysis.summary import aligned
 from nrt_jax.experiments.cells import Cell, Sweep
 from nrt_jax.experiments.sweep import CELLS_FILE, CellState, cell_state, read_cells
 
 
 def plan_table(sweep: Sweep) -> str:
     """The cells, the size of each, and its folder."""
-    header = ("cell", "steps", "prompts", "traces", "state", "folder")
     rows = [
         (
             cell.title,
@@ -22,7 +21,8 @@ def plan_table(sweep: Sweep) -> str:
         for cell in sweep.cells
     ]
     traces = sum(map(_traces, sweep.cells))
-    return f"{_table(header, rows)}\n{len(rows)} cells, {traces:,} traces in all"
+    head = ("cell", "steps", "prompts", "traces", "state", "folder")
+    return "\n".join([*aligned([head, *rows]), f"{len(rows)} cells, {traces:,} traces in all"])
 
 
 def _prompts(cell: Cell) -> int:
@@ -45,7 +45,7 @@ def status_table(sweep: Sweep) -> str:
     for state in states:
         counts[state.state] += 1
     summary = ", ".join(f"{count} {name}" for name, count in counts.items())
-    return f"{_table(('cell', 'state', 'step', ''), rows)}\n{summary}"
+    return "\n".join([*aligned([("cell", "state", "step", ""), *rows]), summary])
 
 
 def _note(state: CellState) -> str:
@@ -56,7 +56,7 @@ def _note(state: CellState) -> str:
     return ""
 
 
-def finished_runs(folder: Path) -> list[Path]:
+def run_dirs(folder: Path) -> list[Path]:
     """The run directories of the cells in a sweep's folder that still exist, in their order."""
     return [folder / name for name in read_cells(folder) if (folder / name).is_dir()]
 
@@ -64,13 +64,3 @@ def finished_runs(folder: Path) -> list[Path]:
 def is_sweep(folder: Path) -> bool:
     """Whether a folder is that of a sweep."""
     return (folder / CELLS_FILE).is_file()
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    columns = zip(header, *rows, strict=True)
-    widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
-        for row in (header, *rows)
-    ]
-    return "\n".join(lines)
