@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from nrt_jax.atomic_files import write_atomically
 from nrt_jax.config.load import dump_config
+from nrt_jax.devices import GPU_FILES, TPU_FILES, device_files
 from nrt_jax.errors import InputError
 from nrt_jax.experiments.cells import Cell, Sweep
 from nrt_jax.stop import INTERRUPTED, StopRequest
@@ -126,15 +128,19 @@ def write_configs(sweep: Sweep) -> None:
         (sweep.folder / CONFIGS).mkdir(parents=True, exist_ok=True)
         (sweep.folder / LOGS).mkdir(exist_ok=True)
         for cell in sweep.cells:
-            config_file(sweep, cell).write_text(dump_config(cell.config), encoding="utf-8")
+            _write(config_file(sweep, cell), dump_config(cell.config))
         known = read_cells(sweep.folder) if (sweep.folder / CELLS_FILE).exists() else {}
         known |= {cell.name: dict(cell.options) for cell in sweep.cells}
-        text = json.dumps(known, indent=1, ensure_ascii=False) + "\n"
-        (sweep.folder / CELLS_FILE).write_text(text, encoding="utf-8")
+        _write(sweep.folder / CELLS_FILE, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
     except OSError as error:
         raise InputError(
             f"{sweep.folder}: cannot be written ({error.strerror}); name another folder by --out"
         ) from error
+
+
+def _write(path: Path, text: str) -> None:
+    """Every task of a job array writes these files, and reads what another has written."""
+    write_atomically(path, text.encode(), shared=True)
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, str]]:
@@ -236,7 +242,7 @@ def _shares(jobs: int) -> list[dict[str, str]]:
     """For each job the GPUs that it sees, or the cores of the CPU that it runs on."""
     if jobs == 1:
         return [{}]
-    if any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*")):
+    if device_files(TPU_FILES):
         raise InputError(
             f"--jobs {jobs}: the TPU chips of a host belong to one process; use --jobs 1"
         )
@@ -254,7 +260,7 @@ def _gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return [name for name in visible.split(",") if name.strip()]
-    return [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    return [Path(path).name.removeprefix("nvidia") for path in device_files(GPU_FILES)]
 
 
 @contextmanager
