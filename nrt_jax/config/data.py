@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from nrt_jax.config.hard_tokens import HardTokensConfig
 from nrt_jax.config.load import MOST_TOKENS, CacheFolder, ConfigPath, Section
 from nrt_jax.config.rows import (
     CONVERSATIONS,
@@ -133,7 +134,9 @@ class DataConfig(RowsConfig):
     """Threads that read the next batches while a step runs, as many batches ahead; 0: a batch is
     read when its step begins."""
     chain: ChainConfig = ChainConfig()
-    """Settings of the built-in generators."""
+    """Settings of chain_addition and chain_documents."""
+    hard_tokens: HardTokensConfig = HardTokensConfig()
+    """Settings of hard_tokens and hard_documents."""
 
     @model_validator(mode="after")
     def _source_has_what_it_needs(self) -> "DataConfig":
@@ -152,10 +155,14 @@ class DataConfig(RowsConfig):
                 f"template_file={self.template_file} is a chat template and template 'plain' has "
                 "none; set data.template=tokenizer"
             )
-        if self.source == "chain_documents" and self.chain.totals_rows and self.shuffle:
+        curriculum, first_rows = {
+            "chain_documents": ("chain.totals_rows", self.chain.totals_rows),
+            "hard_documents": ("hard_tokens.worked_rows", self.hard_tokens.worked_rows),
+        }.get(str(self.source), ("", 0))
+        if first_rows and self.shuffle:
             raise ValueError(
-                f"chain.totals_rows={self.chain.totals_rows} is a curriculum and needs the "
-                "order of the source; set data.shuffle=false"
+                f"{curriculum}={first_rows} is a curriculum and needs the order of the source; "
+                "set data.shuffle=false"
             )
         self._check_choice_of_rows()
         for part in (self, *self.mixture):
@@ -259,6 +266,12 @@ class DataConfig(RowsConfig):
     def generated(self) -> bool:
         """Whether the rows come from a built-in generator."""
         return self.source in GENERATORS
+
+    @property
+    def generated_rows(self) -> int:
+        """How many training rows an epoch of a built-in generator has."""
+        hard = self.source in ("hard_tokens", "hard_documents")
+        return self.hard_tokens.rows if hard else self.chain.rows
 
     @property
     def location(self) -> str:

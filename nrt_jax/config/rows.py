@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -11,8 +11,8 @@ from nrt_jax.config.load import Section, resolve_path
 
 FileFormat = Literal["jsonl", "json", "csv", "tsv", "parquet", "arrow"]
 Library = Literal["tfds", "hub"]
-Generator = Literal["chain_addition", "chain_documents"]
-GENERATORS = ("chain_addition", "chain_documents")
+Generator = Literal["chain_addition", "chain_documents", "hard_tokens", "hard_documents"]
+GENERATORS: tuple[str, ...] = get_args(Generator)
 Preset = Literal[
     "alpaca",
     "sharegpt",

@@ -5,9 +5,9 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from nrt_jax.config.data import DataConfig
-from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, shorten
 from nrt_jax.data.chat_template import QUESTION, PromptTemplate
+from nrt_jax.data.generators import generate_row
 from nrt_jax.data.prepared import prepared_directory, rows_by_number
 from nrt_jax.data.row_tokens import RowTokenizer, as_text
 from nrt_jax.data.rows import Row
@@ -106,11 +106,9 @@ def _rows(config: DataConfig, wanted: Collection[int]) -> Iterator[tuple[DataCon
 
 
 def _generated(config: DataConfig, wanted: Collection[int]) -> list[Row]:
-    documents = config.source == "chain_documents"
-    make = chain_addition.document if documents else chain_addition.addition
     rows = []
     for number in sorted(wanted):
-        example = make(config.chain, config.seed, number)
+        example = generate_row(config, number)
         fields = {config.question_field: example.question, config.answer_field: example.answer}
         rows.append(Row(number, f"row {number}", fields))
     return rows

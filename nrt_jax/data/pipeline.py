@@ -11,8 +11,8 @@ import numpy as np
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.config.rows import location
-from nrt_jax.data import chain_addition
 from nrt_jax.data.bad_rows import BadRow, BadRows, Rejected
+from nrt_jax.data.generators import generate_evaluation, generate_row
 from nrt_jax.data.manifest import Manifest
 from nrt_jax.data.mixture import draw_mixture
 from nrt_jax.data.prepared import Prepared, open_cached, open_prepared, prepared_directory
@@ -96,8 +96,8 @@ def first_rows(
     """
     if config.generated:
         rows = RowTokenizer(config, tokenizer)
-        for index in range(min(count, config.chain.rows)):
-            example = _generate(config, index)
+        for index in range(min(count, config.generated_rows)):
+            example = generate_row(config, index)
             yield f"row {index}", rows.of_example(example)
         return
     if (directory := prepared_directory(config)) is not None:
@@ -225,24 +225,17 @@ class _GeneratedExamples(Sequence):
         self._rows = rows
 
     def __len__(self) -> int:
-        return self._config.chain.rows
+        return self._config.generated_rows
 
     def __getitem__(self, index: int) -> TokenizedExample:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return _tokenize_generated(_generate(self._config, int(index)), self._config, self._rows)
-
-
-def _generate(config: DataConfig, index: int) -> Example:
-    documents = config.source == "chain_documents"
-    make = chain_addition.document if documents else chain_addition.addition
-    return make(config.chain, config.seed, index)
+        example = generate_row(self._config, int(index))
+        return _tokenize_generated(example, self._config, self._rows)
 
 
 def _generated(config: DataConfig, rows: RowTokenizer) -> Dataset:
-    held_out = chain_addition.evaluation_examples(
-        config.chain, config.eval_rows, documents=config.source == "chain_documents"
-    )
+    held_out = generate_evaluation(config)
     evaluation = [_tokenize_generated(example, config, rows) for example in held_out]
     return Dataset(_GeneratedExamples(config, rows), evaluation, {})
 

@@ -27,7 +27,7 @@ _PLAN_FILE, _TOTALS_FILE = "plan.json", "totals.json"
 _OF_PLAN = ("tokens", "config", "filters", "rows_per_part")
 _OF_SOURCE = ("name", "path", "evaluates", "files")
 """What the manifest has of a plan."""
-_NOT_OF_ROWS = {"shuffle", "chain", "tokenizer", "cache", "read_threads"}
+_NOT_OF_ROWS = {"shuffle", "chain", "hard_tokens", "tokenizer", "cache", "read_threads"}
 """Settings that change no row; the tokenizer counts by what it does, not by its path."""
 
 

@@ -76,6 +76,8 @@ def test_a_curriculum_needs_the_order_of_the_source():
         "chain.totals_rows=96 is a curriculum and needs the order of the source; "
         "set data.shuffle=false"
     ) in text
+    text = message("data.source=hard_documents", "data.hard_tokens.worked_rows=96")
+    assert "hard_tokens.worked_rows=96 is a curriculum and needs the order of the source" in text
 
 
 def test_shares_must_sum_to_one():
@@ -85,7 +87,19 @@ def test_shares_must_sum_to_one():
     ) in text
 
 
-@pytest.mark.parametrize("override", ["chain.modulus=11", "max_bad_share=1.5", "seed=-1"])
+def test_hard_tokens_has_three_to_eight_computed_words():
+    text = message("data.source=hard_tokens", "data.hard_tokens.answer_tokens=200")
+    assert (
+        "answer_tokens=200 and hard_share=0.05 make 10 computed words, which must be 3 to 8; "
+        "hard_share=0.040 makes 8"
+    ) in text
+    text = message("data.source=hard_documents", "data.hard_tokens.noise_share=0.3")
+    assert "worked_share, nothing_share, noise_share and copy_share sum to 1.1" in text
+
+
+@pytest.mark.parametrize(
+    "override", ["chain.modulus=11", "hard_tokens.answer_tokens=59", "max_bad_share=1.5", "seed=-1"]
+)
 def test_values_out_of_range(override):
     assert f"data.{override}" in message("data.source=chain_addition", f"data.{override}")
 

@@ -9,7 +9,7 @@ import pytest
 
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data import merge, plan, prepare
-from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from tests.data.made_tokenizers import write_made_tokenizer
 from tests.data.templates import TEMPLATES

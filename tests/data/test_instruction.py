@@ -8,7 +8,7 @@ import pytest
 from nrt_jax.config.data import DataConfig
 from nrt_jax.data.instruction import INSTRUCTION, find_instruction, instructed_prompts
 from nrt_jax.data.pipeline import load_dataset
-from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
-from nrt_jax.data.quickstart_tokenizer import SPECIAL_TOKENS
+from nrt_jax.data.task_tokenizers import SPECIAL_TOKENS
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from tests.data.made_tokenizers import KINDS, MULTILINGUAL, save

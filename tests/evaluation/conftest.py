@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from nrt_jax.config.architecture import Architecture
-from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.engine.engine import Engine
 from tests.engine.toy import one_device

@@ -22,7 +22,7 @@ from flax import nnx
 from nrt_jax import cli
 from nrt_jax.checkpoints import hf_weights
 from nrt_jax.config.architecture import Architecture
-from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.models.decoder import Decoder
 from nrt_jax.training.logger import ROLLOUTS, TIMING_PREFIXES
 from tests.data.made_tokenizers import write_made_tokenizer

@@ -8,7 +8,7 @@ import pytest
 
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
-from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.training.answer_logprobs import Context, ContextLogprobs
 from nrt_jax.training.diagnosis import (

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.training.frozen_logprobs import frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss

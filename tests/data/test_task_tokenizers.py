@@ -1,10 +1,16 @@
-"""The quickstart's tokenizer in our reader and in transformers."""
+"""The tokenizers of the built-in tasks in our reader and in transformers."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nrt_jax.data.quickstart_tokenizer import CHARACTERS, SPECIAL_TOKENS
+from nrt_jax.data.hard_tokens import words
+from nrt_jax.data.task_tokenizers import (
+    CHARACTERS,
+    SPECIAL_TOKENS,
+    write_hard_tokens_tokenizer,
+)
+from nrt_jax.data.tokenizer import Tokenizer
 
 TEXTS = st.text(alphabet=CHARACTERS, max_size=40)
 
@@ -59,3 +65,29 @@ def test_other_characters_are_unknown(tokenizer):
         *[tokenizer.unk_id] * 3,
         *tokenizer.encode("2"),
     ]
+
+
+@pytest.fixture(scope="module")
+def hard_tokenizers(tmp_path_factory):
+    transformers = pytest.importorskip("transformers")
+    directory = tmp_path_factory.mktemp("words")
+    write_hard_tokens_tokenizer(directory)
+    return Tokenizer.load(directory), transformers.AutoTokenizer.from_pretrained(directory)
+
+
+@settings(deadline=None, max_examples=20)
+@given(chosen=st.lists(st.sampled_from(words()), min_size=1, max_size=40))
+def test_one_token_a_word_and_back(hard_tokenizers, chosen):
+    tokenizer, auto = hard_tokenizers
+    text = " ".join(chosen)
+    ids = tokenizer.encode(text)
+    assert [tokenizer.token(i) for i in ids] == chosen
+    assert tokenizer.decode(ids) == text
+    assert auto.encode(text) == [tokenizer.bos_id, *ids]
+    assert auto.decode(ids) == text
+
+
+def test_other_words_are_unknown(hard_tokenizers):
+    tokenizer, _ = hard_tokenizers
+    assert tokenizer.encode("rain snow 3")[1] == tokenizer.unk_id
+    assert tokenizer.vocab_size == len(SPECIAL_TOKENS) + len(words())
