@@ -16,8 +16,11 @@ EVALUATION_METRICS = (
     "eval/reward",
     "eval/baseline",
     "eval/reference_logprob",
+    "eval/trace_gain",
+    "eval/shuffled_gain",
 )
-"""What an evaluation can measure; the last three with score_references alone."""
+"""What an evaluation can measure: the reward, the baseline and the reference's logprob with
+score_references alone, the gains with reference_rows above 0."""
 
 
 class EvaluationConfig(Section):
@@ -37,6 +40,10 @@ class EvaluationConfig(Section):
     """Temperature of the traces; 0 is greedy, 1 samples as training does. Answers are greedy."""
     score_references: bool = False
     """Also score the reference answer after each trace (eval/reward and others); not for sft."""
+    reference_rows: int = Field(default=64, ge=0)
+    """Examples whose reference answer is scored token by token, after the trace, the empty trace
+    and another question's trace: eval/trace_gain, eval/shuffled_gain, and references/ in the run
+    directory, which reports read; 0 for none."""
     samples: int = Field(default=10, ge=0)
     """Examples whose trace and answer are written to samples.jsonl."""
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -208,15 +208,20 @@ def check_references(extract: Extract, examples: Sequence[TokenizedExample]) -> 
         )
 
 
+class Evaluated(NamedTuple):
+    """What an evaluation found."""
+
+    metrics: dict[str, float]
+    records: list[dict[str, Any]]
+    """One per example, to read."""
+    traces: list[Trace | None]
+    """One per example; None where the model answers directly."""
+
+
 def evaluate(
-    answerer: Answerer,
-    params: Any,
-    examples: Sequence[TokenizedExample],
-    key: jax.Array,
-    *,
-    samples: int,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Metrics over all examples, and the first `samples` of them as readable records.
+    answerer: Answerer, params: Any, examples: Sequence[TokenizedExample], key: jax.Array
+) -> Evaluated:
+    """Answer all examples, and compare with their references.
 
     An answer is right when what `answerer.extract` finds in it is what it finds in the reference,
     or in one of its aliases, and the model ended it with eos: neither an answer that was cut nor a
@@ -239,12 +244,12 @@ def evaluate(
     if answerer.extract.name != "whole":
         found = [record["extracted"] is not None for record in records]
         metrics["eval/extracted_share"] = float(np.mean(found))
-    traces = [trace for trace, _ in answered if trace is not None]
-    if traces:
-        ended = [trace.end_token == answerer.tokenizer.think_end_id for trace in traces]
-        metrics["eval/trace_tokens"] = float(np.mean([len(trace.tokens) for trace in traces]))
+    traces = [trace for trace, _ in answered]
+    if sampled := [trace for trace in traces if trace is not None]:
+        ended = [trace.end_token == answerer.tokenizer.think_end_id for trace in sampled]
+        metrics["eval/trace_tokens"] = float(np.mean([len(trace.tokens) for trace in sampled]))
         metrics["eval/think_end_share"] = float(np.mean(ended))
-    return metrics | scored, records[:samples]
+    return Evaluated(metrics | scored, records, traces)
 
 
 def _reference_metrics(

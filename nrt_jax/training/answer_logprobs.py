@@ -57,6 +57,8 @@ class ContextLogprobs(NamedTuple):
 
     answer_A: Float[np.ndarray, "A"]
     """log pi(y*_i | x, context, y*_<i)."""
+    answer_entropy_A: Float[np.ndarray, "A"]
+    """Of the distribution over the vocabulary that each answer token is one value of."""
     entropy_T: Float[np.ndarray, "T"]
     """Of the distribution that each trace token is sampled from."""
 
@@ -92,6 +94,7 @@ class AnswerLogprobs(NamedTuple):
                     y, z = first + len(context.tokens), first + len(context.before)
                     scored[p][c] = ContextLogprobs(
                         answer_A=result.logprob_BT[row, y : y + answer],
+                        answer_entropy_A=result.entropy_BT[row, y : y + answer],
                         entropy_T=result.entropy_BT[row, z : z + len(context.trace)],
                     )
         return scored

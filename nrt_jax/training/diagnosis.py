@@ -103,6 +103,20 @@ def score_groups(
     score: ScoreAnswers, params: Any, groups: Sequence[Group], tokenizer: Tokenizer, seed: int
 ) -> list[Scored]:
     """Score the answers of all groups after x, the empty trace, own and other traces."""
+    K = len(groups[0].traces)
+    rows = score_contexts(score, params, groups, tokenizer, seed)
+    return [_scored(of_question, K) for of_question in rows]
+
+
+def score_contexts(
+    score: ScoreAnswers, params: Any, groups: Sequence[Group], tokenizer: Tokenizer, seed: int
+) -> list[list[ContextLogprobs]]:
+    """Per question: y* directly after x, after the empty trace, after each of its K traces, and
+    after the traces of another question where there is one.
+
+    Equal contexts take the values of the first of them: two rows of a batch may round differently,
+    and an empty trace must be neither above nor below the empty trace.
+    """
     examples = [group.example for group in groups]
     donors = shuffled_donors([example.prompt_tokens.tolist() for example in examples], seed)
     nothing, end = np.zeros(0, np.int32), np.asarray([tokenizer.think_end_id], np.int32)
@@ -118,20 +132,23 @@ def score_groups(
         direct, empty = Context(nothing, nothing, nothing), Context(start, nothing, end)
         contexts.append([direct, empty, *after])
     rows = score(params, examples, contexts)
-    return [_scored(*of_p, len(groups[0].traces)) for of_p in zip(contexts, rows, strict=True)]
+    return [_first_of_equal(*of_question) for of_question in zip(contexts, rows, strict=True)]
 
 
-def _scored(contexts: Sequence[Context], rows: Sequence[ContextLogprobs], K: int) -> Scored:
-    """The logprobs of one question by what stands between x and y*.
-
-    Equal contexts take those of the first of them: two rows of a batch may round differently, and
-    an empty trace must be neither above nor below the empty trace.
-    """
-    first: dict[bytes, np.ndarray] = {}
-    direct_A, empty_A, *after = [
-        first.setdefault(context.tokens.tobytes(), row.answer_A)
-        for context, row in zip(contexts, rows, strict=True)
+def _first_of_equal(
+    contexts: Sequence[Context], rows: Sequence[ContextLogprobs]
+) -> list[ContextLogprobs]:
+    first: dict[bytes, ContextLogprobs] = {}
+    for context, row in zip(contexts, rows, strict=True):
+        first.setdefault(context.tokens.tobytes(), row)
+    of_answers = [first[context.tokens.tobytes()] for context in contexts]
+    return [
+        equal._replace(entropy_T=row.entropy_T) for equal, row in zip(of_answers, rows, strict=True)
     ]
+
+
+def _scored(rows: Sequence[ContextLogprobs], K: int) -> Scored:
+    direct_A, empty_A, *after = [row.answer_A for row in rows]
     return Scored(
         direct_A=direct_A,
         empty_A=empty_A,

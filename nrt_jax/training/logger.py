@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,12 @@ import jax
 from nrt_jax.atomic_files import write_atomically
 from nrt_jax.checkpoints.files import append, open_to_append
 from nrt_jax.config.logging import LoggingConfig
+from nrt_jax.evaluation.reference_log import (
+    REFERENCES,
+    ReferenceRow,
+    drop_references_after,
+    write_references,
+)
 from nrt_jax.training.life import RunLife
 from nrt_jax.training.progress_bar import ProgressBar
 from nrt_jax.training.tensorboard import EventFile
@@ -100,6 +106,8 @@ class MetricsWriter:
         self._every, self._total = config.every_steps, total
         for name in (METRICS_FILE, SAMPLES_FILE):
             keep_up_to(run_dir / name, after)
+        self._references = run_dir / REFERENCES
+        drop_references_after(self._references, after)
         self._trackers = open_trackers(config, run_dir, resolved, continues=after >= 0)
         with ExitStack() as opened:
             self._metrics = opened.enter_context(open_to_append(run_dir / METRICS_FILE))
@@ -145,6 +153,11 @@ class MetricsWriter:
         """Write the traces and answers of one evaluation."""
         lines = [json.dumps({"step": step} | sample, ensure_ascii=False) for sample in samples]
         append(self._samples, "".join(line + "\n" for line in lines).encode())
+
+    def write_references(self, step: int, rows: Sequence[ReferenceRow]) -> None:
+        """Write what one evaluation found on the tokens of reference answers, if it was asked."""
+        if rows:
+            write_references(self._references, step, rows)
 
     def write_rollouts(self, table: "pa.Table") -> None:
         """Keep the traces of one step until a file of them is full, or until `sync`."""
@@ -193,6 +206,9 @@ class SilentWriter:
 
     def write_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         """Leave the samples to process 0."""
+
+    def write_references(self, step: int, rows: Sequence[ReferenceRow]) -> None:
+        """Leave the tokens of reference answers to process 0."""
 
     def write_rollouts(self, table: "pa.Table") -> None:
         """Leave the traces to process 0."""

@@ -11,9 +11,11 @@ from nrt_jax import distributed
 from nrt_jax.compilation import WATCH
 from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.held_out import evaluate
+from nrt_jax.evaluation.reference_log import ReferenceRow
 from nrt_jax.stop import StopRequest
 from nrt_jax.training.profile import traced
 from nrt_jax.training.progress import save_progress
+from nrt_jax.training.reference_scores import score_references
 from nrt_jax.training.setup import EVALUATION_STREAM, Run
 
 log = logging.getLogger(__name__)
@@ -94,18 +96,21 @@ def evaluate_run(run: Run) -> None:
         return
     metrics: dict[str, float] = {}
     samples: list[dict[str, Any]] = []
+    references: list[ReferenceRow] = []
     with logger.timer("evaluate"):
         params = run.engines.weights(progress).params
         if answerer is not None:
             key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_STREAM)
-            metrics, samples = evaluate(
-                answerer, params, run.data.held_out, key, samples=config.evaluation.samples
-            )
+            evaluated = evaluate(answerer, params, run.data.held_out, key)
+            samples = evaluated.records[: config.evaluation.samples]
+            of_references, references = score_references(run, evaluated)
+            metrics = evaluated.metrics | of_references
         if benchmarks is not None:
             metrics |= benchmarks.evaluate(params, progress.step)
     progress.metrics = metrics
     logger.write(progress.step, metrics | logger.timer.take() | {"time/compile_s": WATCH.take()})
     logger.write_samples(progress.step, samples)
+    logger.write_references(progress.step, references)
     _check_best_metric(config.checkpoint.best_metric, metrics)
 
 

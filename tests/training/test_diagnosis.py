@@ -134,7 +134,11 @@ def test_each_answer_is_scored_after_own_and_other_traces(tokenizer):
             asked[i] = [context.tokens.tolist() for context in of_example]
         return [
             [
-                ContextLogprobs(np.full(len(e.answer_tokens), -float(c)), np.full(c, 0.5))
+                ContextLogprobs(
+                    answer_A=np.full(len(e.answer_tokens), -float(c)),
+                    answer_entropy_A=np.full(len(e.answer_tokens), 0.25),
+                    entropy_T=np.full(c, 0.5),
+                )
                 for c, _ in enumerate(of_e)
             ]
             for e, of_e in zip(examples, contexts, strict=True)
