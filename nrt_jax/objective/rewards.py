@@ -16,7 +16,12 @@ from jaxtyping import Array, Bool, Float, Int
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective.advantages import advantages
-from nrt_jax.objective.schemes import aggregate, rewards_of
+from nrt_jax.objective.schemes import (
+    LogRewardAndSignal,
+    aggregate,
+    rewards_of,
+    spread_over_traces,
+)
 from nrt_jax.types import SuffixLogprobs
 
 
@@ -38,16 +43,23 @@ def compute_rewards(
     objective: ObjectiveConfig,
 ) -> Rewards:
     """R, R_base, A and S from the answer's confidences (Eq. 6, 9, 10; Table 1)."""
-    reward_and_signal = partial(
-        aggregate,
-        objective.scheme,
-        ws_normalisation=objective.ws_normalisation,
-        weight_cap=objective.weight_cap,
-    )
+    spread_PA = spread_over_traces(log_c_PKA, mask_PA)
+
+    def reward_and_signal(log_c_PA: Float[Array, "P A"]) -> LogRewardAndSignal:
+        return aggregate(
+            objective.scheme,
+            log_c_PA,
+            log_c_base_PA,
+            mask_PA,
+            ws_normalisation=objective.ws_normalisation,
+            weight_cap=objective.weight_cap,
+            spread_BT=spread_PA,
+        )
+
     # The empty trace goes with the others, so that log c equal to its own give the same reward.
     every_PKA = jnp.concatenate([log_c_base_PA[:, None], log_c_PKA], axis=1)
-    over_traces = jax.vmap(reward_and_signal, in_axes=(1, None, None), out_axes=1)
-    log_reward_PK, signal_PKA = over_traces(every_PKA, log_c_base_PA, mask_PA)
+    over_traces = jax.vmap(reward_and_signal, in_axes=1, out_axes=1)
+    log_reward_PK, signal_PKA = over_traces(every_PKA)
     log_baseline_P, log_reward_PK = log_reward_PK[:, 0], log_reward_PK[:, 1:]
     signal_PKA = signal_PKA[:, 1:]
     advantage_PK = advantages(

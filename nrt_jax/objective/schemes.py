@@ -1,7 +1,8 @@
 """From the probabilities of the reference answer to the reward of a trace (Table 1, Appendix C).
 
-Letters: B sequences, T tokens of the answer. log_c is log pi(y*_i | x, z, y*_<i) in nats, and
-log_c_base the same after an empty trace.
+Letters: B sequences, T tokens of the answer; P prompts, K traces per prompt, A answer tokens where
+the traces of a prompt are compared. log_c is log pi(y*_i | x, z, y*_<i) in nats, and log_c_base the
+same after an empty trace.
 """
 
 from collections.abc import Callable
@@ -73,6 +74,13 @@ def _weighted_sum(
     return log_sum_B + shift_B1[:, 0], weight_BT * jnp.exp(log_c_BT)
 
 
+def _weighted_log_sum(
+    weight_BT: Float[Array, "B T"], log_c_BT: Float[Array, "B T"], mask_BT: Bool[Array, "B T"]
+) -> LogRewardAndSignal:
+    """R = sum_j w_j log c_j, which stands in place of its logarithm, S_i = w_i."""
+    return masked_sum(weight_BT * log_c_BT, mask_BT, axis=1), weight_BT
+
+
 def _inverse_probability(surprise_BT: Float[Array, "B T"]) -> Float[Array, "B T"]:
     """w_i = 1 / c_base_i."""
     return jnp.exp(surprise_BT)
@@ -97,13 +105,18 @@ RAW_WEIGHTS: dict[str, Callable[..., Float[Array, "B T"]]] = {
 }
 """Raw weights w of the weighted schemes, from -log c_base."""
 
+SPREAD_REWARDS: dict[str, Callable[..., LogRewardAndSignal]] = {"r3": _weighted_log_sum}
+"""log R and S of the schemes that weight by spread, from the weights, log c and the mask."""
+
 _WITHOUT_FUNCTION = [
     name
     for name, scheme in SCHEMES.items()
-    if name not in (RAW_WEIGHTS if scheme.weighted else REWARDS)
+    if name
+    not in (RAW_WEIGHTS if scheme.weighted else SPREAD_REWARDS if scheme.spread else REWARDS)
 ]
 assert not _WITHOUT_FUNCTION, (
-    f"no function in REWARDS, or in RAW_WEIGHTS if weighted, for: {', '.join(_WITHOUT_FUNCTION)}"
+    "no function in REWARDS, in RAW_WEIGHTS if weighted or in SPREAD_REWARDS if by spread, for: "
+    + ", ".join(_WITHOUT_FUNCTION)
 )
 
 # --- schemes -------------------------------------------------------------------------------------
@@ -117,6 +130,7 @@ def aggregate(
     *,
     ws_normalisation: str = "sum",
     weight_cap: float | None = None,
+    spread_BT: Float[ArrayLike, "B T"] | None = None,
 ) -> LogRewardAndSignal:
     """log R, with R = f(c_1..c_T), and token signal S_i = (df/dc_i) c_i of each row (Table 1).
 
@@ -124,8 +138,9 @@ def aggregate(
     `rewards_of` takes either. The mask keeps the tokens of the answer; T of the formulas is their
     number. A row without any has reward and signals 0. Computed in float32 (float64 for float64
     input). R may be differentiated: dR/d log c_i is S_i, with the weights of the weighted schemes
-    as constants. Only the weighted schemes use log_c_base. Raises ValueError for an unknown scheme
-    or normalisation.
+    as constants. Only the weighted schemes use log_c_base, and only those that weight by spread use
+    `spread_BT` (`spread_over_traces`), which they need. Raises ValueError for an unknown scheme or
+    normalisation.
     """
     _check_scheme(scheme)
     mask_BT = as_mask(mask_BT)
@@ -139,6 +154,10 @@ def aggregate(
             weight_cap=weight_cap,
         )
         log_reward_B, signal_BT = _weighted_sum(weight_BT, log_c_BT, mask_BT)
+    elif SCHEMES[scheme].spread:
+        assert spread_BT is not None, f"{scheme} needs the spread over the traces"
+        weight_BT = spread_weights(spread_BT, mask_BT)
+        log_reward_B, signal_BT = SPREAD_REWARDS[scheme](weight_BT, log_c_BT, mask_BT)
     else:
         log_reward_B, signal_BT = REWARDS[scheme](log_c_BT, mask_BT)
     of_nothing = -jnp.inf if SCHEMES[scheme].positive else 0.0
@@ -192,6 +211,30 @@ def ws_weights(
             f"choose one of {', '.join(WS_NORMALISATIONS)}"
         )
     return weight_BT, capped_BT
+
+
+def spread_over_traces(
+    log_c_PKA: Float[ArrayLike, "P K A"], mask_PA: Shaped[ArrayLike, "P A"]
+) -> Float[Array, "P A"]:
+    """sigma_j, the standard deviation of log c_j over the K traces of a prompt, in nats."""
+    return masked_fill(log_c_PKA, as_mask(mask_PA)[:, None]).std(axis=1)
+
+
+def spread_weights(
+    spread_BT: Float[ArrayLike, "B T"], mask_BT: Shaped[ArrayLike, "B T"]
+) -> Float[Array, "B T"]:
+    """w_j = sigma_j / sum_i sigma_i: the weights of R3 (arXiv 2506.13351, Section 4.1.3).
+
+    The reward there is sum_j w(sigma_j) (log c_j - log c_j,masked) with a w that grows with sigma_j
+    and is not given, and c_masked after a masked trace. Ours are the proportional w with sum 1 and
+    the empty trace as the masked one, so that R - R_base is that reward. All weights are 0 where no
+    token varies, as with one trace. They pass no gradient.
+    """
+    mask_BT = as_mask(mask_BT)
+    sigma_BT = masked_fill(jax.lax.stop_gradient(at_least_float32(spread_BT)), mask_BT)
+    sigma_BT = jnp.minimum(sigma_BT, LARGEST_WEIGHT)
+    total_B1 = sigma_BT.sum(axis=1, keepdims=True)
+    return sigma_BT / jnp.where(total_B1 > 0, total_B1, 1)
 
 
 def _equal_weights(

@@ -161,8 +161,9 @@ def make_step_functions(
 def _warn_of_zero_signals(step: int, metrics: Mapping[str, float], scheme: str) -> bool:
     """Warn, and return True, where token signals of 0 keep answers from being trained."""
     share = metrics["reward/zero_signal_share"]
-    # A weighted scheme leaves out tokens that the empty trace is sure of, as it should.
-    if share == 0 or (SCHEMES[scheme].weighted and share < 1):
+    # Weights leave out tokens that the empty trace, or every trace, is sure of, as they should.
+    weighs = SCHEMES[scheme].weighted or SCHEMES[scheme].spread
+    if share == 0 or (weighs and share < 1):
         return False
     log.warning(
         "step %d: the token signal of %.3g %% of the answer tokens is 0 in float32, so the loss "

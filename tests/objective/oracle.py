@@ -21,8 +21,17 @@ def weights(scheme, log_c_base, normalisation, cap):
     return [w / total if total else 0.0 for w in raw]
 
 
-def aggregate(scheme, log_c, log_c_base, normalisation="sum", cap=None):
-    """(R, [S_1, ..., S_T]) of one row."""
+def spread(rows):
+    """The standard deviation of each token over the rows, one row per trace of a prompt."""
+    sigma = []
+    for token in zip(*rows, strict=True):
+        mean = sum(token) / len(token)
+        sigma.append(math.sqrt(sum((value - mean) ** 2 for value in token) / len(token)))
+    return sigma
+
+
+def aggregate(scheme, log_c, log_c_base, normalisation="sum", cap=None, sigma=None):
+    """(R, [S_1, ..., S_T]) of one row; `sigma` is the spread of its tokens over the traces."""
     T = len(log_c)
     if T == 0:
         return 0.0, []
@@ -36,6 +45,9 @@ def aggregate(scheme, log_c, log_c_base, normalisation="sum", cap=None):
         return mean, [mean / T] * T
     if scheme == "am":
         return sum(c) / T, [value / T for value in c]
+    if scheme == "r3":
+        w = [value / sum(sigma) if sum(sigma) else 0.0 for value in sigma]
+        return sum(weight * value for weight, value in zip(w, log_c, strict=True)), w
     w = weights(scheme, log_c_base, normalisation, cap)
     signal = [weight * value for weight, value in zip(w, c, strict=True)]
     return sum(signal), signal

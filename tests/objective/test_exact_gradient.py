@@ -22,11 +22,12 @@ BASE_SEED = 7
 
 
 def rewards(params, traces, scheme):
-    """R and S of each trace; c_base is of other, constant parameters, as of a sampling policy."""
+    """R and S of each trace; c_base, and the spread that weights, are of constant parameters."""
     log_c = tabular.answer_logprobs(params, traces.features_BF)
     base = tabular.answer_logprobs(tabular.random_params(BASE_SEED), np.array([[0.0, 0.0, 1.0]]))
     mask = np.ones(log_c.shape, bool)
-    log_reward, signal = aggregate(scheme, log_c, jnp.broadcast_to(base, log_c.shape), mask)
+    base = jnp.broadcast_to(base, log_c.shape)
+    log_reward, signal = aggregate(scheme, log_c, base, mask, spread_BT=jnp.abs(base))
     return log_c, rewards_of(scheme, log_reward), signal
 
 

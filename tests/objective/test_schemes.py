@@ -10,9 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective import schemes
-from nrt_jax.objective.schemes import LARGEST_WEIGHT, WS_SCHEMES, rewards_of, ws_weights
+from nrt_jax.objective.rewards import compute_rewards
+from nrt_jax.objective.schemes import (
+    LARGEST_WEIGHT,
+    WS_SCHEMES,
+    rewards_of,
+    spread_over_traces,
+    spread_weights,
+    ws_weights,
+)
 from tests.objective import oracle
 
 # c = 1/2, 1/4 and c_base = 1/4, 1/2 by hand: log 2 and log 4 are the weights of ws_neg_log_p.
@@ -31,12 +40,14 @@ BY_HAND = [
     ("ws_neg_log_p", "sum", 1.25 * L2, [L2, 0.25 * L2]),
     ("ws_neg_log_p", "mean", 0.625 * L2, [L2 / 2, 0.125 * L2]),
     ("ws_neg_log_p", "normalised", 1.25 / 3, [1 / 3, 0.25 / 3]),
+    ("r3", "mean", -4 / 3 * L2, [2 / 3, 1 / 3]),
 ]
 
 
-def aggregate(scheme, *args, **how):
-    """R and S."""
-    log_reward, signal = schemes.aggregate(scheme, *args, **how)
+def aggregate(scheme, log_c, log_c_base, mask, **how):
+    """R and S, with spreads over the traces as large as the surprises after the empty trace."""
+    how = {"spread_BT": jnp.abs(jnp.asarray(log_c_base)), **how}
+    log_reward, signal = schemes.aggregate(scheme, log_c, log_c_base, mask, **how)
     return rewards_of(scheme, log_reward), signal
 
 
@@ -95,6 +106,7 @@ def test_agrees_with_the_oracle(log_c, log_c_base, mask, scheme, normalisation, 
             oracle.kept(log_c_base[b], mask[b]),
             normalisation,
             cap,
+            oracle.kept(np.abs(log_c_base[b]), mask[b]),
         )
         # Weights are exponentials of up to 69, where neighbouring floats are 7.6e-6 apart.
         np.testing.assert_allclose(reward[b], expected_reward, rtol=1e-5, atol=1e-6)
@@ -216,6 +228,13 @@ def test_signal_is_the_derivative_of_the_reward(scheme, normalisation, x64):
         np.testing.assert_allclose(difference, signal[:, t], rtol=1e-7, atol=1e-9)
 
 
+def test_the_weights_of_r3_are_constants(x64):
+    def reward(spread):
+        return aggregate("r3", C, C_BASE, BOTH, spread_BT=spread)[0].sum()
+
+    np.testing.assert_array_equal(jax.grad(reward)(jnp.array([[2.0, 1.0]])), np.zeros((1, 2)))
+
+
 @pytest.mark.parametrize("scheme", WS_SCHEMES)
 def test_weights_are_constants(scheme, x64):
     base = jnp.array(C_BASE)
@@ -223,6 +242,36 @@ def test_weights_are_constants(scheme, x64):
     np.testing.assert_array_equal(gradient, np.zeros((1, 2)))
     gradient = jax.grad(lambda x: ws_weights(scheme, x, BOTH)[0].sum())(base)
     np.testing.assert_array_equal(gradient, np.zeros((1, 2)))
+
+
+def test_the_spread_is_that_of_log_c_over_the_traces_of_a_prompt():
+    """By hand: log c of -1 and -3, whose standard deviation is 1, beside one that is -1 twice."""
+    log_c = np.array([[[-1, -1, np.nan], [-3, -1, np.nan]]], np.float32)
+    mask = np.array([[True, True, False]])
+    np.testing.assert_allclose(spread_over_traces(log_c, mask), [[1, 0, 0]])
+    for sigma, weight in (([1, 3, np.nan], [0.25, 0.75, 0]), ([0, 0, np.inf], [0, 0, 0])):
+        got = spread_weights(np.array([sigma], np.float32), mask)
+        np.testing.assert_array_equal(got, [weight])
+
+
+def test_r3_compares_traces_by_the_tokens_on_which_they_differ():
+    """The second token is alike after both traces, and after them surer than after the empty one:
+    it neither separates the traces nor counts against the baseline, and is not trained."""
+    log_c = jnp.array([[[-1.0, -0.5], [-3.0, -0.5]]])
+    base, mask = jnp.array([[-2.0, -5.0]]), jnp.ones((1, 2), bool)
+    rewards = compute_rewards(log_c, base, mask, ObjectiveConfig.model_validate({"scheme": "r3"}))
+    np.testing.assert_allclose(rewards.log_reward_PK, [[-1, -3]])
+    np.testing.assert_allclose(rewards.log_baseline_P, [-2])
+    np.testing.assert_allclose(rewards.advantage_PK, [[1, -1]], rtol=1e-6)
+    np.testing.assert_array_equal(rewards.token_signal_PKA, [[[1, 0], [1, 0]]])
+
+
+def test_r3_of_equal_traces_has_neither_reward_nor_signal():
+    log_c, base = jnp.full((1, 4, 3), -0.7), jnp.full((1, 3), -0.9)
+    mask = jnp.ones((1, 3), bool)
+    rewards = compute_rewards(log_c, base, mask, ObjectiveConfig.model_validate({"scheme": "r3"}))
+    for value in rewards:
+        np.testing.assert_array_equal(value, np.zeros(value.shape))
 
 
 def test_unknown_names_list_the_known_ones():
