@@ -3,6 +3,8 @@
 import hashlib
 import os
 from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from nrt_jax.config.data import DataConfig
@@ -13,6 +15,8 @@ from nrt_jax.data.training_rows import benchmark_source, naming_benchmarks
 
 WHOLE = ""
 """Name of the only part of an input that is one file, however the file is called."""
+LARGE_BYTES = 2**24
+"""The cache of prepared data and the record of a run's inputs both ask for digests at a start."""
 
 
 def digests_of_training_data(data: DataConfig) -> dict[str, str]:
@@ -65,6 +69,23 @@ def digests_of_files(paths: Mapping[str, Any]) -> dict[str, str]:
     for name, path in paths.items():
         with reaching(path):
             if path.is_file():
-                with path.open("rb") as file:
-                    digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+                digests[name] = _digest(path)
     return digests
+
+
+def _digest(path: Any) -> str:
+    """Of a file; a large one is read once per process unless its status says that it changed."""
+    if isinstance(path, Path) and (status := path.stat()).st_size > LARGE_BYTES:
+        changes = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        return _remembered(path.absolute(), changes)
+    return _read(path)
+
+
+@lru_cache(maxsize=4096)
+def _remembered(path: Path, changes: tuple[int, ...]) -> str:
+    return _read(path)
+
+
+def _read(path: Any) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
