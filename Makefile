@@ -9,9 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CREATED := .venv/.created
 INSTALLED := .venv/.installed-$(REQUIREMENTS)
 INSTALLED_TEST := .venv/.installed-test
+INSTALLED_DOCS := .venv/.installed-docs
 
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-test demo test test-slow lint style types format figures docs lock clean
+.PHONY: help venv venv-test demo test test-slow lint style types format figures docs docs-site lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -57,6 +58,9 @@ figures: venv  ## after demo: its figures into docs/figures.json and the README
 docs: venv  ## make docs/configuration.md anew from the schema
 	$(BIN)/python docs/generate_configuration.py
 
+docs-site: $(INSTALLED_DOCS)  ## the documents as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 $(CREATED):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "make: $(PYTHON) is not Python 3.11 or later; name one with: make PYTHON=/path/to/python3.11" >&2; \
@@ -75,6 +79,10 @@ $(INSTALLED_TEST): requirements-test.txt $(INSTALLED)
 	$(PIP) install --quiet -c requirements-test.txt torch
 	@touch $@
 
+$(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
+	$(PIP) install --quiet --no-deps -r requirements-docs.txt
+	@touch $@
+
 # `make lock` keeps the versions that still fit; `make lock UPGRADE=--upgrade` takes the newest.
 LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 $(UPGRADE) \
   --no-header --no-emit-index-url --no-emit-find-links --annotation-style line
@@ -90,6 +98,7 @@ lock: $(CREATED)  ## make the requirements files anew from pyproject.toml
 	$(call write-lock,requirements-tpu.txt,--extra jetstream --extra tpu -c requirements.txt)
 	$(call write-lock,requirements-cuda.txt,--extra jetstream --extra cuda -c requirements.txt)
 	$(call write-lock,requirements-test.txt,--extra test -c requirements.txt)
+	$(call write-lock,requirements-docs.txt,--extra docs -c requirements-test.txt)
 
 clean:  ## remove .venv, caches and build leftovers (not runs/)
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info

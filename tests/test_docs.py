@@ -7,7 +7,9 @@ import shlex
 from collections.abc import Iterator
 
 import pytest
+import yaml
 
+import nrt_jax
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.objective.advantages import ESTIMATORS
@@ -15,7 +17,10 @@ from nrt_jax.options import make_parser
 from nrt_jax.verbs import load
 from tests.conftest import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *REPOSITORY.glob("docs/*.md")]
+PAGES = [
+    *(REPOSITORY / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *REPOSITORY.glob("docs/**/*.md"),
+]
 TEXTS = {page.relative_to(REPOSITORY).as_posix(): page.read_text("utf-8") for page in PAGES}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.M | re.S)
 CODE = re.compile(r"`([^`\n]+)`")
@@ -154,3 +159,17 @@ def test_the_documents_show_the_recorded_figures(section):
     changed = {name: value + 1 for name, value in RECORDED[section].items()}
     with pytest.raises(ValueError, match="must hold once"):
         RECORDER["replaced"](section, changed, RECORDED[section])
+
+
+def test_the_site_leads_to_every_page():
+    text = (REPOSITORY / "mkdocs.yml").read_text("utf-8")
+    navigation = text[text.index("\nnav:") :]
+    missing = [page for page in TEXTS if page.startswith("docs/") and page[5:] not in navigation]
+    assert not missing
+    assert "CHANGELOG.md" in TEXTS
+
+
+def test_the_citation_is_of_this_version():
+    citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == nrt_jax.__version__
+    assert f"## {nrt_jax.__version__}" in TEXTS["CHANGELOG.md"]

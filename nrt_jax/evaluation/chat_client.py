@@ -60,7 +60,7 @@ class ChatClient:
     """Asks one model of one server; several threads may use it."""
 
     url: str
-    """http(s)://HOST[:PORT][/v1]."""
+    """`http(s)://HOST[:PORT][/v1]`."""
     model: str
     timeout_s: float = 600.0
     tries: int = TRIES
