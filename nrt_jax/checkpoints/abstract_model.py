@@ -21,13 +21,25 @@ from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MeshConfig
 from nrt_jax.config.model import AUTO, ModelConfig
 from nrt_jax.config.rollout import RolloutConfig
-from nrt_jax.config.run import RunConfig
+from nrt_jax.config.run import NO_CHECKPOINT, RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.models.attention_backend import choose_backend
 from nrt_jax.models.decode_mesh import DecodeLoad, decode_mesh
 from nrt_jax.models.decoder import Decoder, abstract_decoder
 from nrt_jax.models.sharding import abstract_params, make_mesh
+
+_SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "tie_word_embeddings",
+)
+"""What memory and work depend on."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,26 @@ def load_tokenizer(config: RunConfig) -> Tokenizer:
 def architecture_of(model: ModelConfig) -> Architecture:
     """The architecture of the config, or of the checkpoint that it names.
 
-    Raises InputError for a checkpoint that cannot be read.
+    Raises InputError for a checkpoint that cannot be read or is not of `model.shape`, and for a
+    shape without a checkpoint.
     """
     if model.path is not None:
-        return read_architecture(model.path)
-    assert model.architecture is not None, "ModelConfig requires one of the two"
+        found = read_architecture(model.path)
+        _check_shape(model, found)
+        return found
+    if model.architecture is None:
+        raise InputError(NO_CHECKPOINT)
     return model.architecture
+
+
+def _check_shape(model: ModelConfig, found: Architecture) -> None:
+    for name in () if model.shape is None else _SHAPE:
+        asked, has = getattr(model.shape, name), getattr(found, name)
+        if asked != has:
+            raise InputError(
+                f"{model.path}: {name} is {has}, and model.shape says {asked}; name the "
+                "checkpoint that the config is for, or set model.shape=null"
+            )
 
 
 def abstract_model(
@@ -82,10 +108,10 @@ def abstract_model(
         vocab_size = max(architecture.vocab_size, tokenizer.vocab_size)
         architecture = architecture.model_copy(update={"vocab_size": vocab_size})
     if engine_mesh is not None:
-        return _on_mesh(model, architecture, engine_mesh(architecture), jnp.dtype(model.dtype))
+        return model_on_mesh(model, architecture, engine_mesh(architecture), jnp.dtype(model.dtype))
     mesh = make_mesh(config.mesh, _devices(config.rollout)[0])
-    opened = _on_mesh(model, architecture, mesh, jnp.dtype(model.dtype))
-    return replace(opened, definition=_training_definition(config, architecture, mesh))
+    opened = model_on_mesh(model, architecture, mesh, jnp.dtype(model.dtype))
+    return replace(opened, definition=training_definition(config, architecture, mesh))
 
 
 def engine_model(config: RunConfig, model: Model) -> Model:
@@ -96,10 +122,15 @@ def engine_model(config: RunConfig, model: Model) -> Model:
     """
     dtype = jnp.dtype(config.rollout.dtype or config.model.dtype)
     try:
-        mesh = _engine_mesh(config, model, dtype)
-        engine = _on_mesh(config.model, model.architecture, mesh, dtype)
+        return engine_model_on(config, model.architecture, _engine_mesh(config, model, dtype))
     except InputError as error:
         raise InputError(f"rollout.{error}") from None
+
+
+def engine_model_on(config: RunConfig, architecture: Architecture, mesh: Mesh) -> Model:
+    """The model as the engines hold it, on this mesh."""
+    dtype = jnp.dtype(config.rollout.dtype or config.model.dtype)
+    engine = model_on_mesh(config.model, architecture, mesh, dtype)
 
     def cast(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         # The scales of the norms are few, and the norms compute in float32.
@@ -120,7 +151,7 @@ def _engine_mesh(config: RunConfig, model: Model, dtype: jnp.dtype) -> Mesh:
             copies = 1 if config.optimizer.offload else 3  # the weights, and AdamW's two moments
             leaves = jax.tree.leaves(model.target)
             free -= copies * sum(4 * math.prod(w.sharding.shard_shape(w.shape)) for w in leaves)
-        load = _decode_load(config, model.architecture, model.target, dtype, free)
+        load = decode_load(config, model.architecture, model.target, dtype, free)
         sizes = decode_mesh(model.architecture, load, len(devices))
     mesh = make_mesh(sizes or MeshConfig(), devices)
     return model.mesh if mesh == model.mesh else mesh
@@ -137,7 +168,7 @@ def answering_mesh(config: RunConfig, architecture: Architecture, slots: int | N
     decoder = abstract_decoder(architecture, vocab_multiple=config.model.vocab_multiple)
     weights = nnx.to_pure_dict(nnx.state(decoder))
     config = config.model_copy(update={"rollout": rollout})
-    load = _decode_load(config, architecture, weights, jnp.dtype("float32"), _bytes_of_a_device())
+    load = decode_load(config, architecture, weights, jnp.dtype("float32"), _bytes_of_a_device())
     return make_mesh(decode_mesh(architecture, load, jax.device_count()))
 
 
@@ -147,7 +178,7 @@ def _bytes_of_a_device() -> int | None:
     return distributed.from_first("memory of a device", memory)
 
 
-def _decode_load(
+def decode_load(
     config: RunConfig,
     architecture: Architecture,
     weights: dict[str, Any],
@@ -188,9 +219,10 @@ def _devices(rollout: RolloutConfig) -> tuple[list[Any], list[Any]]:
     return devices[: -rollout.devices], devices[-rollout.devices :]
 
 
-def _on_mesh(
+def model_on_mesh(
     config: ModelConfig, architecture: Architecture, mesh: Mesh, dtype: jnp.dtype
 ) -> Model:
+    """The model for engines on a mesh: its definition spreads no rows over it."""
     decoder = abstract_decoder(
         architecture, dtype=dtype, remat=config.remat, vocab_multiple=config.vocab_multiple
     )
@@ -198,7 +230,7 @@ def _on_mesh(
     return Model(definition, architecture, mesh, abstract_params(mesh, decoder, jnp.float32))
 
 
-def _training_definition(config: RunConfig, architecture: Architecture, mesh: Mesh) -> nnx.GraphDef:
+def training_definition(config: RunConfig, architecture: Architecture, mesh: Mesh) -> nnx.GraphDef:
     """A decoder that spreads its rows over the mesh and uses the attention of training."""
     model, data, rollout = config.model, config.data, config.rollout
     after = data.max_answer_tokens if config.method == "sft" else rollout.max_response_tokens

@@ -19,6 +19,9 @@ class ModelConfig(Section):
     null to start from random weights."""
     architecture: Architecture | None = None
     """Shape of the model when there is no path."""
+    shape: Architecture | None = None
+    """Shape of the checkpoint that path is to hold: `nrt-jax plan` needs no more, and training
+    refuses a checkpoint of another shape."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; the weights and the optimizer stay float32."""
     remat: Literal["none", "full", "dots", "offload"] = "none"
@@ -44,12 +47,17 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _one_source(self) -> "ModelConfig":
-        if self.path is None and self.architecture is None:
+        if self.path is None and self.architecture is None and self.shape is None:
             raise ValueError("set one of path (a checkpoint) and architecture (random weights)")
         if self.path is not None and self.architecture is not None:
             raise ValueError(
                 f"path={self.path} (a checkpoint) and architecture (random weights) are both set, "
                 "and neither rules; set one of them to null, such as model.architecture=null to "
                 "start from the checkpoint"
+            )
+        if self.shape is not None and self.architecture is not None:
+            raise ValueError(
+                "shape (of a checkpoint) and architecture (random weights) are both set; set "
+                "model.shape=null to draw random weights"
             )
         return self

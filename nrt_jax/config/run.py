@@ -23,6 +23,10 @@ from nrt_jax.errors import InputError
 
 CONFIG_FILE = "config.yaml"
 """The resolved config in a run's directory."""
+NO_CHECKPOINT = (
+    "model.path is null, and model.shape is only the shape of a checkpoint; name the directory of "
+    "its weights, model.path=DIR"
+)
 
 
 class RunConfig(Section):
@@ -63,9 +67,13 @@ class RunConfig(Section):
 
     @property
     def tokenizer_directory(self) -> Path:
-        """Where the tokenizer is: `data.tokenizer`, or the model's own directory."""
+        """Where the tokenizer is: `data.tokenizer`, or the model's own directory.
+
+        Raises InputError for a config that names a shape and not yet the checkpoint.
+        """
         directory = self.data.tokenizer or self.model.path
-        assert directory is not None, "_a_tokenizer_is_named holds"
+        if directory is None:
+            raise InputError(NO_CHECKPOINT)
         return directory
 
     @model_validator(mode="after")
@@ -80,7 +88,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _a_tokenizer_is_named(self) -> "RunConfig":
-        if self.data.tokenizer is None and self.model.path is None:
+        if self.data.tokenizer is None and self.model.path is None and self.model.shape is None:
             raise ValueError(
                 "data.tokenizer is null and model.path too; name a directory with a tokenizer"
             )
