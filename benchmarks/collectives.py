@@ -28,9 +28,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from benchmarks.compiled_text import Collective, collectives, matrix_flops
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.models.sharding import make_mesh
+from nrt_jax.planning.compiled_text import Collective, collectives, matrix_flops
 from tests.engine import tpu_compile as engine
 from tests.training import tpu_compile as training
 
@@ -62,8 +62,8 @@ def main() -> None:
 def lowered(name: str, shape: str, mesh: Mesh) -> jax.stages.Lowered:
     """A program by its name."""
     if name in ("prefill", "decode"):
-        return getattr(engine.lowered(shape, mesh), name)
-    return getattr(training.lowered(shape, mesh), {"gradient": "add", "scoring": "score"}[name])
+        return getattr(engine.lowered(shape, mesh), name)()
+    return getattr(training.lowered(shape, mesh), {"gradient": "add", "scoring": "score"}[name])()
 
 
 def report(name: str, program: jax.stages.Compiled, least: "Least", lines: int) -> list[str]:

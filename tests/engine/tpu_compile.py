@@ -9,22 +9,17 @@ import json
 import math
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from nrt_jax.config.architecture import Architecture, Llama3Scaling
 from nrt_jax.config.mesh import parse_mesh
-from nrt_jax.engine.decode_state import state_shardings
-from nrt_jax.engine.engine import Engine
-from nrt_jax.engine.kv_cache import Sizes
-from nrt_jax.models.decoder import abstract_decoder
-from nrt_jax.models.sharding import abstract_params, make_mesh
+from nrt_jax.config.run import RunConfig
+from nrt_jax.models.sharding import make_mesh
+from nrt_jax.planning.programs import EnginePrograms, engine_programs
 
 SHAPES = {
     "small": {
@@ -51,71 +46,47 @@ COPIES = 8
 STEPS = 16
 
 
-class Programs(NamedTuple):
-    """An engine, its weights and its state in shapes, and its programs not compiled."""
-
-    engine: Engine
-    params: Any
-    state: Any
-    prefill: jax.stages.Lowered
-    """Of a prompt in each shard."""
-    decode: jax.stages.Lowered
-    """Of STEPS steps."""
-
-
 def main(shape: str, mesh_axes: str) -> None:
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
     programs = lowered(shape, make_mesh(parse_mesh(mesh_axes), topology.devices))
+    decode = programs.decode()
     report = {
         "form": type(programs.engine._decoding.cache).__name__,
-        "kernel": "ragged_paged_attention_kernel" in programs.decode.as_text(),
+        "kernel": "ragged_paged_attention_kernel" in decode.as_text(),
         "weight_bytes": bytes_per_chip(programs.params),
         "cache_bytes": bytes_per_chip(programs.state.layers),
-        "prefill": costs(programs.prefill),
-        "decode": costs(programs.decode),
+        "prefill": costs(programs.prefill()),
+        "decode": costs(decode),
     }
     print(json.dumps(report))
 
 
-def lowered(shape: str, mesh: Mesh) -> Programs:
+def run_config(shape: str) -> RunConfig:
+    """A run of this shape, in bfloat16 with all of a layer recomputed."""
+    architecture = {"head_dim": 128, "rope_theta": 5e5, "rope_scaling": {}} | SHAPES[shape]
+    return RunConfig.model_validate(
+        {
+            "model": {"architecture": architecture, "dtype": "bfloat16", "remat": "full"},
+            # An engine's prompt has t_start too.
+            "data": {"path": "x", "tokenizer": "x", "max_prompt_tokens": PROMPT_TOKENS - 1},
+            "objective": {"old_logprobs": "recompute"},
+            "rollout": {
+                "traces_per_prompt": COPIES,
+                "max_trace_tokens": NEW_TOKENS,
+                "max_response_tokens": 8192,
+                "slots": SLOTS,
+                "decode_steps": STEPS,
+                "prefill_chunk": None,
+            },
+        }
+    )
+
+
+def lowered(shape: str, mesh: Mesh) -> EnginePrograms:
     """The programs of an engine of this shape on a mesh."""
-    a = Architecture(**SHAPES[shape], head_dim=128, rope_theta=5e5, rope_scaling=Llama3Scaling())
-    decoder = abstract_decoder(a, dtype=jnp.bfloat16)
-    params = abstract_params(mesh, decoder, jnp.bfloat16)
-    engine = Engine(
-        nnx.split(decoder)[0],
-        a,
-        mesh,
-        slots=SLOTS,
-        max_prompt_tokens=PROMPT_TOKENS,
-        max_new_tokens=NEW_TOKENS,
-        stop_ids=frozenset({0}),
-        dtype=jnp.bfloat16,
-        num_samples=COPIES,
-    )
-    # There are no devices to copy them to.
-    engine.programs.constant = lambda name, make: make()
-    state = abstract_state(engine, mesh)
-    tokens_RS = jax.ShapeDtypeStruct((engine.shards, PROMPT_TOKENS), jnp.int32)
-    length_R = jax.ShapeDtypeStruct((engine.shards,), jnp.int32)
-    prefill = jax.jit(lambda params, *prompts: engine.prefill_rows(params, None, *prompts)).lower(
-        params, tokens_RS, length_R
-    )
-    decode = jax.jit(engine.generate, static_argnums=(2, 3), donate_argnums=1).lower(
-        params, state, STEPS, COPIES
-    )
-    return Programs(engine, params, state, prefill, decode)
-
-
-def abstract_state(engine: Engine, mesh: Mesh) -> Any:
-    """A state with room for the longest of all, in shapes."""
-    sizes = Sizes(SLOTS // COPIES, PROMPT_TOKENS, NEW_TOKENS)
-    shapes = jax.eval_shape(lambda: engine.init_decode_state(sizes))
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        state_shardings(mesh, shapes),
-    )
+    config = run_config(shape)
+    assert config.model.architecture is not None
+    return engine_programs(config, config.model.architecture, mesh)
 
 
 def bytes_per_chip(arrays: Any) -> int:

@@ -10,8 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
-from benchmarks.compiled_text import collectives
 from nrt_jax.models.logprobs import TokenLogprobs, token_logprobs
+from nrt_jax.planning.compiled_text import collectives
 from tests.models.tiny import close, mesh, tokens
 
 B, T, D, V = 2, 48, 8, 101

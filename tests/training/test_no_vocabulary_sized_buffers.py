@@ -18,12 +18,12 @@ import pytest
 from flax import nnx
 from jax.sharding import Mesh
 
-from benchmarks.compiled_text import Collective, collectives
 from nrt_jax.checkpoints.train_state import state_shardings
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.config.optimizer import OptimizerConfig
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params, batch_sharding, make_mesh
+from nrt_jax.planning.compiled_text import Collective, collectives
 from nrt_jax.training.batch import nrt_batch, sft_batch
 from nrt_jax.training.frozen_logprobs import frozen_logprobs_fn
 from nrt_jax.training.loss import nrt_loss
