@@ -161,6 +161,28 @@ def topology(text: str) -> "Topology":
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def price(text: str) -> float:
+    """A price above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no price; give a number above 0")
+    return value
+
+
+def token_counts(text: str) -> tuple[int, int, int]:
+    """Mean tokens of prompt, trace and answer."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.isdecimal() and 0 < int(part) < 2**24 for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no PROMPT,TRACE,ANSWER; give three counts of tokens, as 300,400,416"
+        )
+    prompt, trace, answer = map(int, parts)
+    return prompt, trace, answer
+
+
 def volume(text: str) -> tuple[str, str]:
     """CLAIM:PATH, a volume claim of Kubernetes and the path at which pods see it."""
     claim, _, mount = text.partition(":")

@@ -14,12 +14,14 @@ from nrt_jax.arguments import (
     exit_status,
     inputs,
     path,
+    price,
     process_count,
     restart_count,
     row_count,
     seconds,
     seed,
     temperature,
+    token_counts,
     topology,
     volume,
 )
@@ -53,6 +55,7 @@ def make_parser() -> Parser:
     _add_local(subparsers)
     _add_sweep(subparsers)
     _add_doctor(subparsers)
+    _add_plan(subparsers)
     _add_launch(subparsers)
     return parser
 
@@ -291,6 +294,30 @@ def _add_launch(subparsers: "argparse._SubParsersAction[Parser]") -> None:
         "--tasks", type=process_count, default=16, metavar="N", help="slurm-prepare: how many, 16"
     )
     launch.set_defaults(verb=verbs.launch)
+
+
+def _add_plan(subparsers: "argparse._SubParsersAction[Parser]") -> None:
+    plan = subparsers.add_parser(
+        "plan", help="tell memory, time and cost of a config's run on machines, before renting them"
+    )
+    add_config(plan)
+    plan.add_argument(
+        "--topology", type=topology, required=True, help="the machines, as v6e:8x8 or h100x8:2"
+    )
+    plan.add_argument(
+        "--price-per-hour", type=price, metavar="X", help="of one chip, for the cost of the run"
+    )
+    plan.add_argument(
+        "--tokens",
+        type=token_counts,
+        metavar="PROMPT,TRACE,ANSWER",
+        help="mean tokens of a row, 300,400,416 by default, and no more than the config's limits",
+    )
+    plan.add_argument("--json", action="store_true", help="print all figures as JSON")
+    plan.add_argument(
+        "--search", action="store_true", help="list the ten fastest meshes and settings that fit"
+    )
+    plan.set_defaults(verb=verbs.plan)
 
 
 def _add_doctor(subparsers: "argparse._SubParsersAction[Parser]") -> None:

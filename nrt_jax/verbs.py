@@ -100,6 +100,27 @@ def launch(args: argparse.Namespace) -> int:
     return start(args.kind, text)
 
 
+def plan(args: argparse.Namespace) -> int:
+    config = load(args)
+    from nrt_jax.planning.plan import as_json, make_plan
+    from nrt_jax.planning.report import found, shown
+    from nrt_jax.planning.search import changes_text, misfit, search
+    from nrt_jax.planning.work import Lengths
+
+    lengths = None if args.tokens is None else Lengths(*args.tokens)
+    options = {"lengths": lengths, "price_per_hour": args.price_per_hour}
+    if args.search:
+        best = search(config, args.topology, **options)
+        figures = [{"changes": changes_text(one.changes)} | as_json(one.plan) for one in best]
+        print(json.dumps(figures, indent=1) if args.json else "\n".join(found(best)))
+        return 0
+    planned = make_plan(config, args.topology, **options)
+    print(json.dumps(as_json(planned), indent=1) if args.json else "\n".join(shown(planned)))
+    if not planned.fits:
+        raise RunFailed(misfit(planned))
+    return 0
+
+
 def doctor(args: argparse.Namespace) -> None:
     config = load(args) if args.config else None
     from nrt_jax.doctor.run import examine, of_all, raise_first, shown

@@ -27,7 +27,7 @@ def kv_cache(
     Raises InputError when `attention` is pallas and no kernel supports the platform, the model's
     heads or the cache's dtype.
     """
-    reason = _why_not(platform, mesh, architecture, jnp.dtype(dtype))
+    reason = _why_not(platform, mesh.shape["tensor"], architecture, jnp.dtype(dtype))
     if attention == "pallas" and reason is not None:
         raise InputError(f"rollout.attention: pallas: {reason}; set it to xla or auto")
     if attention == "xla" or reason is not None:
@@ -36,7 +36,16 @@ def kv_cache(
     return form(mesh, architecture.sliding_window)
 
 
-def _why_not(platform: str, mesh: Mesh, architecture: Architecture, dtype: jnp.dtype) -> str | None:
+def kernel_applies(
+    platform: str, tensor: int, architecture: Architecture, dtype: DTypeLike
+) -> bool:
+    """Whether a platform has a kernel for this model, its heads over `tensor` devices."""
+    return _why_not(platform, tensor, architecture, jnp.dtype(dtype)) is None
+
+
+def _why_not(
+    platform: str, tensor: int, architecture: Architecture, dtype: jnp.dtype
+) -> str | None:
     """Why the platform's kernel does not apply; None when it does."""
     if platform not in ("tpu", "gpu"):
         return f"there is no kernel for the {platform}"
@@ -48,7 +57,7 @@ def _why_not(platform: str, mesh: Mesh, architecture: Architecture, dtype: jnp.d
         return None if fits else f"head_dim {d} is no power of two of {GPU_SMALLEST_HEAD} or more"
     if d % TPU_LANES:
         return f"head_dim {d} is no multiple of {TPU_LANES}"
-    heads = architecture.num_key_value_heads // mesh.shape["tensor"]
+    heads = architecture.num_key_value_heads // tensor
     # A page's keys and values of one token fill 32-bit rows, of which a tile has 1, 2, 4 or 8.
     rows, rest = divmod(2 * heads * dtype.itemsize, 4)
     if rest or not (rows in (1, 2, 4) or rows % 8 == 0):

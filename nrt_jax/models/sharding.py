@@ -42,19 +42,26 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     do not divide over data and fsdp.
     """
     devices = jax.devices() if devices is None else devices
+    shape = list(mesh_sizes(config, len(devices)).values())
+    slices = len({_slice_index(device) for device in devices})
+    return Mesh(lay_devices(shape, _slices_of_axes(config, shape, slices), devices), MESH_AXES)
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
+    """Devices along each axis, of so many; InputError when the sizes do not multiply to them."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
-    known = int(np.prod([size for size in sizes if size != -1]))
+    known = math.prod(size for size in sizes if size != -1)
     said = ", ".join(f"{name}={size}" for name, size in zip(MESH_AXES, sizes, strict=True))
     if 0 in sizes or sizes.count(-1) > 1:
         raise InputError(f"mesh: {said}: sizes are positive, and one at most may be -1")
-    if len(devices) % known or (-1 not in sizes and known != len(devices)):
+    if devices % known or (-1 not in sizes and known != devices):
         raise InputError(
-            f"mesh: {said} does not cover {len(devices)} devices; "
-            f"the sizes must multiply to {len(devices)} (-1 takes what is left)"
+            f"mesh: {said} does not cover {devices} devices; "
+            f"the sizes must multiply to {devices} (-1 takes what is left)"
         )
-    shape = [len(devices) // known if size == -1 else size for size in sizes]
-    slices = len({_slice_index(device) for device in devices})
-    return Mesh(lay_devices(shape, _slices_of_axes(config, shape, slices), devices), MESH_AXES)
+    rest = devices // known
+    shape = [rest if size == -1 else size for size in sizes]
+    return dict(zip(MESH_AXES, shape, strict=True))
 
 
 def lay_devices(

@@ -88,6 +88,12 @@ def equal_keys(architecture: Architecture) -> float:
     return per_token.weights / per_token.attention
 
 
+def largest_shape(layout: Layout) -> Shape:
+    """The shape of the largest micro-batch that the limits allow."""
+    assert layout.largest is not None, "a bound needs the largest group there can be"
+    return _one_group_per_pack([layout.largest], layout)
+
+
 # --- packs and plans -----------------------------------------------------------------------------
 
 
