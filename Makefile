@@ -1,18 +1,23 @@
-# `make help` lists the targets. PYTHON is the interpreter that makes .venv, 3.11 or later;
-# REQUIREMENTS the lock to install: requirements.txt (CPU), requirements-tpu.txt, requirements-cuda.txt.
+# `make help` lists the targets. PYTHON is the interpreter that makes VENV: 3.11 or later, for an
+# accelerator 3.12 or later. REQUIREMENTS is the lock to install: requirements.txt (CPU),
+# requirements-tpu.txt, requirements-cuda13.txt, or requirements-cuda12.txt for an older driver.
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 REQUIREMENTS ?= requirements.txt
 PYTEST_ARGS ?=
+VENV ?= .venv
 
-BIN := .venv/bin
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CREATED := .venv/.created
-INSTALLED := .venv/.installed-$(REQUIREMENTS)
-INSTALLED_TEST := .venv/.installed-test
-INSTALLED_DOCS := .venv/.installed-docs
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed-$(REQUIREMENTS)
+INSTALLED_TEST := $(VENV)/.installed-test
+INSTALLED_DOCS := $(VENV)/.installed-docs
+OLDEST_PYTHON := 3.$(if $(filter requirements-%,$(REQUIREMENTS)),12,11)
 
 .DELETE_ON_ERROR:
-.PHONY: help venv venv-test demo test test-slow lint style types format figures docs docs-site lock clean
+.PHONY: help venv venv-test demo test test-slow test-newest lint style types format \
+  figures docs docs-site lock clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -38,6 +43,13 @@ test: style  ## linters, type checks, import contracts, and the tests that are n
 test-slow: venv-test  ## the slow tests
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
+# Objective, models and engine hold nearly all that another jax can break; training runs it all together.
+NEWEST_TESTS := tests/objective tests/models tests/engine tests/training
+
+test-newest:  ## the tests that meet jax most, with PYTHON312 and its newer jax, in .venv-newest
+	$(MAKE) --no-print-directory VENV=.venv-newest PYTHON=$(PYTHON312) venv-test
+	.venv-newest/bin/python -m pytest -n 2 -m "not slow" $(NEWEST_TESTS) $(PYTEST_ARGS)
+
 lint: style types  ## linters, type checks and import contracts
 
 style: venv-test
@@ -61,14 +73,19 @@ docs: venv  ## make docs/configuration.md anew from the schema
 docs-site: $(INSTALLED_DOCS)  ## the documents as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
+# $(call check-python,INTERPRETER,WHAT TO DO)
+define check-python
+@$(1) -c 'import sys; sys.exit(sys.version_info < tuple(map(int, "$(OLDEST_PYTHON)".split("."))))' || { \
+  echo "make: $(REQUIREMENTS) needs Python $(OLDEST_PYTHON) or later and $(1) is not; $(2)" >&2; exit 1; }
+endef
+
 $(CREATED):
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "make: $(PYTHON) is not Python 3.11 or later; name one with: make PYTHON=/path/to/python3.11" >&2; \
-	  exit 1; }
-	$(PYTHON) -m venv .venv
+	$(call check-python,$(PYTHON),name one with: make PYTHON=/path/to/python$(OLDEST_PYTHON))
+	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
 $(INSTALLED): $(REQUIREMENTS) pyproject.toml | $(CREATED)
+	$(call check-python,$(BIN)/python,remove $(VENV) and make it anew)
 	$(PIP) install --quiet --no-deps -r $(REQUIREMENTS)
 	$(PIP) install --quiet --no-deps -e .
 	@touch $@
@@ -83,23 +100,25 @@ $(INSTALLED_DOCS): requirements-docs.txt $(INSTALLED)
 	$(PIP) install --quiet --no-deps -r requirements-docs.txt
 	@touch $@
 
-# `make lock` keeps the versions that still fit; `make lock UPGRADE=--upgrade` takes the newest.
-LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal --python-version 3.11 $(UPGRADE) \
-  --no-header --no-emit-index-url --no-emit-find-links --annotation-style line
+# `make lock` keeps the versions that still fit; `make lock UPGRADE=--upgrade` takes the newest. A lock
+# for accelerators has one jax, that of Python 3.12 and later; the others have two, with markers.
+LOCK = $(BIN)/uv pip compile pyproject.toml --quiet --universal $(UPGRADE) --no-header \
+  --no-emit-index-url --no-emit-find-links --annotation-style line
 define write-lock
-$(LOCK) $(2) -o $(1)
+$(LOCK) --python-version $(2) $(3) -o $(1)
 @printf '%s\n' '# Made from pyproject.toml by `make lock`; install with pip install --no-deps -r $(1)' \
   | cat - $(1) > $(1).new && mv $(1).new $(1)
 endef
 
 lock: $(CREATED)  ## make the requirements files anew from pyproject.toml
 	$(PIP) install --quiet uv
-	$(call write-lock,requirements.txt,--extra jetstream)
-	$(call write-lock,requirements-tpu.txt,--extra jetstream --extra tpu -c requirements.txt)
-	$(call write-lock,requirements-cuda.txt,--extra jetstream --extra cuda -c requirements.txt)
-	$(call write-lock,requirements-test.txt,--extra test -c requirements.txt)
-	$(call write-lock,requirements-docs.txt,--extra docs -c requirements-test.txt)
+	$(call write-lock,requirements.txt,3.11,--extra jetstream)
+	$(call write-lock,requirements-tpu.txt,3.12,--extra jetstream --extra tpu -c requirements.txt)
+	$(call write-lock,requirements-cuda13.txt,3.12,--extra jetstream --extra cuda13 -c requirements.txt)
+	$(call write-lock,requirements-cuda12.txt,3.12,--extra jetstream --extra cuda12 -c requirements.txt)
+	$(call write-lock,requirements-test.txt,3.11,--extra test -c requirements.txt)
+	$(call write-lock,requirements-docs.txt,3.11,--extra docs -c requirements-test.txt)
 
-clean:  ## remove .venv, caches and build leftovers (not runs/)
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
+clean:  ## remove the environments, caches and build leftovers (not runs/)
+	rm -rf .venv .venv-newest .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ if ! command -v gcsfuse >/dev/null; then
   sudo apt-get update -q
   sudo apt-get install -qy gcsfuse make python3-venv
 fi
-make venv REQUIREMENTS=requirements-tpu.txt
+make venv PYTHON="$(launch/python312.sh)" REQUIREMENTS=requirements-tpu.txt
 
 sudo tee /etc/systemd/system/nrt-jax.service >/dev/null <<UNIT
 [Unit]

@@ -251,7 +251,7 @@ def _sky(request: Request) -> tuple[str, dict[str, Any]]:
         "mount": MOUNT,
         "environment": machines.settings(topology, 1, f"{MOUNT}/compiled"),
         "tpu": None,
-        "requirements": "requirements-cuda.txt",
+        "requirements": "requirements-cuda13.txt",
         "sky_accelerator": f"{machines.SKY_GPUS.get(topology.chip.name)}:{topology.chips_per_host}",
     }
     if topology.chip.platform == "tpu":

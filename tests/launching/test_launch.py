@@ -125,7 +125,7 @@ def test_a_task_of_skypilot_has_known_fields_alone(printed, topology):
     assert task["num_nodes"] == (machine.hosts if gpu else 1)
     assert ("NRT_JAX_PROCESS_ID" in task["run"]) == gpu
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
-    lock = task["setup"].split("=")[1].strip()
+    lock = task["setup"].split("REQUIREMENTS=")[1].strip()
     assert (REPOSITORY / lock).is_file()
 
 

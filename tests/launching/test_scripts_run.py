@@ -1,5 +1,6 @@
 """The scripts of launch/, with programs in place of SLURM's and Google's."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -118,10 +119,11 @@ def test_a_slice_of_the_legacy_api(fakes, printed):
 def test_a_tpu_host_runs_a_service_that_starts_again(fakes):
     folder = fakes.folder / "checkout" / "launch"
     folder.mkdir(parents=True)
+    for name in ("tpu_host.sh", "python312.sh"):
+        shutil.copy(REPOSITORY / "launch" / name, folder)
     script = folder / "tpu_host.sh"
-    script.write_text((REPOSITORY / "launch" / "tpu_host.sh").read_text("utf-8"))
     unit = fakes.folder / "unit"
-    for program in ("gcsfuse", "make"):
+    for program in ("gcsfuse", "make", "python3.12"):
         fakes.add(program)
     fakes.add("sudo", f'[ "$1" = tee ] && cat >{unit}; exit 0')
     result = fakes.run(script, "runs", "/mnt/nrt")
@@ -130,8 +132,18 @@ def test_a_tpu_host_runs_a_service_that_starts_again(fakes):
     assert {"Restart=on-failure", "RestartPreventExitStatus=2", "KillMode=mixed"} <= set(lines)
     assert f"WorkingDirectory={folder.parent}" in lines
     assert any("gcsfuse --implicit-dirs runs /mnt/nrt" in line for line in lines)
+    python = fakes.folder / "python3.12"
+    assert f"make venv PYTHON={python} REQUIREMENTS=requirements-tpu.txt" in fakes.calls
     assert fakes.calls[-3:] == [
         "sudo systemctl daemon-reload",
         "sudo systemctl enable nrt-jax",
         "sudo systemctl restart nrt-jax",
     ]
+
+
+def test_uv_installs_python_where_there_is_none_with_venv(fakes):
+    fakes.add("python3.12", "exit 1")
+    fakes.add("uv", '[ "$2" = find ] && echo /uv/python3.12; exit 0')
+    result = fakes.run(REPOSITORY / "launch" / "python312.sh")
+    assert result.stdout == "/uv/python3.12\n", result.stderr
+    assert fakes.calls[1:] == ["uv python install 3.12", "uv python find 3.12"]
