@@ -1,5 +1,7 @@
 """The attention of decoding: XLA's own, or the Pallas kernel of the platform."""
 
+from importlib.util import find_spec
+
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
@@ -13,6 +15,8 @@ from nrt_jax.errors import InputError
 
 TPU_LANES = 128
 GPU_SMALLEST_HEAD = 16
+GPU_BACKEND = "jax.experimental.pallas.triton"
+"""Deprecated in jax 0.11."""
 
 
 def kv_cache(
@@ -53,6 +57,8 @@ def _why_not(
         return f"the kernels take float32 and bfloat16, not rollout.cache_dtype {dtype}"
     d = architecture.head_dim
     if platform == "gpu":
+        if find_spec(GPU_BACKEND) is None:
+            return f"this jax has no {GPU_BACKEND}"
         fits = d >= GPU_SMALLEST_HEAD and d & (d - 1) == 0
         return None if fits else f"head_dim {d} is no power of two of {GPU_SMALLEST_HEAD} or more"
     if d % TPU_LANES:

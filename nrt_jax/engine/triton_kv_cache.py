@@ -1,7 +1,8 @@
 """The slots' own keys and values, for the decode attention kernel of GPUs.
 
-The queries of a prompt's slots share its keys, so that part stays XLA's matrix product. The kernel
-attends from one query to its slot's own keys, and reads only the filled part of them.
+The queries of a prompt's slots share its keys, so that part stays XLA's matrix product, which reads
+them once. The kernel attends from one query to its slot's own keys, and reads only the filled part
+of them.
 Letters: those of kv_cache.py.
 """
 
@@ -9,16 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.decode_attention import gqa
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from nrt_jax.engine.kv_cache import KVCache, LayerCache, Masks, Partial
+from nrt_jax.engine.triton_attention import attend_to_filled
 from nrt_jax.models.sharding import partition_spec
-
-BLOCK_TOKENS = 128
-MOST_SPLITS = 16
-"""Blocks of one slot's tokens that are computed in parallel."""
 
 
 class TritonCache(KVCache):
@@ -45,25 +42,9 @@ class TritonCache(KVCache):
         return attend(q_BHGd.astype(k_BHTd.dtype), k_BHTd, v_BHTd, step.slot_map.own_length_B)
 
     def _attend_in_shard(self, q_BHGd: Any, k_BHTd: Any, v_BHTd: Any, length_B: Any) -> Partial:
-        (B, H, G, d), T = q_BHGd.shape, k_BHTd.shape[2]
         # A finished slot may have written more tokens than are left after the cache shrank.
-        end_B = jnp.minimum(length_B + 1, T)
-        start_B = None if self._window is None else jnp.maximum(end_B - self._window, 0)
-        splits = max(1, min(MOST_SPLITS, T // BLOCK_TOKENS))
-        out, (total, highest) = gqa(
-            q_BHGd.reshape(B, H * G, d),
-            k_BHTd.swapaxes(1, 2),
-            v_BHTd.swapaxes(1, 2),
-            start_idx=start_B,
-            kv_seq_len=end_B,
-            k_splits=splits,
-            block_k=min(BLOCK_TOKENS, T // splits),
-            return_residuals=True,
-            normalize_output=False,
-            interpret=self._interpret,
-        )
-        return Partial(
-            out.astype(jnp.float32).reshape(B, H, G, d),
-            total.reshape(B, H, G),
-            highest.reshape(B, H, G),
-        )
+        end_B = jnp.minimum(length_B + 1, k_BHTd.shape[2])
+        window = end_B if self._window is None else self._window
+        start_B = jnp.maximum(end_B - window, 0)
+        found = attend_to_filled(q_BHGd, k_BHTd, v_BHTd, start_B, end_B, interpret=self._interpret)
+        return Partial(*found)
