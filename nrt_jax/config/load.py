@@ -3,11 +3,9 @@
 Each section is a subclass of `Section` in a file of its own; this module knows none of them.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin
@@ -16,6 +14,7 @@ import yaml
 from annotated_types import Le, Lt
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
+from nrt_jax.config.mistakes import OVERRIDE, QUOTES, describe, one_line, sections_of, show
 from nrt_jax.config.paths import local_path
 from nrt_jax.config.presets import find_config, suggest_preset
 from nrt_jax.config.yaml_values import NULL, Dumper, Text, read_yaml
@@ -94,11 +93,6 @@ class _Layer(NamedTuple):
 
 
 _EMPTY = _Layer({}, {})
-_OVERRIDE = "override"
-_QUOTES = (
-    "put double quotes around a text that YAML reads as something else, and single quotes around "
-    """the whole for the shell, such as 'section.field=["[x]"]'"""
-)
 
 
 def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str] = ()) -> S:
@@ -117,7 +111,7 @@ def load_config(schema: type[S], paths: Sequence[Path], overrides: Sequence[str]
         return schema.model_validate(layer.values)
     except ValidationError as error:
         name = str(paths[-1]) if paths else "config"
-        raise InputError(_describe(error, schema, layer, name)) from None
+        raise InputError(describe(error, schema, layer.values, layer.sources, name)) from None
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -165,7 +159,7 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> _Layer:
     if values is None:
         return _EMPTY
     if not isinstance(values, dict):
-        raise InputError(f"{path}: {_show(values)}: must be a mapping of keys to values")
+        raise InputError(f"{path}: {show(values)}: must be a mapping of keys to values")
     layer = _EMPTY
     for parent in _parents(values.pop("extends", []), path):
         layer = _merge(layer, _read_file(parent, (*chain, path)))
@@ -175,7 +169,7 @@ def _read_file(path: Path, chain: tuple[Path, ...]) -> _Layer:
 def _parents(extends: Any, path: Path) -> list[Path]:
     names = [extends] if isinstance(extends, str) else extends
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise InputError(f"{path}: extends={_show(extends)}: must be a path or a list of paths")
+        raise InputError(f"{path}: extends={show(extends)}: must be a path or a list of paths")
     return [find_config(_beside(path, name), name) for name in names]
 
 
@@ -183,7 +177,7 @@ def _beside(path: Path, name: str) -> Path:
     try:
         return Path(os.path.normpath(path.parent / local_path(name)))
     except ValueError as error:
-        raise InputError(f"{path}: extends={_show(name)}: {error}") from None
+        raise InputError(f"{path}: extends={show(name)}: {error}") from None
 
 
 def _read_text(path: Path, chain: tuple[Path, ...]) -> str:
@@ -211,17 +205,17 @@ def _read_override(override: str, schema: type[Section]) -> _Layer:
     key, equals, text = override.partition("=")
     names = key.split(".")
     if not equals or not all(names):
-        raise InputError(f"{_OVERRIDE} {override}: must look like section.field=value")
+        raise InputError(f"{OVERRIDE} {override}: must look like section.field=value")
     kinds = _field_kinds(names, schema)
     texts = kinds - {kind for kind in kinds if get_origin(kind) is tuple}
     if texts and texts <= {str, Path, None}:
         values = _override_list(text) if texts < kinds else None
         values = values or _override_text(text, texts)
     else:
-        values = _parse(text, Path(), f"{_OVERRIDE} {override}")
+        values = _parse(text, Path(), f"{OVERRIDE} {override}")
     for name in reversed(names):
         values = {name: values}
-    return _Layer(values, dict.fromkeys(_key_paths(values), _OVERRIDE))
+    return _Layer(values, dict.fromkeys(_key_paths(values), OVERRIDE))
 
 
 def _override_text(text: str, kinds: set[Any]) -> str | None:
@@ -233,7 +227,7 @@ def _override_text(text: str, kinds: set[Any]) -> str | None:
         return None
     if text[:1] in ("'", '"'):
         try:
-            quoted = _parse(text, Path(), _OVERRIDE)
+            quoted = _parse(text, Path(), OVERRIDE)
         except InputError:
             quoted = None
         if isinstance(quoted, str):
@@ -249,7 +243,7 @@ def _override_list(text: str) -> list[Any] | None:
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
-        value = _parse(text, Path(), _OVERRIDE)
+        value = _parse(text, Path(), OVERRIDE)
     except InputError:
         return None
     return value if isinstance(value, list) else None
@@ -261,7 +255,7 @@ def _field_kinds(names: Sequence[str], schema: type[Section]) -> set[Any]:
     sections = [schema]
     for name in outer:
         fields = [part.model_fields[name] for part in sections if name in part.model_fields]
-        sections = [part for field in fields for part in _sections(field.annotation)]
+        sections = [part for field in fields for part in sections_of(field.annotation)]
     fields = [part.model_fields[last] for part in sections if last in part.model_fields]
     return {kind for field in fields for kind in _kinds(field.annotation)}
 
@@ -302,105 +296,11 @@ def _parse(text: str, directory: Path, name: str) -> Any:
         return read_yaml(text, directory)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        if name.startswith(_OVERRIDE):
-            raise InputError(f"{name}: must be YAML: {error.problem}; {_QUOTES}") from None
+        if name.startswith(OVERRIDE):
+            raise InputError(f"{name}: must be YAML: {error.problem}; {QUOTES}") from None
         line = f"line {mark.line + 1}: " if mark else ""
         raise InputError(f"{name}: {line}must be YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise InputError(f"{name}: must be YAML: {_one_line(str(error))}") from None
+        raise InputError(f"{name}: must be YAML: {one_line(str(error))}") from None
     except RecursionError:
         raise InputError(f"{name}: must be YAML: nested too deeply") from None
-
-
-# --- errors --------------------------------------------------------------------------------------
-
-
-def _describe(error: ValidationError, schema: type[Section], layer: _Layer, name: str) -> str:
-    """One line for the first mistake; unknown keys come first, since they often cause the rest."""
-    details = sorted(error.errors(), key=lambda detail: detail["type"] != "extra_forbidden")
-    first = details[0]
-    keys = _keys(first["loc"], layer.values)
-    dotted = ".".join(keys)
-    if first["type"] == "missing":
-        dotted = ".".join([*keys, str(first["loc"][-1])])
-        return f"{name}: {dotted}: required; set it in the file or with {dotted}=VALUE"
-    source = _source(keys, layer, name)
-    value = "" if isinstance(first["input"], dict | Section) else f"={_show(first['input'])}"
-    if first["type"] == "extra_forbidden":
-        value = value if source == _OVERRIDE else ""
-        return _place(source, dotted + value) + _unknown_key(keys, schema)
-    # A value may fail each member of a union; together the messages say what is allowed.
-    same = [detail for detail in details if _keys(detail["loc"], layer.values) == keys]
-    messages = list(dict.fromkeys(_message(detail) for detail in same))
-    others = [message.removeprefix("must be ") for message in messages[1:]]
-    message = " or ".join([messages[0], *others])
-    if "a valid string" in message and not isinstance(first["input"], str | None):
-        message += f"; {_QUOTES}" if source == _OVERRIDE else "; put it in quotes"
-    return _place(source, dotted + value) + message
-
-
-def _keys(loc: tuple[int | str, ...], values: Any) -> list[str]:
-    """The keys of an error's location, without the names of union members that pydantic adds."""
-    keys = []
-    for part in loc:
-        children: Any = dict(enumerate(values)) if isinstance(values, list) else values
-        if isinstance(children, dict) and part in children:
-            keys.append(str(part))
-            values = children[part]
-    return keys
-
-
-def _source(keys: list[str], layer: _Layer, name: str) -> str:
-    prefixes = (tuple(keys[:end]) for end in range(len(keys), 0, -1))
-    return next((layer.sources[prefix] for prefix in prefixes if prefix in layer.sources), name)
-
-
-def _place(source: str, key: str) -> str:
-    if source == _OVERRIDE:
-        return f"{source} {key}: "
-    return f"{source}: {key}: " if key else f"{source}: "
-
-
-_TYPES = {
-    "model_type": "mapping",
-    "dict_type": "mapping",
-    "path_type": "path",
-    "tuple_type": "list, such as [a, b]",
-}
-
-
-def _message(detail: Any) -> str:
-    if detail["type"] in _TYPES:
-        return f"must be a {_TYPES[detail['type']]}"
-    if detail["type"] == "value_error":
-        return _one_line(str(detail["ctx"]["error"]))
-    return _one_line(detail["msg"].replace("Input should ", "must ").split(", unable to parse")[0])
-
-
-def _unknown_key(keys: list[str], schema: type[Section]) -> str:
-    sections = [schema]
-    for key in keys[:-1]:
-        fields = [part.model_fields[key] for part in sections if key in part.model_fields]
-        # The index of a list or the key of a dictionary is no field: the sections stay the same.
-        sections = [part for field in fields for part in _sections(field.annotation)] or sections
-    names = list(dict.fromkeys(name for section in sections for name in section.model_fields))
-    near = get_close_matches(keys[-1], names, n=1)
-    if near:
-        return f"unknown key; did you mean {near[0]!r}?"
-    return f"unknown key; must be one of {', '.join(names)}"
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [section for part in get_args(annotation) for section in _sections(part)]
-
-
-def _show(value: Any) -> str:
-    plain = isinstance(value, str) and value.isprintable()
-    text = value if plain else json.dumps(value, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
