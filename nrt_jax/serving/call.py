@@ -9,7 +9,8 @@ import numpy as np
 
 from nrt_jax.engine.requests import Request
 from nrt_jax.serving.detokenize import Piece, TextWriter
-from nrt_jax.serving.engine_loop import EngineLoop, Generation, PromptLogprobs
+from nrt_jax.serving.engine_loop import EngineLoop
+from nrt_jax.serving.generation import Generation, PromptLogprobs
 from nrt_jax.serving.metrics import Metrics
 from nrt_jax.serving.protocol import ApiError
 

@@ -17,7 +17,7 @@ from nrt_jax.errors import InputError
 from nrt_jax.serving.call import Call, merge
 from nrt_jax.serving.conversation import read_turns
 from nrt_jax.serving.detokenize import Piece, TextWriter, join
-from nrt_jax.serving.engine_loop import Generation
+from nrt_jax.serving.generation import Generation
 from nrt_jax.serving.logprobs import TokenLogprob, chat_logprobs
 from nrt_jax.serving.protocol import bad_request, usage
 from nrt_jax.serving.request_fields import ChatRequest

@@ -11,7 +11,7 @@ import logging
 import secrets
 import threading
 import traceback
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -20,6 +20,7 @@ import numpy as np
 
 from nrt_jax.engine.requests import Event, Request, RequestFailed, request_key
 from nrt_jax.errors import InputError
+from nrt_jax.serving.generation import Generation, PromptLogprobs, answer, post
 
 log = logging.getLogger(__name__)
 
@@ -56,68 +57,6 @@ class Scheduling(Protocol):
     def slots_in_use(self) -> int: ...
     @property
     def waiting(self) -> int: ...
-
-
-class PromptLogprobs(NamedTuple):
-    """log pi(token i + 1 | tokens <= i) of a prompt of n tokens, in nats."""
-
-    logprobs: np.ndarray
-    """float32 [n - 1]."""
-    top_ids: np.ndarray
-    """int32 [n - 1, top]: the most probable tokens of each place."""
-    top_logprobs: np.ndarray
-    """float32 [n - 1, top]."""
-
-
-class Generation:
-    """The events of one request, one queue per copy; used on the thread of its asyncio loop."""
-
-    def __init__(self, engine: "EngineLoop", copies: int, request_id: str):
-        self.request_id = request_id
-        self.loop = asyncio.get_running_loop()
-        self._engine = engine
-        self._queues: list[asyncio.Queue[Event | Exception]]
-        self._queues = [asyncio.Queue() for _ in range(copies)]
-        self._unfinished = set(range(copies))
-
-    async def events(self, copy: int) -> AsyncIterator[Event]:
-        """The events of one copy up to its last; raises the error that ended the request."""
-        while True:
-            event = await self._queues[copy].get()
-            if isinstance(event, Exception):
-                raise event
-            yield event
-            if event.finished is not None:
-                return
-
-    def give_up(self, copy: int) -> None:
-        """End one copy and free its slot."""
-        if copy in self._unfinished:
-            self._unfinished.discard(copy)
-            self._engine.cancel(self, copy)
-
-    def close(self) -> None:
-        """End all copies and free their slots."""
-        if self._unfinished:
-            self._unfinished.clear()
-            self._engine.cancel(self)
-
-    def fail(self, error: Exception) -> None:
-        """End every copy with `error`, and free its slots."""
-        self.close()
-        for queue in self._queues:
-            queue.put_nowait(error)
-
-    def deliver(self, event: Event | Exception) -> None:
-        """Hand an event to its copy; a failure goes to every copy."""
-        if isinstance(event, Exception):
-            self._unfinished.clear()
-            for queue in self._queues:
-                queue.put_nowait(event)
-            return
-        if event.finished is not None:
-            self._unfinished.discard(event.sample)
-        self._queues[event.sample].put_nowait(event)
 
 
 class _Submit(NamedTuple):
@@ -257,7 +196,7 @@ class EngineLoop:
         generation, cause = self._running.get(failed.ticket), failed.__cause__
         if generation is not None and isinstance(cause, Exception):
             self._end(generation)
-            _post({generation: [self._failure(cause, generation)]})
+            post({generation: [self._failure(cause, generation)]})
 
     def _failure(self, error: Exception, generation: Generation) -> Exception:
         """What the request is told of an error in its preparation; the log has one of ours."""
@@ -289,7 +228,7 @@ class EngineLoop:
         try:
             ticket = scheduler.submit(request, request_key(seed))
         except Exception as error:
-            _post({generation: [self._failure(error, generation)]})
+            post({generation: [self._failure(error, generation)]})
             if isinstance(error, jax.errors.JaxRuntimeError):
                 raise  # the device failed, not the request
             return
@@ -322,7 +261,7 @@ class EngineLoop:
             log.exception("scoring the prompt of request %s failed", request_id)
             self._on_failure()
             result = EngineFailed(f"{type(error).__name__}")
-        _call(future.get_loop(), _resolve, future, result)
+        answer(future, result)
 
     def _fan_out(self, events: list[Event]) -> None:
         """Deliver a step's events, with one call into each asyncio loop."""
@@ -334,7 +273,7 @@ class EngineLoop:
             posts.setdefault(generation, []).append(event)
             if event.finished is not None:
                 self._count(generation, event.ticket, event.sample)
-        _post(posts)
+        post(posts)
 
     def _recover(self, error: Exception) -> None:
         """Fail every request, and build a new scheduler, again and again until it is there."""
@@ -360,7 +299,7 @@ class EngineLoop:
         failed = list(self._tickets)
         self._running, self._copies_left, self._tickets = {}, {}, {}
         self.slots_in_use = self.waiting = 0
-        _post({generation: [error] for generation in failed})
+        post({generation: [error] for generation in failed})
 
     def _fail_inbox(self, error: Exception) -> None:
         """End every request that the scheduler does not have yet."""
@@ -368,38 +307,11 @@ class EngineLoop:
             while True:
                 match self._inbox.get_nowait():
                     case _Submit(generation):
-                        _post({generation: [error]})
+                        post({generation: [error]})
                     case _ScorePrompt(future):
-                        _call(future.get_loop(), _resolve, future, error)
+                        answer(future, error)
 
 
 def new_id(prefix: str) -> str:
     """A unique name of a request."""
     return f"{prefix}-{secrets.token_hex(12)}"
-
-
-def _post(posts: "dict[Generation, list[Event | Exception]]") -> None:
-    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Generation, Event | Exception]]] = {}
-    for generation, events in posts.items():
-        by_loop.setdefault(generation.loop, []).extend((generation, event) for event in events)
-    for loop, deliveries in by_loop.items():
-        _call(loop, _deliver, deliveries)
-
-
-def _deliver(deliveries: "list[tuple[Generation, Event | Exception]]") -> None:
-    for generation, event in deliveries:
-        generation.deliver(event)
-
-
-def _resolve(future: "asyncio.Future[PromptLogprobs]", result: PromptLogprobs | Exception) -> None:
-    if future.done():
-        return  # the client went away
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *args: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop is closed, and its clients are gone
-        loop.call_soon_threadsafe(function, *args)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from nrt_jax.data.detokenizer import BYTE_NAME, REPLACEMENT
 from nrt_jax.data.tokenizer import Tokenizer
-from nrt_jax.serving.engine_loop import PromptLogprobs
+from nrt_jax.serving.generation import PromptLogprobs
 
 
 class TokenLogprob(NamedTuple):
