@@ -7,7 +7,6 @@ import nrt_jax
 from nrt_jax import distributed, verbs
 from nrt_jax.arguments import (
     INPUTS,
-    LAUNCH_KINDS,
     Parser,
     add_config,
     dtype,
@@ -23,9 +22,9 @@ from nrt_jax.arguments import (
     temperature,
     token_counts,
     topology,
-    volume,
 )
 from nrt_jax.data_options import add_data_verbs
+from nrt_jax.launch_options import add_launch, add_sweep
 
 EPILOG = """\
 CONFIG is one or more YAML files or presets, merged from left to right, followed by overrides such
@@ -53,10 +52,10 @@ def make_parser() -> Parser:
     add_data_verbs(subparsers)
     _add_views(subparsers)
     _add_local(subparsers)
-    _add_sweep(subparsers)
+    add_sweep(subparsers)
     _add_doctor(subparsers)
     _add_plan(subparsers)
-    _add_launch(subparsers)
+    add_launch(subparsers)
     return parser
 
 
@@ -256,46 +255,6 @@ def _add_local(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     local.set_defaults(verb=verbs.local)
 
 
-def _add_launch(subparsers: "argparse._SubParsersAction[Parser]") -> None:
-    launch = subparsers.add_parser(
-        "launch", help="start a config's run on a cluster or in a cloud, or print the file for it"
-    )
-    launch.add_argument("kind", choices=LAUNCH_KINDS, metavar="|".join(LAUNCH_KINDS))
-    launch.add_argument(
-        "config",
-        nargs="+",
-        metavar="CONFIG",
-        help="a config as for train, and overrides; of slurm-sweep a sweep",
-    )
-    launch.add_argument("--dry-run", action="store_true", help="print the file, and start nothing")
-    launch.add_argument(
-        "--topology", type=topology, help="the machines, such as v6e:8x8 or h100x8:2"
-    )
-    launch.add_argument("--name", help="of the job, by default from run_dir")
-    launch.add_argument(
-        "--restarts", type=restart_count, default=100, metavar="R", help="after failures, 100"
-    )
-    for name, what in {
-        "--image": "container image",
-        "--queue": "LocalQueue of Kueue (default), or partition of SLURM",
-        "--bucket": "bucket that gce, tpu-vm and sky mount at /mnt/nrt",
-        "--zone": "zone of Google Cloud",
-    }.items():
-        launch.add_argument(name, help=what)
-    launch.add_argument(
-        "--volume", type=volume, metavar="CLAIM:PATH", help="Kubernetes volume, and its mount"
-    )
-    launch.add_argument(
-        "--slices", type=process_count, default=1, metavar="N", help="TPU slices of a jobset, 1"
-    )
-    launch.add_argument("--spot", action="store_true", help="machines that may be taken away")
-    launch.add_argument("--out", type=path, help="slurm-prepare: the folder to write")
-    launch.add_argument(
-        "--tasks", type=process_count, default=16, metavar="N", help="slurm-prepare: how many, 16"
-    )
-    launch.set_defaults(verb=verbs.launch)
-
-
 def _add_plan(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     plan = subparsers.add_parser(
         "plan", help="tell memory, time and cost of a config's run on machines, before renting them"
@@ -333,36 +292,6 @@ def _add_doctor(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     doctor.add_argument("--json", action="store_true", help="print all figures as JSON")
     _add_processes(doctor)
     doctor.set_defaults(verb=verbs.doctor)
-
-
-def _add_sweep(subparsers: "argparse._SubParsersAction[Parser]") -> None:
-    sweep = subparsers.add_parser("sweep", help="train every combination of a sweep's options")
-    sweep.add_argument(
-        "words",
-        nargs="+",
-        metavar="[status] SWEEP",
-        help="a file or a preset such as sweeps/quickstart_methods, and key=value overrides of "
-        "every run; after the word status, how far each run is",
-    )
-    sweep.add_argument("--out", type=path, metavar="DIR", help="instead of the sweep's own folder")
-    sweep.add_argument(
-        "--jobs",
-        type=process_count,
-        default=1,
-        metavar="N",
-        help="runs at a time, each with its share of the GPUs or cores",
-    )
-    sweep.add_argument("--retry", action="store_true", help="train failed runs again")
-    sweep.add_argument(
-        "--dry-run", action="store_true", help="list the runs and their sizes, and train nothing"
-    )
-    sweep.add_argument(
-        "--cell", type=int, metavar="I", help="train the I-th run alone, from 0, as in a job array"
-    )
-    sweep.add_argument(
-        "--watch", type=seconds, metavar="SECONDS", help="of status: print it again and again"
-    )
-    sweep.set_defaults(verb=verbs.sweep)
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:

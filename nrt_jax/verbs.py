@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from nrt_jax.stop import INTERRUPTED, StopRequest
 if TYPE_CHECKING:
     from nrt_jax.config.run import RunConfig
     from nrt_jax.engine.generate import Generate
+    from nrt_jax.experiments.cells import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -80,20 +81,18 @@ def diagnose(args: argparse.Namespace) -> None:
 
 
 def launch(args: argparse.Namespace) -> int:
-    from nrt_jax.launching.fill import Request, fill, job_name
+    from nrt_jax.launching.fill import Request, fill
     from nrt_jax.launching.start import start
 
-    options = {name: getattr(args, name) for name in Request._fields if hasattr(args, name)}
     if args.kind == "slurm-sweep":
         from nrt_jax.experiments.cells import read_sweep
 
-        sweep = read_sweep(Path(args.config[0]), args.config[1:])
-        options |= {"config": sweep.cells[0].config, "cells": len(sweep.cells)}
-        options["name"] = args.name or job_name(sweep.folder)
+        text = _emit("slurm", args, read_sweep(Path(args.config[0]), args.config[1:]), args.config)
     else:
-        options["config"] = load(args)
-    files = [Path(word) for word in args.config if os.path.isfile(word)]
-    text = fill(args.kind, Request(**options | {"words": args.config, "files": files}))
+        options = {name: getattr(args, name) for name in Request._fields if hasattr(args, name)}
+        files = [Path(word) for word in args.config if os.path.isfile(word)]
+        options |= {"config": load(args), "words": args.config, "files": files}
+        text = fill(args.kind, Request(**options))
     if args.dry_run:
         print(text, end="")
         return 0
@@ -119,6 +118,15 @@ def plan(args: argparse.Namespace) -> int:
     if not planned.fits:
         raise RunFailed(misfit(planned))
     return 0
+
+
+def _emit(kind: str, args: argparse.Namespace, sweep: "Sweep", words: Sequence[str]) -> str:
+    from nrt_jax.launching.emit import emit
+    from nrt_jax.launching.fill import Request
+
+    options = {name: getattr(args, name) for name in Request._fields if hasattr(args, name)}
+    options |= {"config": sweep.cells[0].config, "words": words, "files": []}
+    return emit(kind, sweep, Request(**options))
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -310,8 +318,12 @@ def sweep(args: argparse.Namespace) -> int:
     if not words:
         raise InputError("sweep status: name the sweep, as in nrt-jax sweep status SWEEP")
     of_file = read_sweep(Path(words[0]), words[1:], args.out)
+    if args.emit is not None:
+        out = [] if args.out is None else ["--out", str(args.out)]
+        print(_emit(args.emit, args, of_file, [*words, *out]), end="")
+        return 0
     if args.dry_run:
-        print(plan_table(of_file))
+        print(plan_table(of_file, args.topology))
         return 0
     if shows_status:
         print(status_table(of_file), flush=True)

@@ -30,6 +30,10 @@ class Cell:
     """The name of the chosen option by axis, `seed` last."""
     config: RunConfig
     """The resolved config, whose run_dir is the folder of the cell."""
+    words: tuple[str, ...]
+    """What `nrt-jax train` makes this config of."""
+    files: tuple[Path, ...]
+    """The config files among the words that are no presets."""
 
     @property
     def name(self) -> str:
@@ -89,7 +93,7 @@ def _cells(
         if any(entry.items() <= options.items() for entry in excluded):
             continue
         words = [*_listed(config.base), *_words(config, options), *overrides]
-        yield Cell(options=options, config=_resolve(file, words, options, folder))
+        yield _resolve(file, words, options, folder)
 
 
 def _options(axis: Axis) -> list[str]:
@@ -115,22 +119,28 @@ def _listed(words: Words) -> tuple[str, ...]:
     return (words,) if isinstance(words, str) else words
 
 
-def _resolve(
-    file: Path, words: Sequence[str], options: Mapping[str, str], folder: Path
-) -> RunConfig:
-    paths, overrides = [], []
+def _resolve(file: Path, words: Sequence[str], options: Mapping[str, str], folder: Path) -> Cell:
+    paths, overrides, files, configs = [], [], [], []
     for word in words:
         beside = file.parent / word
         if "=" in word and not beside.is_file():
             overrides.append(word)
-        else:
-            paths.append(find_config(beside, word))
+            continue
+        paths.append(find_config(beside, word))
+        configs.append(str(beside) if beside.is_file() else word)
+        files += [beside] if beside.is_file() else []
     title = ", ".join(f"{axis}={option}" for axis, option in options.items())
     try:
         config = load_config(RunConfig, paths, overrides)
     except InputError as error:
         raise InputError(f"{file}: cell {title}: {error}") from None
-    return config.model_copy(update={"run_dir": folder / _folder_name(options, config)})
+    run_dir = folder / _folder_name(options, config)
+    return Cell(
+        options=options,
+        config=config.model_copy(update={"run_dir": run_dir}),
+        words=(*configs, *overrides, f"run_dir={json.dumps(str(run_dir), ensure_ascii=False)}"),
+        files=tuple(files),
+    )
 
 
 def _folder_name(options: Mapping[str, str], config: RunConfig) -> str:

@@ -5,24 +5,45 @@ from pathlib import Path
 from nrt_jax.analysis.summary import aligned
 from nrt_jax.experiments.cells import Cell, Sweep
 from nrt_jax.experiments.sweep import CELLS_FILE, CellState, cell_state, read_cells
+from nrt_jax.planning.plan import Plan, make_plan
+from nrt_jax.topologies import Topology
+
+GIB = 2**30
 
 
-def plan_table(sweep: Sweep) -> str:
-    """The cells, the size of each, and its folder."""
+def plan_table(sweep: Sweep, topology: Topology | None = None) -> str:
+    """The cells, the size of each, and its folder.
+
+    With the machines of one run, also the memory per device of its largest phase and its hours, by
+    `planning.plan`. Raises InputError for sizes that do not divide over the machines.
+    """
+    plans = [None if topology is None else make_plan(cell.config, topology) for cell in sweep.cells]
     rows = [
         (
             cell.title,
             f"{cell.config.train.steps:,}",
             f"{_prompts(cell):,}",
             f"{_traces(cell):,}",
+            *_planned(plan),
             cell_state(sweep, cell).state,
             str(cell.config.run_dir),
         )
-        for cell in sweep.cells
+        for cell, plan in zip(sweep.cells, plans, strict=True)
     ]
-    traces = sum(map(_traces, sweep.cells))
-    head = ("cell", "steps", "prompts", "traces", "state", "folder")
-    return "\n".join([*aligned([head, *rows]), f"{len(rows)} cells, {traces:,} traces in all"])
+    planned = () if topology is None else ("memory per device", "hours")
+    head = ("cell", "steps", "prompts", "traces", *planned, "state", "folder")
+    total = f"{len(rows)} cells, {sum(map(_traces, sweep.cells)):,} traces"
+    if topology is not None:
+        hours = sum(plan.hours for plan in plans if plan is not None)
+        total += f" and {hours:,.3g} hours of {topology.name}"
+    return "\n".join([*aligned([head, *rows]), f"{total} in all"])
+
+
+def _planned(plan: Plan | None) -> tuple[str, ...]:
+    if plan is None:
+        return ()
+    unfit = "" if plan.fits else f", above the {plan.usable / GIB:.1f} GiB of a device"
+    return (f"{plan.memory.total / GIB:.1f} GiB{unfit}", f"{plan.hours:,.3g}")
 
 
 def _prompts(cell: Cell) -> int:

@@ -7,7 +7,11 @@ import pytest
 from nrt_jax.config.presets import sweeps
 from nrt_jax.errors import InputError
 from nrt_jax.experiments.cells import read_sweep
+from nrt_jax.experiments.sweep_table import plan_table
+from nrt_jax.topologies import parse_topology
 
+SHIPPED = {"quickstart_methods": 14, "table3": 63}
+"""How many runs each sweep of the package has."""
 METHODS = """
 base: quickstart/nrt
 grid:
@@ -74,9 +78,18 @@ def test_files_of_a_sweep_are_beside_it(sweep, tmp_path):
     assert cell.config.train.steps == 3
 
 
-@pytest.mark.parametrize("name", sweeps())
-def test_every_sweep_of_the_package_can_be_read(name):
-    assert read_sweep(Path("sweeps") / name).cells
+@pytest.mark.parametrize(("name", "count"), SHIPPED.items())
+def test_a_sweep_of_the_package_has_its_cells(name, count):
+    cells = read_sweep(Path("sweeps") / name).cells
+    assert len(cells) == count
+    if name not in ("ablations", "table3"):
+        # A comparison of methods: equal prompts, traces and updates.
+        sizes = {(c.config.train, c.config.optimizer, c.config.rollout) for c in cells}
+        assert len(sizes) == 1
+
+
+def test_every_sweep_of_the_package_is_counted():
+    assert set(sweeps()) == set(SHIPPED)
 
 
 @pytest.mark.parametrize(
@@ -114,6 +127,16 @@ def test_a_mistake_in_a_sweep_is_one_line(sweep, text, said):
 def test_an_override_that_hides_an_axis_is_told(sweep):
     with pytest.raises(InputError, match="an override hides their difference"):
         sweep("base: quickstart/nrt\ngrid: {train.steps: [5, 6]}", "train.steps=7")
+
+
+def test_planned_cells_have_memory_and_hours(sweep):
+    text = "base: [models/llama3_2_3b, hardware/h100x8, recipes/paper, quickstart/task]"
+    one = sweep(text + "\n", "data.source=chain_addition", "train.steps=10")
+    table = plan_table(one, parse_topology("h100x8"))
+    head, row, total = table.splitlines()
+    assert "memory per device" in head
+    assert "GiB" in row
+    assert "hours of h100x8 in all" in total
 
 
 def test_a_sweep_that_is_not_there_is_told_with_the_nearest():
