@@ -18,15 +18,20 @@ class Machine(NamedTuple):
     """Bytes a second, read and written, of arrays too large for the caches."""
 
 
-def measure_machine(dtype: DTypeLike = jnp.float32) -> Machine:
-    """Time a matrix product of 2,048 (16,384 on an accelerator), and adding 1 to 256 MiB."""
+def measure_machine(dtype: DTypeLike = jnp.float32, *, tiny: bool = False) -> Machine:
+    """Time a matrix product of 2,048 (16,384 on an accelerator), and adding 1 to 256 MiB.
+
+    With `tiny` both are too small for their rates to mean anything.
+    """
     n = 2048 if jax.default_backend() == "cpu" else 16384
-    square = jnp.ones((n, n), dtype)
+    square = jnp.ones((128, 128) if tiny else (n, n), dtype)
     product = jax.jit(lambda x: x @ x)
-    values = jnp.ones(2**26, jnp.float32)
+    values = jnp.ones(2**10 if tiny else 2**26, jnp.float32)
     add = jax.jit(lambda x: x + 1)
     moved = 2 * values.nbytes
-    return Machine(2 * n**3 / best_seconds(product, square), moved / best_seconds(add, values))
+    return Machine(
+        2 * len(square) ** 3 / best_seconds(product, square), moved / best_seconds(add, values)
+    )
 
 
 def best_seconds(call: Callable[..., Any], *args: Any, repeats: int = 5) -> float:
