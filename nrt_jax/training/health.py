@@ -7,7 +7,8 @@ from typing import Any, Literal, NamedTuple
 
 from nrt_jax.config.run import RunConfig
 from nrt_jax.config.schemes import SCHEMES
-from nrt_jax.training.diagnosis import Estimate, Figures
+from nrt_jax.evaluation.estimates import Estimate
+from nrt_jax.training.diagnosis import Figures
 
 Level = Literal["stop", "warn"]
 

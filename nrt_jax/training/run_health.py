@@ -13,9 +13,9 @@ from nrt_jax.atomic_files import write_atomically
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import RunFailed
+from nrt_jax.evaluation.estimates import Estimate
 from nrt_jax.training.answer_logprobs import AnswerLogprobs
 from nrt_jax.training.diagnosis import (
-    Estimate,
     ScoreAnswers,
     answer_figures,
     logprobs_by_question,
