@@ -217,10 +217,16 @@ def _add_checkpoint_verbs(subparsers: "argparse._SubParsersAction[Parser]") -> N
 
 def _add_views(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     report = subparsers.add_parser(
-        "report", help="compare runs and evaluations of benchmarks: report.html, summary.json, ..."
+        "report",
+        help="compare runs and evaluations of benchmarks: a page, figures, summary.json",
     )
-    report.add_argument("folders", type=path, nargs="+", metavar="RUN|EVALUATION")
+    report.add_argument("folders", type=path, nargs="+", metavar="SWEEP|RUN|EVALUATION")
     report.add_argument("--out", type=path, required=True)
+    report.add_argument(
+        "--question",
+        metavar="ROW|TEXT",
+        help="show this held-out question under every model, by its row or a part of its text",
+    )
     report.set_defaults(verb=verbs.report)
 
     config = subparsers.add_parser(

@@ -304,8 +304,10 @@ def report(args: argparse.Namespace) -> None:
     from nrt_jax.analysis.report import write_report
     from nrt_jax.experiments.sweep_table import is_sweep, run_dirs
 
-    expanded = [run_dirs(folder) if is_sweep(folder) else [folder] for folder in args.folders]
-    write_report([folder for folders in expanded for folder in folders], args.out)
+    cells = {folder: run_dirs(folder) for folder in args.folders if is_sweep(folder)}
+    folders = [run for folder in args.folders for run in cells.get(folder, [folder])]
+    of_sweeps = {run for runs in cells.values() for run in runs}
+    write_report(folders, args.out, cells=of_sweeps, question=args.question)
 
 
 def sweep(args: argparse.Namespace) -> int:

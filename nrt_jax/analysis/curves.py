@@ -1,28 +1,18 @@
-"""Metrics over the steps of all runs: one PNG, and one SVG per panel for light and dark themes."""
+"""Metrics over the steps of all runs, a line per method, seeds as bands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from nrt_jax.analysis.ink import (
-    MARKERS,
-    PRINT,
-    STYLE,
-    VARIABLES,
-    Ink,
-    as_svg,
-    cycle,
-    print_figure,
-    style_axes,
-)
-from nrt_jax.analysis.run_records import EXACT_MATCH, RunRecord
-from nrt_jax.analysis.seeds import SeedGroup
+from nrt_jax.analysis.drawing import Cell, Drawing
+from nrt_jax.analysis.drawing import Panel as DrawnPanel
+from nrt_jax.analysis.drawing import panel_svg as drawn_svg
+from nrt_jax.analysis.ink import MARKERS, Ink, cycle, style_axes
+from nrt_jax.analysis.run_records import EXACT_MATCH, QUALITY, RunRecord
+from nrt_jax.analysis.seeds import Line, SeedGroup, facets, legend
 
 MAX_POINTS = 250
 """Longer series are drawn as means over windows of equal length."""
@@ -41,6 +31,8 @@ class Panel:
     dashed: str | None = None
     """Metric of the dashed line."""
     factor: float = 1.0
+    of_traces: bool = False
+    """Whether runs without traces have no part in it."""
 
 
 PANELS = (
@@ -58,36 +50,62 @@ WARMUP = Panel(
 )
 """Over the steps up to 0, of runs that begin with a warm-up."""
 
+DYNAMICS = (
+    Panel("Entropy of the traces", "nats per token", "policy/entropy", of_traces=True),
+    Panel("Length of the traces", "tokens per trace", "trace/tokens", of_traces=True),
+    Panel("Judged quality of the traces", "mean score, 0 to 1", QUALITY, of_traces=True),
+)
+"""Fig. 2."""
 
-def write_png(groups: Sequence[SeedGroup], path: Path) -> None:
-    """All panels in one picture on white, legible at a width of 800 pixels."""
-    with matplotlib.rc_context(STYLE):
-        figure = print_figure(10.0, 6.8)
-        for axes, panel in zip(figure.subplots(2, 2).flat, PANELS, strict=True):
-            _draw(axes, panel, groups, PRINT)
-        handles = [
-            Line2D([], [], color=cycle(PRINT.runs, i), marker=cycle(MARKERS, i), linewidth=2)
-            for i in range(len(groups))
-        ]
-        names = [_legend(group) for group in groups]
-        legend = figure.legend(handles, names, loc="outside upper center", ncols=3, frameon=False)
-        for text in legend.get_texts():
-            text.set_parse_math(False)
-        figure.savefig(path, format="png")
+GAINS = (
+    Panel(
+        "Gain of the own trace, control dashed",
+        "log P gained, nats per token",
+        "eval/trace_gain",
+        "eval/shuffled_gain",
+        of_traces=True,
+    ),
+)
+
+
+def curves_drawing(groups: Sequence[SeedGroup]) -> Drawing:
+    """What every run has."""
+    return _drawing("curves", PANELS, groups)
+
+
+def learning_drawing(groups: Sequence[SeedGroup]) -> Drawing:
+    """The panels of curves.png that no other figure has."""
+    return _drawing("curves", PANELS[:2], groups)
+
+
+def further_drawings(groups: Sequence[SeedGroup]) -> list[Drawing]:
+    """Fig. 2, what traces add to log P of the answer, and the warm-up; those that runs measured."""
+    found = {"dynamics": DYNAMICS, "gains": GAINS, "warmup": (WARMUP,)}
+    measured = {
+        name: [panel for panel in panels if _is_measured(panel, groups)]
+        for name, panels in found.items()
+    }
+    return [
+        _drawing(name, panels, groups, columns=len(panels))
+        for name, panels in measured.items()
+        if panels
+    ]
+
+
+def _is_measured(panel: Panel, groups: Sequence[SeedGroup]) -> bool:
+    shown = [group for group in groups if group.reasons or not panel.of_traces]
+    return any(series(record, panel.metric)[0] for group in shown for record in group.records)
 
 
 def panel_svg(panel: Panel, groups: Sequence[SeedGroup]) -> str:
     """One panel as an SVG element whose colours are --ink, --grid and --run-0, --run-1, ..."""
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": panel.title}):
-        figure = Figure(figsize=(5.2, 3.3), layout="constrained")
-        figure.patch.set_visible(False)
-        _draw(figure.subplots(), panel, groups, VARIABLES)
-        return as_svg(figure, f"{panel.title} over steps")
+    drawing = _drawing("curves", [panel], groups)
+    return drawn_svg(drawing, drawing.panels[0])
 
 
 def series(record: RunRecord, metric: str) -> tuple[list[float], list[float]]:
     """Steps and values of a metric, as means over windows if there are more than MAX_POINTS."""
-    by_prefix = {"eval": record.evaluations, "warmup": record.warmup}
+    by_prefix = {"eval": record.evaluations, "warmup": record.warmup, "judge": record.judged}
     rows = by_prefix.get(metric.split("/")[0], record.training)
     rows = [row for row in rows if metric in row]
     width = -(-len(rows) // MAX_POINTS) if rows else 1
@@ -97,21 +115,62 @@ def series(record: RunRecord, metric: str) -> tuple[list[float], list[float]]:
 
 
 def band(group: SeedGroup, metric: str) -> tuple[list[float], list[list[float]]]:
-    """Steps at which every seed of a group has the metric, and the values of the seeds there."""
+    """Steps at which every seed of a group that has the metric has it, and their values there."""
     runs = [dict(zip(*series(record, metric), strict=True)) for record in group.records]
+    runs = [run for run in runs if run] or [{}]
     steps = [step for step in runs[0] if all(step in run for run in runs)]
     return steps, [[run[step] for run in runs] for step in steps]
 
 
-def _legend(group: SeedGroup) -> str:
-    seeds = len(group.records)
-    return group.label if seeds == 1 else f"{group.label}, mean and range of {seeds} seeds"
-
-
-def _draw(axes: Axes, panel: Panel, groups: Sequence[SeedGroup], ink: Ink) -> None:
+def _drawing(
+    name: str, panels: Sequence[Panel], groups: Sequence[SeedGroup], *, columns: int = 2
+) -> Drawing:
+    """The panels of each facet, and what they show as numbers."""
+    by_facet = facets(groups)
     drawn = [
-        _draw_line(axes, panel, group, metric, ink, index)
-        for index, group in enumerate(groups)
+        DrawnPanel(
+            title=f"{panel.title}, {facet}" if facet else panel.title,
+            draw=partial(_draw, panel=panel, lines=lines, facet=facet),
+        )
+        for facet, lines in by_facet.items()
+        for panel in panels
+    ]
+    rows: list[list[Cell]] = [
+        ["models and data", "method", "metric", "step", "mean", "lowest", "highest", "seeds"]
+    ]
+    for facet, lines in by_facet.items():
+        for panel in panels:
+            for line in _shown(panel, lines):
+                rows += _csv_rows(facet, line, panel)
+    shown = {line.label for lines in by_facet.values() for p in panels for line in _shown(p, lines)}
+    seeds = max(len(group.records) for group in groups)
+    return Drawing(
+        name=name,
+        panels=tuple(drawn),
+        rows=rows,
+        legend=[entry for entry in legend(by_facet) if entry[0] in shown],
+        legend_title="" if seeds == 1 else f"means, and ranges of up to {seeds} seeds",
+        columns=columns,
+    )
+
+
+def _csv_rows(facet: str, line: Line, panel: Panel) -> list[list[Cell]]:
+    return [
+        [facet, line.label, metric, step, sum(v) / len(v), min(v), max(v), len(v)]
+        for metric in (panel.metric, panel.dashed)
+        if metric
+        for step, v in zip(*band(line.group, metric), strict=True)
+    ]
+
+
+def _shown(panel: Panel, lines: Sequence[Line]) -> list[Line]:
+    return [line for line in lines if line.group.reasons or not panel.of_traces]
+
+
+def _draw(axes: Axes, ink: Ink, *, panel: Panel, lines: Sequence[Line], facet: str) -> None:
+    drawn = [
+        _draw_line(axes, panel, line, metric, ink)
+        for line in _shown(panel, lines)
         for metric in (panel.metric, panel.dashed)
         if metric
     ]
@@ -122,21 +181,24 @@ def _draw(axes: Axes, panel: Panel, groups: Sequence[SeedGroup], ink: Ink) -> No
         axes.set_ylim(-3, 103)
     elif panel.metric in ("trace/tokens", "policy/entropy"):
         axes.set_ylim(bottom=0)
-    axes.set_title(panel.title, color=ink.text)
+    elif panel.metric == QUALITY:
+        axes.set_ylim(0, 1)
+    elif panel in GAINS:
+        axes.axhline(0, color=ink.text, linewidth=0.8)
+    title = f"{panel.title}\n{facet}" if facet else panel.title
+    axes.set_title(title, color=ink.text, parse_math=False)
     axes.set_xlabel("training step", color=ink.text)
     axes.set_ylabel(panel.unit, color=ink.text)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     style_axes(axes, ink)
 
 
-def _draw_line(
-    axes: Axes, panel: Panel, group: SeedGroup, metric: str, ink: Ink, index: int
-) -> bool:
+def _draw_line(axes: Axes, panel: Panel, line: Line, metric: str, ink: Ink) -> bool:
     """One metric of a group: the mean over its seeds, in a band from the lowest to the highest."""
-    steps, values = band(group, metric)
+    steps, values = band(line.group, metric)
     if not steps:
         return False
-    colour, solid = cycle(ink.runs, index), metric == panel.metric
+    colour, solid = cycle(ink.runs, line.place), metric == panel.metric
     scaled = [[panel.factor * value for value in seeds] for seeds in values]
     axes.plot(
         steps,
@@ -144,11 +206,11 @@ def _draw_line(
         color=colour,
         linestyle="-" if solid else (0, (4, 2)),
         linewidth=1.9 if solid else 1.5,
-        marker=cycle(MARKERS, index) if solid else None,
+        marker=cycle(MARKERS, line.place) if solid else None,
         markevery=-(-len(steps) // MARKS),
         markersize=5,
     )
-    if len(group.records) > 1:
+    if len(scaled[0]) > 1:
         low, high = [min(seeds) for seeds in scaled], [max(seeds) for seeds in scaled]
         axes.fill_between(steps, low, high, color=colour, alpha=0.2, linewidth=0)
     return True

@@ -9,11 +9,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from nrt_jax.analysis.curves import PANELS, WARMUP, panel_svg
+from nrt_jax.analysis.figure_sections import Figures, page_context
 from nrt_jax.analysis.ink import DARK, GLYPHS, LIGHT, cycle
 from nrt_jax.analysis.problems import OUTCOMES, problem_rows
 from nrt_jax.analysis.run_records import RunRecord
-from nrt_jax.analysis.seeds import SeedGroup, flat_config
+from nrt_jax.analysis.seeds import SeedGroup, facets, flat_config
 from nrt_jax.analysis.summary import (
     WINDOW,
     arrow,
@@ -26,6 +26,8 @@ from nrt_jax.analysis.summary import (
 )
 from nrt_jax.config.load import flat
 
+MOST_NAMED = 8
+"""Runs that the first sentence names one by one."""
 PHASES = {
     "warmup": "warming up",
     "data": "reading data",
@@ -44,13 +46,14 @@ ENDINGS = {
 
 
 def render_page(
-    groups: Sequence[SeedGroup], summary: dict[str, Any], benchmarks: Sequence[Any] = ()
+    groups: Sequence[SeedGroup],
+    summary: dict[str, Any],
+    figures: Figures,
+    benchmarks: Sequence[Any] = (),
 ) -> str:
     """The whole page, with tables of benchmarks. Every text of a model, the data or a config is
     escaped."""
     records = [record for group in groups for record in group.records]
-    warmed_up = any(record.warmup for record in records)
-    panels = [*PANELS, WARMUP] if warmed_up else PANELS
     return page_template("report.html.jinja").render(
         summary=summary,
         benchmarks=benchmarks,
@@ -58,13 +61,13 @@ def render_page(
         names=_names(groups),
         groups=groups,
         group_of=[i for i, group in enumerate(groups) for _ in group.records],
-        story=_story(records, summary),
+        place_of=_places(groups),
+        story=_story(groups, summary),
         problems=problems_text(summary["problems"]),
         window=WINDOW,
         glyphs=GLYPHS,
         light=LIGHT,
         dark=DARK,
-        panels=[(panel.title, Markup(panel_svg(panel, groups))) for panel in panels],
         samples=problem_rows(groups),
         outcomes=OUTCOMES,
         phases=_phases(summary["runs"]),
@@ -72,7 +75,15 @@ def render_page(
         differences=config_differences(records),
         versions=_versions(records),
         commands=_commands(records),
+        **page_context(figures),
     )
+
+
+def _places(groups: Sequence[SeedGroup]) -> list[int]:
+    """The place of each run's colour."""
+    lines = [line for of_facet in facets(groups).values() for line in of_facet]
+    places = {line.group.label: line.place for line in lines}
+    return [places[group.label] for group in groups for _ in group.records]
 
 
 def page_template(name: str) -> jinja2.Template:
@@ -143,9 +154,10 @@ def _names(groups: Sequence[SeedGroup]) -> dict[str, str]:
     }
 
 
-def _story(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
+def _story(groups: Sequence[SeedGroup], summary: dict[str, Any]) -> str:
     """What was trained and what the result was, in two sentences."""
     if "exact_match" in summary:
+        records = [record for group in groups for record in group.records]
         return _story_of_pair(records, summary)
     runs, problems = summary["runs"], problems_text(summary["problems"])
     if len(runs) == 1:
@@ -155,6 +167,8 @@ def _story(records: Sequence[RunRecord], summary: dict[str, Any]) -> str:
             f"match on {problems} went from {percent(match['first'])} to {percent(match['last'])}."
         )
     names = ", ".join(run["label"] for run in runs)
+    if len(runs) > MOST_NAMED:
+        names = ", ".join(group.label for group in groups)
     pairs = " to ".join(f"{count:,}" for count in _range(run["pairs_seen"] for run in runs))
     after = " to ".join(percent(share) for share in _range(r["exact_match"]["last"] for r in runs))
     return (

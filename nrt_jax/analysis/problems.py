@@ -7,6 +7,10 @@ from nrt_jax.analysis.seeds import SeedGroup, run_labels
 
 MAX_PROBLEMS = 200
 """Problems on the page, so that a browser stays fast."""
+MAX_ANSWERS = 600
+"""Answers on the page with more than MAX_RUNS runs."""
+MAX_RUNS = 8
+"""With more runs, the first seed of each config answers."""
 
 OUTCOMES = {
     "all": "all",
@@ -19,19 +23,24 @@ OUTCOMES = {
 
 
 def problem_rows(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
-    """The first problems, unselected, with the answers of the base model and of every run.
+    """The first problems, unselected, with the answers of the base model and of every run, or with
+    many runs of the first seed of every config.
 
     The base model's answers are from the first run that writes traces, or else from the first run.
     `title` is the question alone and `prompt` all of x where a chat template makes them differ.
     """
     records = [record for group in groups for record in group.records]
+    most = MAX_PROBLEMS
+    if len(records) > MAX_RUNS:
+        records = [group.records[0] for group in groups]
+        most = max(10, MAX_ANSWERS // len(records))
     names = run_labels(groups)
     first = next((record for record in records if record.scheme), records[0])
     base = "Base model" if len(records) < 3 else f"{names[first.name]} before training"
     before = first.samples_of(-first.config.warmup.updates)
     after = [(names[r.name], r.samples_of(r.config.train.steps)) for r in records]
     keys = list(dict.fromkeys(key for samples in (before, *map(_second, after)) for key in samples))
-    return [_problem(key, (base, before), after) for key in keys[:MAX_PROBLEMS]]
+    return [_problem(key, (base, before), after) for key in keys[:most]]
 
 
 Samples = dict[tuple[str, str], dict[str, Any]]

@@ -1,18 +1,28 @@
 """The saved records of finished runs: config, versions, metrics and samples."""
 
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from nrt_jax.config.load import flat
 from nrt_jax.config.run import CONFIG_FILE, RunConfig, load_run
 from nrt_jax.config.schemes import SCHEMES
 from nrt_jax.errors import InputError
+from nrt_jax.evaluation.judge import JUDGED, SUMMARY_FILE
+from nrt_jax.evaluation.reference_log import ReferenceRow, read_references
+from nrt_jax.evaluation.results import RESULTS_FILE, SuiteResult, read_results
 
-EXACT_MATCH = "eval/exact_match"
+log = logging.getLogger(__name__)
+
+EXACT_MATCH, QUALITY = "eval/exact_match", "judge/quality"
+EVALUATIONS = "evaluations"
+"""The folder in a run directory where reports look for evaluations of its last weights."""
 SAMPLE_KEYS = ("index", "question", "trace", "trace_end", "answer", "reference", "correct")
 
 
@@ -34,6 +44,18 @@ class RunRecord:
     """Traces and answers of the evaluations, with the step of each."""
     warmup: list[dict[str, int | float]]
     """Metrics of each update of the warm-up; none in a run without one."""
+    judged: list[dict[str, int | float]]
+    """`judge/quality` of the steps whose traces were judged."""
+    references: list[ReferenceRow]
+    """Tokens of the reference answers after the last step; none in a run that kept none."""
+
+    benchmarks: list[SuiteResult]
+    """Finished evaluations in RUN/evaluations/."""
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every setting of the config by its dotted name."""
+        return flat(self.config.model_dump(mode="json"))
 
     @property
     def scheme(self) -> str | None:
@@ -69,9 +91,29 @@ class RunRecord:
         return {(sample["question"], sample["reference"]): sample for sample in chosen}
 
 
-def read_runs(paths: Sequence[Path]) -> list[RunRecord]:
-    """Records of finished runs, in the order given; InputError for one that cannot be compared."""
-    return [_read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+class Unfinished(InputError):
+    """A run that has not taken its last step."""
+
+
+def read_runs(paths: Sequence[Path], cells: Collection[Path] = ()) -> list[RunRecord]:
+    """Records of finished runs, in the order given; InputError for one that cannot be compared.
+
+    Of the `cells` of a sweep those that are not finished are left out with a warning. Raises
+    InputError where none is left.
+    """
+    records = []
+    for path, name in zip(paths, _names(paths), strict=True):
+        try:
+            records.append(_read_run(path, name))
+        except Unfinished as error:
+            if path not in cells:
+                raise
+            log.warning("left out: %s", error)
+    if not records:
+        raise InputError(
+            f"{paths[0].parent}: none of its {len(paths)} runs is finished; start the sweep again"
+        )
+    return records
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -99,7 +141,7 @@ def _read_run(path: Path, name: str) -> RunRecord:
     last = training[-1]["step"] if training else 0
     steps = config.train.steps
     if last < steps or not evaluations or evaluations[-1]["step"] < steps:
-        raise InputError(
+        raise Unfinished(
             f"{path}: stopped at step {last} of {steps}; finish it with: "
             f"nrt-jax train {path / CONFIG_FILE} run_dir={path}"
         )
@@ -118,7 +160,28 @@ def _read_run(path: Path, name: str) -> RunRecord:
         evaluations=evaluations,
         samples=list(_lines(path / "samples.jsonl", _check_sample)),
         warmup=[row for row in metrics if "warmup/update" in row],
+        judged=sorted(_judged(path / JUDGED), key=lambda row: row["step"]),
+        references=read_references(path, steps),
+        benchmarks=[
+            read_results(file.parent)
+            for file in sorted((path / EVALUATIONS).glob(f"*/{RESULTS_FILE}"))
+        ],
     )
+
+
+def _judged(folder: Path) -> Iterator[dict[str, int | float]]:
+    """What `nrt-jax judge` has found of the run's checkpoints."""
+    for file in sorted(folder.glob(f"*/{SUMMARY_FILE}")):
+        try:
+            summary = json.loads(file.read_text("utf-8"))
+            step, quality = summary["step"], summary["quality"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(
+                f"{file}: has no step and quality; run the same nrt-jax judge again, which asks "
+                "nothing twice"
+            ) from None
+        if quality is not None:
+            yield {"step": step, QUALITY: quality}
 
 
 def _lines(path: Path, check: Any) -> Iterator[dict[str, Any]]:

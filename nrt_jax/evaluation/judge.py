@@ -17,6 +17,9 @@ from nrt_jax.atomic_files import write_atomically
 from nrt_jax.evaluation.chat_client import ChatClient, ServerRefused
 from nrt_jax.strict_json import parse_json
 
+SUMMARY_FILE = "judge.json"
+JUDGED = "judged"
+"""The folder in a run directory where reports look for judgements of its checkpoints."""
 ROWS = 100
 """N of Appendix H."""
 TRIES = 3

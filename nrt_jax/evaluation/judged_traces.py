@@ -29,13 +29,13 @@ from nrt_jax.errors import InputError, RunFailed
 from nrt_jax.evaluation.answer_log import answer_key, check_identity
 from nrt_jax.evaluation.chat_client import ChatClient, ServerGone, ServerRefused
 from nrt_jax.evaluation.held_out import check_has_questions, end_name
-from nrt_jax.evaluation.judge import PROMPT, ROWS, Judge, Judged, Verdict
+from nrt_jax.evaluation.judge import PROMPT, ROWS, SUMMARY_FILE, Judge, Judged, Verdict
 from nrt_jax.evaluation.results import mean, standard_error
 from nrt_jax.types import TokenizedExample
 
 log = logging.getLogger(__name__)
 
-TRACES_FILE, JUDGEMENTS_FILE, SUMMARY_FILE = "traces.jsonl", "judgements.jsonl", "judge.json"
+TRACES_FILE, JUDGEMENTS_FILE = "traces.jsonl", "judgements.jsonl"
 REPLIES = "replies"
 
 
@@ -70,7 +70,12 @@ def judge_model(
         for record, verdict in zip(records, verdicts, strict=True)
     ]
     _write_lines(out / JUDGEMENTS_FILE, lines)
-    summary = {"model": name, "judge": client.model, "prompt": answer_key(PROMPT)}
+    summary = {
+        "model": name,
+        "step": opened.step,
+        "judge": client.model,
+        "prompt": answer_key(PROMPT),
+    }
     summary |= {"seed": seed, **summarise_verdicts(records, verdicts)}
     write_atomically(out / SUMMARY_FILE, (json.dumps(summary, indent=1) + "\n").encode())
     if summary["scored"] == 0:

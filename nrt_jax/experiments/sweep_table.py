@@ -1,14 +1,18 @@
 """Cells of a sweep as a table: what would be trained, and how far each is."""
 
+import logging
 from pathlib import Path
 
 from nrt_jax.analysis.summary import aligned
+from nrt_jax.errors import InputError
 from nrt_jax.experiments.cells import Cell, Sweep
 from nrt_jax.experiments.sweep import CELLS_FILE, CellState, cell_state, read_cells
 from nrt_jax.planning.plan import Plan, make_plan
 from nrt_jax.topologies import Topology
 
 GIB = 2**30
+
+log = logging.getLogger(__name__)
 
 
 def plan_table(sweep: Sweep, topology: Topology | None = None) -> str:
@@ -78,8 +82,21 @@ def _note(state: CellState) -> str:
 
 
 def run_dirs(folder: Path) -> list[Path]:
-    """The run directories of the cells in a sweep's folder that still exist, in their order."""
-    return [folder / name for name in read_cells(folder) if (folder / name).is_dir()]
+    """The run directories of the cells in a sweep's folder, in their order; a warning for cells
+    that have none. Raises InputError where no cell has one."""
+    cells = read_cells(folder)
+    found = [folder / name for name in cells if (folder / name).is_dir()]
+    if not found:
+        raise InputError(
+            f"{folder}: none of its {len(cells)} cells has a run; train them with nrt-jax sweep"
+        )
+    missing = [name for name in cells if not (folder / name).is_dir()]
+    if missing:
+        log.warning(
+            "%s: left out %d of %d cells without a run, such as %s; nrt-jax sweep trains them",
+            *(folder, len(missing), len(cells), missing[0]),
+        )
+    return found
 
 
 def is_sweep(folder: Path) -> bool:

@@ -9,6 +9,7 @@ import matplotlib.image
 import pytest
 
 from nrt_jax.analysis.curves import MAX_POINTS, PANELS, band, panel_svg, series
+from nrt_jax.analysis.figure_sections import make_figures
 from nrt_jax.analysis.page import config_differences, render_page, visible
 from nrt_jax.analysis.report import write_report
 from nrt_jax.analysis.run_records import read_runs
@@ -64,7 +65,8 @@ def test_one_file_that_loads_nothing(make_run: MakeRun, tmp_path: Path):
     assert not {"script", "link", "iframe", "img"} & set(page.tags)
     assert all(link.startswith("#") for link in page.links)
     assert "@import" not in html
-    assert page.tags.count("svg") == len(PANELS)
+    # Those of the curves and of Fig. 2, and the four of Fig. 4.
+    assert page.tags.count("svg") == len(PANELS) + 4
     assert "prefers-color-scheme: dark" in html
 
 
@@ -211,10 +213,11 @@ def test_a_warmup_has_a_panel_of_its_own(make_run: MakeRun):
     names = ("warmup/answer_logprob", "warmup/start_logprob")
     warm.warmup[:] = [{"step": step, **dict.fromkeys(names, step - 3.0)} for step in (-1, 0)]
     assert series(warm, "warmup/answer_logprob") == ([-1, 0], [-4.0, -3.0])
-    for runs, panels in (([cold], len(PANELS)), ([cold, warm], len(PANELS) + 1)):
+    for runs, panels in (([cold], 0), ([cold, warm], 1)):
         groups = group_by_seed(runs)
-        page = Page(render_page(groups, summarise(groups)))
-        assert page.tags.count("svg") == panels
+        html = render_page(groups, summarise(groups), make_figures(groups))
+        Page(html)
+        assert html.count('aria-label="Warm-up') == panels
 
 
 @pytest.mark.parametrize("count", [1, 9])

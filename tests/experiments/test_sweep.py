@@ -13,7 +13,8 @@ import pytest
 from nrt_jax.cli import main
 from nrt_jax.errors import InputError
 from nrt_jax.experiments.cells import read_sweep
-from nrt_jax.experiments.sweep import cell_state, run_sweep
+from nrt_jax.experiments.sweep import cell_state, run_sweep, write_configs
+from nrt_jax.experiments.sweep_table import run_dirs
 
 TRAIN = '''
 """Stands in for nrt-jax train: a line of metrics per step; fails and waits as files ask."""
@@ -102,6 +103,17 @@ def test_a_cell_that_was_begun_goes_on_and_a_deleted_one_starts_anew(sweep):
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
+def test_a_report_takes_the_cells_that_have_a_run(sweep, caplog):
+    write_configs(sweep)
+    with pytest.raises(InputError, match="none of its 3 cells has a run; train them"):
+        run_dirs(sweep.folder)
+    for cell in sweep.cells[1:]:
+        cell.config.run_dir.mkdir()
+    assert run_dirs(sweep.folder) == [cell.config.run_dir for cell in sweep.cells[1:]]
+    (said,) = caplog.messages
+    assert f"left out 1 of 3 cells without a run, such as {sweep.cells[0].name}" in said
+
+
 def test_jobs_divide_the_cores(sweep, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert run_sweep(sweep, jobs=2) == 0
