@@ -4,10 +4,12 @@
     .venv/bin/python docs/figures.py quickstart runs/quickstart
     .venv/bin/python docs/figures.py peers OURS_8192 PEER_8192 OURS_32000 PEER_32000
     .venv/bin/python docs/figures.py real_model runs/smollm2_gsm8k/summary.json
+    .venv/bin/python docs/figures.py plans plans.json
 
 `quickstart` reads summary.json of a report and takes its curves.png. `peers` reads four files in
 the form that `benchmarks/peer_workload.py --out` writes; a peer's needs rollout_cpu_s, update_cpu_s
-and peak_rss_gb. `real_model` reads what `benchmarks/real_model.py` writes.
+and peak_rss_gb. `real_model` reads what `benchmarks/real_model.py` writes, `plans` what
+`benchmarks/plans.py` does.
 
 Each text of TEXTS with the old figures is replaced by that with the new ones; a text that a
 document does not hold is an error, and then nothing is written. tests/test_docs.py compares the
@@ -47,6 +49,41 @@ def real_model_tables(kind: str, figures: Mapping[str, float]) -> str:
     return REAL_MODEL["tables"](rows) if rows else f"(not measured: {kind})"
 
 
+PLANNED_MODELS = {
+    "llama3_2_3b": "Llama-3.2-3B",
+    "mistral_7b_v0_3": "Mistral-7B-v0.3",
+    "llama3_1_8b": "Llama-3.1-8B",
+    "llama3_1_70b": "Llama-3.1-70B",
+}
+PLANNED_MACHINES = ("v5e_64", "v5p_32", "v6e_64", "h100x8", "h200x8", "h100x1")
+
+
+def plans_table(figures: Mapping[str, float]) -> str:
+    """A row per model: memory, and time of a step and of the run where it fits."""
+    lines = [
+        "| | " + " | ".join(f"`{machine}`" for machine in PLANNED_MACHINES) + " |",
+        "| --- " * (len(PLANNED_MACHINES) + 1) + "|",
+    ]
+    smallest = next(iter(PLANNED_MODELS))
+    usable = (f"{figures[f'{smallest}_{m}_usable_gb']:.1f} GB" for m in PLANNED_MACHINES)
+    lines.append(f"| can be used | {' | '.join(usable)} |")
+    for model, title in PLANNED_MODELS.items():
+        cells = []
+        for machine in PLANNED_MACHINES:
+            prefix = f"{model}_{machine}_"
+            of = {k.removeprefix(prefix): v for k, v in figures.items() if k.startswith(prefix)}
+            if not of:
+                cells.append("does not divide")
+            elif of["fits"]:
+                cells.append(
+                    f"**fits**: {of['gb']:.1f} GB, {of['step_s']:.1f} s, {of['hours']:.1f} h"
+                )
+            else:
+                cells.append(f"{of['gb']:.1f} GB")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 TEXTS: dict[str, dict[str, Sequence[Text]]] = {
     "quickstart": {
         "../README.md": [
@@ -76,6 +113,16 @@ TEXTS: dict[str, dict[str, Sequence[Text]]] = {
     },
     "real_model": {
         "real_model.md": [partial(real_model_tables, kind) for kind in REAL_MODEL["ANSWERS"]]
+    },
+    "plans": {
+        "plan.md": [
+            plans_table,
+            "{maxtext_tokens:,.0f} tokens/s per chip, {maxtext_mfu_percent:.1f} % MFU "
+            "| {maxtext_error_percent:+.0f} % |",
+            "| {nemo_step_s:.1f} s | {nemo_error_percent:+.0f} % |",
+            "rollouts {nemo_rollout_s:.1f} s, scoring {nemo_scoring_s:.1f} s and updates "
+            "{nemo_update_s:.1f} s",
+        ]
     },
 }
 """The texts with figures, by section of docs/figures.json and by document."""

@@ -44,17 +44,21 @@ class Memory(NamedTuple):
         return max(("rollout", "update", "apply"), key=lambda name: getattr(self, name))
 
 
-def memory(setting: Setting, activations: float | None = None) -> Memory:
-    """By formula; `activations` of a compiled program take the place of the formula's."""
+def memory(
+    setting: Setting, activations: float | None = None, decoding: float | None = None
+) -> Memory:
+    """By formula; the temporaries of compiled programs take the place of the formula's."""
     config = setting.config
     weights = 4 * weights_per_device(setting)
     moments = 0.0 if config.optimizer.offload else 2 * weights
     if activations is None:
         activations = micro_batch(setting)
-    rollout_weights, caches, decoding = 0.0, 0.0, 0.0
+    rollout_weights, caches = 0.0, 0.0
     if config.method == "nrt":
         rollout_weights = 0.0 if setting.shares_weights else rollout_weights_per_device(setting)
-        caches, decoding = _caches(setting), _decoding(setting)
+        caches = _caches(setting)
+    if decoding is None:
+        decoding = _decoding(setting) if config.method == "nrt" else 0.0
     reference = weights if config.method == "nrt" and config.objective.kl_coefficient else 0.0
     kept = weights + moments + reference
     rollout = rollout_weights + caches + decoding
@@ -90,13 +94,13 @@ def rollout_weights_per_device(setting: Setting) -> float:
 
 def micro_batch(setting: Setting) -> float:
     """Bytes that the largest micro-batch adds to weights and summed gradient, its own included."""
-    trained, baselines = _positions(setting)
+    trained, baselines = largest_positions(setting)
     saved = _saved_per_position(setting) * trained * setting.architecture.num_hidden_layers
     gradient = 4 * weights_per_device(setting)
     return gradient + saved + _layer(setting, trained, baselines) + _head(setting, trained)
 
 
-def _positions(setting: Setting) -> tuple[float, float]:
+def largest_positions(setting: Setting) -> tuple[float, float]:
     """Of the largest micro-batch on one device: those with a gradient, those of the baselines."""
     shape, sizes = setting.shape, setting.mesh
     shards = sizes["data"] * sizes["fsdp"] * sizes["context"]
@@ -170,7 +174,7 @@ def _caches(setting: Setting) -> float:
     rollout = setting.config.rollout
     slots = _slots_per_device(setting)
     prompts = -(-slots // min(slots, rollout.traces_per_prompt))
-    tail = _PAGE if setting.paged else 0
+    tail = _PAGE if setting.decoding == "paged" else 0
     tokens = prompts * bucket(setting.config.data.max_prompt_tokens + 1)
     tokens += slots * (bucket(rollout.max_trace_tokens) + tail)
     return tokens * cache_bytes_per_token(setting)

@@ -134,8 +134,11 @@ def _time(plan: Plan) -> list[str]:
 
 
 def _assumed(plan: Plan) -> list[str]:
-    S, Z, A = plan.lengths
-    lengths = f"mean tokens of a row: prompt {S}, trace {Z}, answer {A} (--tokens)"
+    S, Z, A, padding = plan.lengths
+    lengths = (
+        f"mean tokens of a row: prompt {S}, trace {Z}, answer {A} (--tokens); {padding:.0%} of the "
+        "positions of micro-batches are padding"
+    )
     return ["assumed:", *(f"- {line}" for line in (lengths, *ASSUMED))]
 
 

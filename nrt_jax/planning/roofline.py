@@ -6,6 +6,7 @@ Rates that a device attains are assumed shares of the maker's peaks; `ASSUMED` s
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from nrt_jax.engine.decode_state import bucket
 from nrt_jax.models.flops import Flops
 from nrt_jax.planning.links import Link
 from nrt_jax.planning.memory import (
@@ -40,8 +41,7 @@ ASSUMED = (
     "gathers of weights and sums of gradients run beside computation; sums over tensor and gathers "
     "over context do not; a sum starts in 5 microseconds",
     "a device and its host exchange 16 GB/s (optimizer.offload)",
-    "traces have exponentially distributed lengths, up to rollout.max_trace_tokens",
-    "8 % of the positions of micro-batches are padding",
+    "traces and prompts have exponentially distributed lengths, up to the limits of the config",
     "data, evaluations, checkpoints, compilation and restarts take no time",
 )
 _ATTENTION = 0.5
@@ -181,14 +181,12 @@ def _times(time: Time, count: int | float) -> Time:
 
 def _decode_step(setting: Setting, slots: int | float, lengths: Lengths) -> Time:
     """Every weight is read once, and the keys and values of all slots."""
-    a, K = setting.architecture, setting.config.rollout.traces_per_prompt
+    a = setting.architecture
     tensor, fsdp = setting.rollout_mesh["tensor"], setting.rollout_mesh["fsdp"]
     weights = rollout_weights_per_device(setting) * fsdp
     if not a.tie_word_embeddings:
         weights -= setting.rollout_bytes * setting.weights.embedding / tensor
-    # The TPU's kernel reads a prompt for each of its slots, XLA's product once for all of them.
-    prompt = lengths.prompt if setting.paged else lengths.prompt / min(K, max(1.0, slots))
-    cached = slots * (prompt + lengths.trace / 2) * cache_bytes_per_token(setting)
+    cached = _keys_read(setting, slots, lengths) * cache_bytes_per_token(setting)
     memory = (weights + cached) / (setting.device_bandwidth * READ)
     products = setting.weights.layer * a.num_hidden_layers + setting.weights.embedding
     compute = 2 * slots * products / tensor / _rate(setting)
@@ -199,6 +197,24 @@ def _decode_step(setting: Setting, slots: int | float, lengths: Lengths) -> Time
     )
     network = sum(sent.values()) + starts
     return Time(compute, memory, network, max(compute, memory) + network)
+
+
+def _keys_read(setting: Setting, slots: int | float, lengths: Lengths) -> float:
+    """Tokens whose keys and values a step reads.
+
+    The TPU's kernel reads what a slot sees, and its prompt for each slot. The GPU's reads a slot's
+    own tokens; prompts are read by a product over their capacity, once for the slots that share
+    one. XLA's attention reads the capacity of both, that of the longest trace so far.
+    """
+    rollout = setting.config.rollout
+    own = lengths.trace / 2
+    if setting.decoding == "paged":
+        return slots * (lengths.prompt + own)
+    shared = min(rollout.traces_per_prompt, max(1.0, slots))
+    prompt = bucket(lengths.longest_prompt(setting.config)) / shared
+    if setting.decoding == "xla":
+        own = float(bucket(lengths.longest_trace(setting.config)))
+    return slots * (prompt + own)
 
 
 def _prefill(setting: Setting, work: Work, lengths: Lengths, prompts: int) -> Time:

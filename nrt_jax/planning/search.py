@@ -46,9 +46,15 @@ def search(
     Raises InputError where none fits.
     """
     options = {"lengths": lengths, "price_per_hour": price_per_hour}
-    rollouts = _rollouts(config, topology, options)
+    trainings = list(_trainings(config, topology))
+    if not trainings:
+        raise InputError(
+            f"train.mini_batch_prompts={config.train.mini_batch_prompts}: no mesh of the "
+            f"{topology.devices} devices of {topology.name} divides it; use a multiple of 8"
+        )
+    rollouts = _rollouts(changed(config, trainings[0]), topology, options)
     found = []
-    for changes in _trainings(config, topology):
+    for changes in trainings:
         best = _first_fitting(config, topology, changes, rollouts, options)
         found += [] if best is None else [best]
     if not found:
@@ -122,7 +128,10 @@ def _micro_batches(config: RunConfig, shards: int) -> list[int]:
 def _rollouts(
     config: RunConfig, topology: Topology, options: Changes
 ) -> list[tuple[float, Changes]]:
-    """Meshes, slots and caches of the rollouts, by the time of a step's rollouts."""
+    """Meshes, slots and caches of the rollouts, by the time of a step's rollouts.
+
+    `config` has a mesh of training that divides.
+    """
     if config.method == "sft":
         return [(0.0, {})]
     found = []
@@ -134,22 +143,11 @@ def _rollouts(
         mesh = mesh_config({"data": data, "fsdp": 1, "tensor": tensor, "context": 1})
         changes = {"rollout.mesh": mesh, "rollout.slots": slots, "rollout.cache_dtype": cache}
         try:
-            plan = make_plan(_trainable(config, topology, changes), topology, **options)
+            plan = make_plan(changed(config, changes), topology, **options)
         except InputError:
             continue
         found.append((plan.step.rollout.total, changes))
     return sorted(found, key=lambda one: one[0])
-
-
-def _trainable(config: RunConfig, topology: Topology, changes: Changes) -> RunConfig:
-    """The config on some mesh of training that divides, for plans of its rollouts alone."""
-    any_mesh = next(_trainings(config, topology), None)
-    if any_mesh is None:
-        raise InputError(
-            f"train.mini_batch_prompts={config.train.mini_batch_prompts}: no mesh of "
-            f"{topology.devices} devices divides it; use a multiple of the devices' shards"
-        )
-    return changed(config, any_mesh | changes)
 
 
 def _first_fitting(

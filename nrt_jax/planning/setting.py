@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from nrt_jax.checkpoints.hf_config import read_architecture
 from nrt_jax.config.architecture import Architecture
@@ -107,14 +107,14 @@ class Setting(NamedTuple):
         return choose_backend(model.attention, platform, self.architecture, model.dtype, longest)
 
     @property
-    def paged(self) -> bool:
-        """Whether the TPU's kernel decodes, which reads a prompt once per slot."""
+    def decoding(self) -> Literal["paged", "own", "xla"]:
+        """What decodes: the TPU's kernel over pages, the GPU's over a slot's own tokens, or XLA."""
         stored = {4: "float32", 2: "bfloat16", 1: "int8"}[self.cache_bytes]
+        platform, tensor = self.topology.chip.platform, self.rollout_mesh["tensor"]
         asked = self.config.rollout.attention
-        platform = self.topology.chip.platform
-        tensor = self.rollout_mesh["tensor"]
-        applies = kernel_applies(platform, tensor, self.architecture, stored)
-        return platform == "tpu" and asked != "xla" and applies
+        if asked == "xla" or not kernel_applies(platform, tensor, self.architecture, stored):
+            return "xla"
+        return "paged" if platform == "tpu" else "own"
 
     @property
     def device_memory(self) -> float:

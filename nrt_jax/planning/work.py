@@ -10,27 +10,37 @@ from nrt_jax.config.run import RunConfig
 from nrt_jax.models.flops import Flops, Rows, forward_flops, recomputed_flops
 from nrt_jax.planning.setting import Setting
 
-PADDING = 0.08
-"""Share of the positions of micro-batches that hold no token, as docs/training.md measures it."""
-
 
 class Lengths(NamedTuple):
-    """Mean tokens of a row, which no config names."""
+    """Mean tokens of a row, and padding, which no config names."""
 
     prompt: int = 300
     trace: int = 400
     answer: int = 416
+    padding: float = 0.08
+    """Share of the positions of micro-batches that hold no token; docs/training.md measures it."""
 
     def within(self, config: RunConfig) -> "Lengths":
         """The same, no longer than the limits of a config."""
+        prompt = min(self.prompt, config.data.max_prompt_tokens)
         answer = min(self.answer, config.data.max_answer_tokens)
-        if config.method == "sft":
-            return Lengths(min(self.prompt, config.data.max_prompt_tokens), 0, answer)
-        rollout = config.rollout
-        most = min(rollout.max_trace_tokens, rollout.max_response_tokens - answer - 2)
-        return Lengths(
-            min(self.prompt, config.data.max_prompt_tokens), max(1, min(self.trace, most)), answer
-        )
+        rollout, trace = config.rollout, 0
+        if config.method == "nrt":
+            most = min(rollout.max_trace_tokens, rollout.max_response_tokens - answer - 2)
+            trace = max(1, min(self.trace, most))
+        return self._replace(prompt=prompt, trace=trace, answer=answer)
+
+    def longest_trace(self, config: RunConfig) -> int:
+        """Of a step: of n exponentially distributed lengths the longest is about ln n times the
+        mean."""
+        count = config.train.batch_prompts * config.rollout.traces_per_prompt
+        longest = self.trace * max(1.0, math.log(count))
+        return round(min(config.rollout.max_trace_tokens, longest))
+
+    def longest_prompt(self, config: RunConfig) -> int:
+        """Of a step, likewise."""
+        longest = self.prompt * max(1.0, math.log(config.train.batch_prompts))
+        return round(min(config.data.max_prompt_tokens, longest))
 
 
 class Pass(NamedTuple):
@@ -70,8 +80,6 @@ class Work(NamedTuple):
     decode_steps: float
     slots: int
     """Sequences in a decode step."""
-    context: float
-    """Tokens of its own that a sequence has in the middle of its trace."""
 
 
 def work(setting: Setting, lengths: Lengths) -> Work:
@@ -79,7 +87,7 @@ def work(setting: Setting, lengths: Lengths) -> Work:
     config = setting.config
     lengths = lengths.within(config)
     passes = _passes(setting, lengths)
-    padded = 1 / (1 - PADDING)
+    padded = 1 / (1 - lengths.padding)
     groups = config.train.batch_prompts
     updates = groups // config.train.mini_batch_prompts
     micro_batches = _micro_batches(setting, lengths)
@@ -93,14 +101,14 @@ def work(setting: Setting, lengths: Lengths) -> Work:
     kept = [p for p in passes if p.gradient or not again]
     scored_tokens = sum(p.rows.tokens for p in scores) * groups * padded
     prefill, decode, steps, slots = _rollout(setting, lengths)
-    S, Z, A = lengths
+    S, Z, A, _ = lengths
     K = config.rollout.traces_per_prompt if config.method == "nrt" else 1
     return Work(
         tokens=groups * (S + K * (Z + A)),
         updates=updates,
         micro_batches=micro_batches,
         micro_tokens=trained / micro,
-        micro_baselines=0 if again else baselines / micro,
+        micro_baselines=0.0 if again else baselines / micro,
         micro_scored=heads / micro,
         update=_sum([_trained(setting, p, padded * groups) for p in kept]),
         update_model=sum(_model(setting, p, groups) for p in kept),
@@ -110,7 +118,6 @@ def work(setting: Setting, lengths: Lengths) -> Work:
         decode=decode,
         decode_steps=steps,
         slots=slots,
-        context=Z / 2,
     )
 
 
@@ -119,7 +126,7 @@ def work(setting: Setting, lengths: Lengths) -> Work:
 
 def _passes(setting: Setting, lengths: Lengths) -> list[Pass]:
     """Of one group: its prompt, its completions, its baseline; of SFT its row."""
-    S, Z, A = lengths
+    S, Z, A, _ = lengths
     if setting.config.method == "sft":
         row = S + A - 1
         return [_pass(setting, Rows(row, (row + 1) / 2, row), row, gradient=True)]
@@ -161,14 +168,14 @@ def _scoring(setting: Setting, passes: list[Pass]) -> list[Pass]:
 
 def _micro_batches(setting: Setting, lengths: Lengths) -> int:
     """Of one update: packs of several groups take no more memory than one of the largest."""
-    S, Z, A = lengths
+    S, Z, A, _ = lengths
     config, shape = setting.config, setting.shape
     K = config.rollout.traces_per_prompt if config.method == "nrt" else 1
     group = S + K * (Z + 1 + A) + 1 + A if config.method == "nrt" else S + A - 1
     groups = config.train.mini_batch_prompts
     if not config.train.packing:
         return groups // config.train.micro_batch_prompts
-    room = shape.packs * shape.pack_tokens * (1 - PADDING)
+    room = shape.packs * shape.pack_tokens * (1 - lengths.padding)
     return max(1, math.ceil(groups * group / room))
 
 
@@ -204,17 +211,16 @@ def _sum(parts: list[Flops]) -> Flops:
 def _rollout(setting: Setting, lengths: Lengths) -> tuple[Flops, Flops, float, int]:
     """Operations of prefill and decoding, decode steps, and sequences of a step.
 
-    Lengths of traces are taken as exponentially distributed: the longest of n is about ln n times
-    the mean, and it decodes on when the others have ended.
+    The longest traces decode on when the others have ended.
     """
     config = setting.config
     if config.method == "sft":
         return Flops(0, 0, 0), Flops(0, 0, 0), 0.0, 0
-    S, Z, _ = lengths
+    S, Z, *_ = lengths
     P, K = config.train.batch_prompts, config.rollout.traces_per_prompt
     slots = min(config.rollout.slots, P * K)
     prefill = _times(_forward(setting, Rows(S + 1, (S + 2) / 2, 1)), P)
     keys = S + Z / 2
     decode = _times(_forward(setting, Rows(1, keys, 1)), P * K * Z)
-    longest = min(config.rollout.max_trace_tokens, Z * max(1.0, math.log(P * K)))
-    return prefill, decode, P * K * Z / slots + longest - Z, slots
+    tail = lengths.longest_trace(config) - Z
+    return prefill, decode, P * K * Z / slots + tail, slots
