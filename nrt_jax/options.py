@@ -280,6 +280,12 @@ def _add_plan(subparsers: "argparse._SubParsersAction[Parser]") -> None:
     )
     plan.add_argument("--json", action="store_true", help="print all figures as JSON")
     plan.add_argument(
+        "--compile",
+        action="store_true",
+        help="of a TPU slice: also compile the programs for it, with few layers, by libtpu; takes "
+        "minutes and no TPU",
+    )
+    plan.add_argument(
         "--search", action="store_true", help="list the ten fastest meshes and settings that fit"
     )
     plan.set_defaults(verb=verbs.plan)

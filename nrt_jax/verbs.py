@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nrt_jax.config.run import RunConfig
     from nrt_jax.engine.generate import Generate
     from nrt_jax.experiments.cells import Sweep
+    from nrt_jax.planning.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -103,17 +104,20 @@ def plan(args: argparse.Namespace) -> int:
     config = load(args)
     from nrt_jax.planning.plan import as_json, make_plan
     from nrt_jax.planning.report import found, shown
-    from nrt_jax.planning.search import changes_text, misfit, search
+    from nrt_jax.planning.search import Candidate, changes_text, misfit, search
     from nrt_jax.planning.work import Lengths
 
     lengths = None if args.tokens is None else Lengths(*args.tokens)
     options = {"lengths": lengths, "price_per_hour": args.price_per_hour}
     if args.search:
         best = search(config, args.topology, **options)
+        if args.compile:
+            best[0] = Candidate(best[0].changes, _compiled(best[0].plan))
         figures = [{"changes": changes_text(one.changes)} | as_json(one.plan) for one in best]
         print(json.dumps(figures, indent=1) if args.json else "\n".join(found(best)))
         return 0
     planned = make_plan(config, args.topology, **options)
+    planned = _compiled(planned) if args.compile else planned
     print(json.dumps(as_json(planned), indent=1) if args.json else "\n".join(shown(planned)))
     if not planned.fits:
         raise RunFailed(misfit(planned))
@@ -127,6 +131,14 @@ def _emit(kind: str, args: argparse.Namespace, sweep: "Sweep", words: Sequence[s
     options = {name: getattr(args, name) for name in Request._fields if hasattr(args, name)}
     options |= {"config": sweep.cells[0].config, "words": words, "files": []}
     return emit(kind, sweep, Request(**options))
+
+
+def _compiled(plan: "Plan") -> "Plan":
+    """The plan with what programs take that are compiled for its topology."""
+    from nrt_jax.planning.compiled import compile_programs
+    from nrt_jax.planning.plan import with_programs
+
+    return with_programs(plan, compile_programs(plan.setting))
 
 
 def doctor(args: argparse.Namespace) -> None:

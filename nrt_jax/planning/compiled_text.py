@@ -44,6 +44,8 @@ class Collective(NamedTuple):
     """Passes of the loops around it, the outermost first."""
     source: str
     """Where the model asks for it: `file:line`, or the operation."""
+    group: tuple[int, ...] = ()
+    """The devices that exchange with the first one, by their places in the mesh; empty for all."""
 
     @property
     def total_bytes(self) -> float:
@@ -85,7 +87,8 @@ def collectives(text: str, devices: int, *, conditional: bool = False) -> list[C
             size = _group_size(i.attributes, devices)
             sent = _bytes_sent(kind, shapes, size)
             count = math.prod(loops)
-            found.append(Collective(kind, shapes, size, sent, count, loops, source_of(i)))
+            group = _first_group(i.attributes)
+            found.append(Collective(kind, shapes, size, sent, count, loops, source_of(i), group))
     return found
 
 
@@ -233,6 +236,27 @@ def _group_size(attributes: str, devices: int) -> int:
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return 2 if "source_target_pairs" in attributes else devices
+
+
+def _first_group(attributes: str) -> tuple[int, ...]:
+    """Devices of the group of device 0, or of the first pair, in any of the forms of XLA."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]*)\}", attributes):
+        return tuple(map(int, found.group(1).split(",")))
+    if found := re.search(
+        r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    ):
+        groups, size, dims, order = found.groups()
+        shape = [int(n) for n in dims.split(",")]
+        ids = np.arange(math.prod(shape)).reshape(shape)
+        ids = ids.transpose([int(n) for n in order.split(",")]) if order else ids
+        return tuple(ids.reshape(int(groups), int(size))[0].tolist())
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes):
+        sizes = {axis: int(n) for axis, n in re.findall(r"'(\w+)'=(\d+)", found.group(1))}
+        axes = [axis for axis, _ in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found.group(2))]
+        ids = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        at = tuple(slice(None) if axis in axes else 0 for axis in sizes)
+        return tuple(ids[at].reshape(-1).tolist())
+    return ()
 
 
 # --- loops ----------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What a run takes on machines: memory, operations, traffic, time and cost, by formula."""
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nrt_jax.config.run import RunConfig
 from nrt_jax.planning.memory import USABLE, Memory, memory
@@ -9,6 +10,9 @@ from nrt_jax.planning.setting import Setting, mesh_text, resolve
 from nrt_jax.planning.traffic import scoring_traffic, sync_bytes, update_traffic
 from nrt_jax.planning.work import Lengths, Work, work
 from nrt_jax.topologies import Topology
+
+if TYPE_CHECKING:
+    from nrt_jax.planning.compiled import Compiled
 
 
 class Plan(NamedTuple):
@@ -21,6 +25,8 @@ class Plan(NamedTuple):
     step: Step
     price_per_hour: float | None = None
     """Of one chip."""
+    programs: "Mapping[str, Compiled] | None" = None
+    """What was compiled; None for a plan by formula alone."""
 
     @property
     def usable(self) -> float:
@@ -79,6 +85,15 @@ def make_plan(
     return Plan(setting, lengths, memory(setting), amount, times, price_per_hour)
 
 
+def with_programs(plan: Plan, programs: "Mapping[str, Compiled]") -> Plan:
+    """The plan with the temporaries of compiled programs in the place of the formula's."""
+    of_engine = [
+        programs[name].temporaries for name in ("prefill", "decode step") if name in programs
+    ]
+    found = memory(plan.setting, programs["gradient"].temporaries, max(of_engine, default=0.0))
+    return plan._replace(memory=found, programs=programs)
+
+
 def traffic_of(plan: Plan) -> dict[str, float]:
     """Bytes that a device sends over each mesh axis in the updates and the scoring of a step."""
     setting, amount = plan.setting, plan.work
@@ -122,4 +137,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hours": plan.hours,
         "cost": plan.cost,
         "assumed": list(ASSUMED),
+        "programs": None
+        if plan.programs is None
+        else {name: one._asdict() for name, one in plan.programs.items()},
     }

@@ -127,7 +127,9 @@ def _sft_step(
     batch = _with_sharding(sft_batch([], Plan(shape, packs=[])), mesh)
 
     def loss_fn(params: Any, inputs: Any) -> Any:
-        return sft_loss_of_rows(params, *inputs, definition, config.model.logprob_chunk_tokens)
+        rows, answer_tokens = inputs
+        chunk = config.model.logprob_chunk_tokens
+        return sft_loss_of_rows(params, rows, answer_tokens, definition, chunk)
 
     return loss_fn, (batch, jax.ShapeDtypeStruct((), jnp.float32)), None
 

@@ -1,7 +1,8 @@
 """A plan as text: memory, operations, traffic, time, cost, and what was assumed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from nrt_jax.planning.compiled import FEW_LAYERS, Compiled, expected
 from nrt_jax.planning.plan import Plan, traffic_of
 from nrt_jax.planning.roofline import ASSUMED
 from nrt_jax.planning.search import Candidate, changes_text
@@ -14,6 +15,8 @@ GB = 1e9
 def shown(plan: Plan) -> list[str]:
     """The lines of a plan."""
     parts = [_head(plan), _memory(plan), _work(plan), _time(plan), _assumed(plan)]
+    if plan.programs is not None:
+        parts.insert(2, _programs(plan, plan.programs))
     return [line for part in parts for line in (*part, "")][:-1]
 
 
@@ -35,7 +38,12 @@ def found(best: Sequence[Candidate]) -> list[str]:
             )
         )
     settings = [f"{number}: {changes_text(one.changes)}" for number, one in enumerate(best, 1)]
-    return [*table(rows), "", *settings]
+    lines = [*table(rows), "", *settings]
+    for number, (_, plan) in enumerate(best, 1):
+        if plan.programs is not None:
+            verdict = "fits" if plan.fits else "does not fit"
+            lines += ["", f"{number}, compiled, {verdict}:", *_programs(plan, plan.programs)]
+    return lines
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -104,6 +112,38 @@ def _work(plan: Plan) -> list[str]:
     if setting.config.method == "nrt":
         sent.append(f"new weights to the rollouts {_gb(sync_bytes(setting))} GB")
     return [*lines, f"a device sends per step: {', '.join(sent) or 'nothing'}"]
+
+
+def _programs(plan: Plan, programs: Mapping[str, Compiled]) -> list[str]:
+    """What was compiled beside the formulas."""
+    by_formula = expected(plan.setting, plan.work)
+    rows = [
+        ("compiled", "temporaries GB", "TFLOP", "by formula", "GB sent", "by formula", "compile s")
+    ]
+    for name, one in programs.items():
+        flops, sent = by_formula.get(name, (None, None))
+        rows.append(
+            (
+                name,
+                _gb(one.temporaries),
+                f"{one.flops / 1e12:.3f}",
+                "-" if flops is None else f"{flops / 1e12:.3f}",
+                f"{sum(one.sent.values()) / GB:.3f}",
+                "-" if sent is None else f"{sent / GB:.3f}",
+                f"{one.seconds:.0f}",
+            )
+        )
+    axes = {axis for one in programs.values() for axis in one.sent}
+    lines = table(rows)
+    for axis in sorted(axes):
+        of_axis = (f"{name} {one.sent.get(axis, 0) / GB:.3f}" for name, one in programs.items())
+        lines.append(f"GB sent over {axis}: {', '.join(of_axis)}")
+    few = " and ".join(map(str, FEW_LAYERS))
+    return [
+        *lines,
+        f"compiled with {few} layers and scaled to {plan.setting.architecture.num_hidden_layers}; "
+        "products without attention's kernels; memory above is with these temporaries",
+    ]
 
 
 def _time(plan: Plan) -> list[str]:

@@ -1,6 +1,10 @@
 """The formulas of a plan against the decoder, compiled programs, and sums by hand."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -10,9 +14,11 @@ from benchmarks.plans import load
 from nrt_jax.config.mesh import parse_mesh
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
+from nrt_jax.planning.compiled import QUIET, Compiled, axes_of, described_devices, scaled
+from nrt_jax.planning.compiled_text import collectives
 from nrt_jax.planning.links import links
 from nrt_jax.planning.memory import memory, weights_per_device
-from nrt_jax.planning.plan import as_json, make_plan
+from nrt_jax.planning.plan import as_json, make_plan, with_programs
 from nrt_jax.planning.report import shown
 from nrt_jax.planning.search import cheapest_changes, misfit, search
 from nrt_jax.planning.setting import Setting, resolve, weights_of
@@ -203,6 +209,80 @@ def test_a_search_lists_ten_that_fit_the_fastest_first():
     assert times == sorted(times)
     assert all(candidate.plan.fits for candidate in best)
     assert times[0] <= make_plan(config, topology).step.total
+
+
+# --- compiled programs ---------------------------------------------------------------------------
+
+
+def test_a_program_of_all_layers_is_scaled_from_two_of_few():
+    less = Compiled(100.0, 30.0, {"fsdp": 8.0}, seconds=1.0)
+    more = Compiled(120.0, 50.0, {"fsdp": 12.0, "tensor": 2.0}, seconds=2.0)
+    # 80 + 10 L, 10 + 10 L, 4 + 2 L and -2 + L at L = 8.
+    assert scaled(less, more, (2, 4), 8) == (160.0, 90.0, {"fsdp": 20.0, "tensor": 6.0}, 3.0)
+
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2, "context": 1}
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axes"),
+    [
+        ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", "tensor"),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1)", "fsdp"),
+        ("replica_groups=[2,4]<=[2,4]T(1,0)", "data+tensor"),
+        ("replica_groups=[1,8]<=[8]", "data+fsdp+tensor"),
+        ("replica_groups=mesh['data'=2,'fsdp'=2,'tensor'=2] {'data'}", "data"),
+        ("source_target_pairs={{0,4},{4,0}}", "data"),
+        ("", "data+fsdp+tensor"),
+    ],
+)
+def test_collectives_are_told_by_their_axes(attributes, axes):
+    line = f"  %s = f32[8]{{0}} all-reduce(f32[8]{{0}} %x), {attributes}"
+    (found,) = collectives(f"ENTRY %main (x: f32[8]) -> f32[8] {{\n{line}\n}}\n", 8)
+    assert axes_of(found, SIZES) == axes
+
+
+def test_programs_are_not_compiled_for_gpus():
+    with pytest.raises(InputError, match="h100x8 has GPUs"):
+        described_devices(parse_topology("h100x8"))
+
+
+def test_without_libtpu_a_plan_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(InputError, match=r"pip install 'nrt-jax\[tpu\]'"):
+        described_devices(parse_topology("v6e:8x8"))
+
+
+def test_compiled_temporaries_take_the_place_of_the_formulas():
+    found = plan("v6e:8x8", *ON_V6E)
+    one = Compiled(7e9, 1e12, {"fsdp": 1e9}, seconds=1.0)
+    programs = {"gradient": one, "prefill": one, "decode step": one._replace(temporaries=9e9)}
+    other = with_programs(found, programs)
+    assert (other.memory.activations, other.memory.decoding) == (7e9, 9e9)
+    text = "\n".join(shown(other))
+    assert "GB sent over fsdp: gradient 1.000" in text
+    assert as_json(other)["programs"]["gradient"]["flops"] == 1e12
+
+
+@pytest.mark.slow
+def test_a_compiled_program_is_that_of_two_with_fewer_layers():
+    """For a v5p of eight chips: temporaries, operations and traffic grow by the layer."""
+    pytest.importorskip("libtpu", reason="libtpu is installed on Linux only")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.planning.scaled_layers"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | QUIET,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    for name, of in report.items():
+        assert of["flops"] == pytest.approx(1, rel=0.01), name
+        assert of["temporaries"] == pytest.approx(1, rel=0.05), name
+        assert of["sent"] == pytest.approx(1, rel=0.05), name
+        assert of.get("flops by formula", 1) == pytest.approx(1, rel=0.1), name
 
 
 # --- text ----------------------------------------------------------------------------------------
