@@ -28,6 +28,7 @@ from nrt_jax.analysis.token_view import STRONGEST, token_lines
 from nrt_jax.analysis.words import count_words, word_use
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.reference_log import REFERENCES, ReferenceRow, write_references
+from tests.analysis.browser import find_chromium, open_browser
 from tests.analysis.conftest import MakeRun
 
 
@@ -295,3 +296,23 @@ def test_unfinished_cells_of_a_sweep_are_left_out(make_run: MakeRun, caplog):
         read_runs([done, begun])
     with pytest.raises(InputError, match="none of its 1 runs is finished"):
         read_runs([begun], cells=[begun])
+
+
+@pytest.mark.slow
+def test_the_page_fits_a_window_and_a_phone(runs: dict[str, Path], tmp_path: Path):
+    """Nothing reaches over the edge, nothing moves while it loads, and nothing else is loaded."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium; name one in NRT_JAX_CHROMIUM")
+    write_report(list(runs.values()), tmp_path)
+    with open_browser(program) as browser:
+        for width in (1280, 390):
+            browser.open(tmp_path / "report.html", width)
+            assert browser.evaluate("document.documentElement.scrollWidth") == width
+            assert browser.evaluate("window.shift") == 0
+            assert browser.evaluate("performance.getEntriesByType('resource').length") == 0
+            smallest = browser.evaluate(
+                "Math.min(...[...document.querySelectorAll('.panel svg')]"
+                ".map((svg) => svg.getBoundingClientRect().width))"
+            )
+            assert smallest > 300
