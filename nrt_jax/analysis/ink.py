@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's hues, darkened for contrast with white or lightened for contrast with black. Lines
 # differ by their markers as well.
-LIGHT = ("#0072b2", "#c24a00", "#00785a", "#9c3f80", "#6b6b6b", "#8a6100", "#000000")
-DARK = ("#5cb8ee", "#ff9455", "#35c9a0", "#e79fca", "#a6a6a6", "#e3b505", "#ffffff")
-MARKERS = "os^DvpX"
-GLYPHS = "●■▲◆▼⬟✖"
+LIGHT = ("#0072b2", "#c24a00", "#00785a", "#9c3f80", "#6b6b6b", "#8a6100", "#000000", "#5b7300")
+DARK = ("#5cb8ee", "#ff9455", "#35c9a0", "#e79fca", "#a6a6a6", "#e3b505", "#ffffff", "#b4cf3a")
+MARKERS = "os^DvpXP"
+GLYPHS = "●■▲◆▼⬟✖✚"
 """The markers as text."""
 
 

@@ -25,7 +25,7 @@ from nrt_jax.data.stats import SourceLengths, together
 
 OTHERS = 4
 """Place of grey among the colours: the sources that have no colour of their own."""
-_COLOURED = [i for i in range(len(LIGHT)) if i != OTHERS]
+_COLOURED = [i for i in range(len(LIGHT)) if i != OTHERS][:6]
 MOST_SPANS = 30
 """Sources with a line of their own, those with the most rows."""
 

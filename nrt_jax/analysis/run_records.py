@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -202,7 +203,8 @@ def _lines(path: Path, check: Any) -> Iterator[dict[str, Any]]:
                 f"{path}: line {number}: {problem}: {shown!r}; delete that line, or train the run "
                 "again in a new run_dir"
             )
-        yield row
+        # json makes new strings of the same keys for every line.
+        yield {sys.intern(key): value for key, value in row.items()}
 
 
 def _is_number(value: Any) -> bool:
