@@ -148,7 +148,9 @@ def _prepare(setting: Setting, sizes: Sizes, compiled: list[int]) -> tuple[Updat
     state = init_state(optimizer, params, rule.shardings)
 
     def loss_fn(params: Any, inputs: Any) -> Any:
-        return sft_loss_of_rows(params, *inputs, definition, config.model.logprob_chunk_tokens)
+        rows, answer_tokens = inputs
+        chunk_tokens = config.model.logprob_chunk_tokens
+        return sft_loss_of_rows(params, rows, answer_tokens, definition, chunk_tokens)
 
     def add_memory(name: str, program: jax.stages.Compiled) -> None:
         del name
@@ -171,11 +173,12 @@ def _prepare(setting: Setting, sizes: Sizes, compiled: list[int]) -> tuple[Updat
 
 def _drawn(shapes: Any, key: jax.Array) -> Any:
     """Normal weights of a standard deviation of 0.02, and ones for the norms."""
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(key, len(leaves))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     drawn = [
-        jnp.ones(x.shape, x.dtype) if x.ndim == 1 else 0.02 * jax.random.normal(k, x.shape, x.dtype)
-        for k, x in zip(keys, leaves, strict=True)
+        jnp.ones(x.shape, x.dtype)
+        if "norm" in jax.tree_util.keystr(path)
+        else 0.02 * jax.random.normal(k, x.shape, x.dtype)
+        for k, (path, x) in zip(jax.random.split(key, len(leaves)), leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, drawn)
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
@@ -117,7 +117,7 @@ class KVCache:
     own_k_tokens_last = True
     """The scores of a step are then a product over d with T contiguous."""
 
-    def __init__(self, mesh: Mesh, window: int | None = None):
+    def __init__(self, mesh: Mesh | AbstractMesh, window: int | None = None):
         self._mesh, self._window = mesh, window
         self._shards = shards_of(mesh)
 
@@ -318,7 +318,7 @@ class KVCache:
         return jnp.concatenate(positions, axis=1), jnp.concatenate(valid, axis=1)
 
 
-def shards_of(mesh: Mesh) -> int:
+def shards_of(mesh: Mesh | AbstractMesh) -> int:
     """Groups of slots that lie on one device along the batch axes."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 

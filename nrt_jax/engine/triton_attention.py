@@ -73,8 +73,8 @@ def attend_to_filled(
         interpret=interpret,
         name="attend_to_filled",
     )(start_B, end_B, q_BHRd, k_BHTd, v_BHTd)
-    merged = _merge_splits(out, total, highest)
-    return tuple(x[:, :, :G] for x in merged)
+    out_BHRd, sum_BHR, highest_BHR = _merge_splits(out, total, highest)
+    return out_BHRd[:, :, :G], sum_BHR[:, :, :G], highest_BHR[:, :, :G]
 
 
 def _kernel(
@@ -125,7 +125,9 @@ def _kernel(
     )
 
 
-def _merge_splits(out_JBHRd: Array, sum_JBHR: Array, highest_JBHR: Array) -> tuple[Array, ...]:
+def _merge_splits(
+    out_JBHRd: Array, sum_JBHR: Array, highest_JBHR: Array
+) -> tuple[Array, Array, Array]:
     highest_BHR = jnp.max(highest_JBHR, axis=0)
     share_JBHR = jnp.exp(highest_JBHR - highest_BHR[None])
     out_BHRd = jnp.sum(out_JBHRd * share_JBHR[..., None], axis=0)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float
 
 from nrt_jax.engine.kv_cache import KVCache, LayerCache, Masks, Partial
@@ -23,7 +23,9 @@ class TritonCache(KVCache):
 
     own_k_tokens_last = False
 
-    def __init__(self, mesh: Mesh, window: int | None = None, *, interpret: bool = False):
+    def __init__(
+        self, mesh: Mesh | AbstractMesh, window: int | None = None, *, interpret: bool = False
+    ):
         super().__init__(mesh, window)
         self._interpret = interpret
 

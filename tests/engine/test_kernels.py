@@ -19,6 +19,7 @@ from nrt_jax.engine.triton_kv_cache import TritonCache
 from nrt_jax.errors import InputError
 from nrt_jax.models.sharding import param_shardings
 from tests.engine.cached_world import busy_world, check_moving_slots, check_resizing, close
+from tests.engine.described_gpu import gpu_mesh, lowered
 from tests.engine.toy import STOPS, assert_same, params, prompt
 from tests.engine.tpu_interpreter import tpu_interpreter
 from tests.models.tiny import LLAMA, WINDOW, architecture, decoder, mesh
@@ -251,7 +252,11 @@ def test_auto_takes_the_platforms_kernel_where_it_fits(platform, changes, axes, 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_the_gpu_form_lowers_for_cuda(dtype):
-    cache, sizes, S = TritonCache(mesh(), window=1024), Sizes(8, 256, 4096), jax.ShapeDtypeStruct
+    cache, sizes, S = (
+        TritonCache(gpu_mesh(), window=1024),
+        Sizes(8, 256, 4096),
+        jax.ShapeDtypeStruct,
+    )
     slot_map = SlotMap(*(S(n, jnp.int32) for n in ((8,), (8, 4), (16,), (16,))))
     layer = jax.eval_shape(lambda: cache.empty(sizes, 16, 8, 128, dtype))
 
@@ -261,6 +266,5 @@ def test_the_gpu_form_lowers_for_cuda(dtype):
 
     arguments = [S((16, *shape), dtype) for shape in ((8, 4, 128), (8, 128), (8, 128))]
     with jax.numpy_rank_promotion("allow"):
-        traced = jax.jit(attend).trace(layer, slot_map, S((16,), bool), *arguments)
-    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        text = lowered(attend, layer, slot_map, S((16,), bool), *arguments)
     assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1

@@ -1,7 +1,5 @@
 """The decode kernel for GPUs by itself: against plain attention in interpret mode, and lowered."""
 
-from contextlib import nullcontext
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 from nrt_jax.engine import attention_kernels
 from nrt_jax.engine.triton_attention import attend_to_filled
 from nrt_jax.errors import InputError
+from tests.engine.described_gpu import lowered
 from tests.models.tiny import architecture, mesh
 
 
@@ -41,26 +40,14 @@ def test_it_sees_the_tokens_from_start_to_end(groups):
             np.testing.assert_allclose(actual[b], one, rtol=2e-5, atol=1e-5)
 
 
-def nvidia_gpu():
-    """The context in which jax lowers for a GPU that the machine does not have."""
-    if not hasattr(jax.sharding, "AbstractDevice"):
-        return nullcontext()
-    device = jax.sharding.AbstractDevice(
-        device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"
-    )
-    on = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    return jax.sharding.use_abstract_mesh(on)
-
-
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(("tokens", "d"), [(48, 16), (4096, 128)])
 def test_it_lowers_for_cuda(dtype, tokens, d):
     S = jax.ShapeDtypeStruct
     keys = S((4, 2, tokens, d), dtype)
     arguments = S((4, 2, 5, d), dtype), keys, keys, S((4,), jnp.int32), S((4,), jnp.int32)
-    with nvidia_gpu():
-        lowered = jax.jit(attend_to_filled).trace(*arguments).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1
+    text = lowered(attend_to_filled, *arguments)
+    assert text.count("stablehlo.custom_call @__gpu$xla.gpu.triton") == 1
 
 
 def test_a_jax_without_the_backend_has_xla_s_attention(monkeypatch):
