@@ -23,10 +23,9 @@ class HardTokensConfig(Section):
     rows: int = Field(default=100_000, ge=1, le=2**31 - 1)
     """Training rows of an epoch; each is generated when it is read."""
     worked_rows: int = Field(default=0, ge=0)
-    """hard_documents: number of first rows that show every worked step (a curriculum)."""
+    """hard_documents: number of first rows that all show the worked steps (a curriculum)."""
     worked_share: float = Field(default=0.3, ge=0, le=1)
-    """hard_documents: share of documents that show the worked steps of the first 1 to all values,
-    equally often."""
+    """hard_documents: share of documents that show the worked steps."""
     nothing_share: float = Field(default=0.3, ge=0, le=1)
     """hard_documents: share with nothing between question and answer."""
     noise_share: float = Field(default=0.2, ge=0, le=1)

@@ -100,8 +100,8 @@ def row(task: HardTokensConfig, seed: int, index: int) -> Example:
 def document(task: HardTokensConfig, seed: int, index: int) -> Example:
     """Training row `index` of the plain documents that the shipped base model learns from.
 
-    The answer is the rest of the document, "| {z} | {answer}", in which z is the worked steps of
-    the first topics, nothing, filler words, or a copied piece of the question.
+    The answer is the rest of the document, "| {z} | {answer}", in which z is the worked steps,
+    nothing, filler words, or a copied piece of the question.
     """
     rng = np.random.default_rng((seed, _TRAIN_STREAM, index))
     question = _question(task, rng, held_out=False)
@@ -162,11 +162,8 @@ def _document_rest(
     shares = (task.worked_share, task.nothing_share, task.noise_share, task.copy_share)
     kind = rng.choice(("worked", "nothing", "noise", "copy"), p=np.array(shares) / sum(shares))
     asked = question.split()
-    if index < task.worked_rows:
+    if index < task.worked_rows or kind == "worked":
         reasoning = worked_steps(question)
-    elif kind == "worked":
-        topics = worked_steps(question).split(f" {NEXT} ")
-        reasoning = f" {NEXT} ".join(topics[: rng.integers(1, task.values, endpoint=True)])
     elif kind == "nothing":
         reasoning = ""
     elif kind == "noise":

@@ -1,7 +1,6 @@
 """The built-in task of long answers: right totals, held-out templates and numbers, its lengths."""
 
 import re
-from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -154,16 +153,11 @@ def test_evaluation_answers_are_right():
 
 
 def test_documents_of_each_kind():
-    worked = Counter()
-    for i in range(200):
-        example = document(only(worked_share=1), 0, i)
-        reasoning, answer = parts(example.answer)
-        assert worked_steps(example.question).startswith(reasoning)
-        assert answer == answer_to(TASK, example.question)
-        worked[len(reasoning.split(" ; "))] += 1
-    assert set(worked) == {1, 2, 3}
-    assert min(worked.values()) > 40
     for i in range(50):
+        example = document(only(worked_share=1), 0, i)
+        expected = worked_steps(example.question), answer_to(TASK, example.question)
+        assert parts(example.answer) == expected
+
         example = document(only(nothing_share=1), 0, i)
         assert example.answer == f"| | {answer_to(TASK, example.question)}"
 

@@ -4,11 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nrt_jax.config.presets import DIRECTORY
 from nrt_jax.data.hard_tokens import words
 from nrt_jax.data.task_tokenizers import (
     CHARACTERS,
     SPECIAL_TOKENS,
     write_hard_tokens_tokenizer,
+    write_quickstart_tokenizer,
 )
 from nrt_jax.data.tokenizer import Tokenizer
 
@@ -91,3 +93,13 @@ def test_other_words_are_unknown(hard_tokenizers):
     tokenizer, _ = hard_tokenizers
     assert tokenizer.encode("rain snow 3")[1] == tokenizer.unk_id
     assert tokenizer.vocab_size == len(SPECIAL_TOKENS) + len(words())
+
+
+@pytest.mark.parametrize(
+    ("write", "task"),
+    [(write_quickstart_tokenizer, "quickstart"), (write_hard_tokens_tokenizer, "hard_tokens")],
+)
+def test_the_shipped_models_have_these_tokenizers(write, task, tmp_path):
+    write(tmp_path)
+    shipped = DIRECTORY / task / "base_model" / "tokenizer.json"
+    assert (tmp_path / "tokenizer.json").read_text() == shipped.read_text()

@@ -1,0 +1,245 @@
+"""The claims of the paper in small: figure, interval and verdict of each, from records of sweeps.
+
+    nrt-jax sweep sweeps/hard_tokens
+    nrt-jax sweep sweeps/ablations
+    .venv/bin/python -m benchmarks.reproduction runs/sweeps/hard_tokens runs/sweeps/ablations
+
+prints the tables of docs/reproduction.md; --write puts them into that page. A figure is the mean
+over seeds of a difference between two runs of one seed, with the 95 % interval of Student's t. A
+claim holds where the interval lies above 0, does not where it lies below 0, and is undecided
+otherwise.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+import numpy as np
+
+from nrt_jax.evaluation.reference_log import ReferenceRow, read_references
+from nrt_jax.experiments.sweep import read_cells
+from nrt_jax.training.diagnosis import t_quantile
+
+PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
+BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
+SIGNALS = ("derived", "fixed")
+SFT, AM, GM, WS = "sft", "rlpr", "nrt_gm", "nrt_ws_neg_log_p"
+HARDEST = 0.05
+"""Share of an answer's tokens that count as hardest: those of the highest entropy under SFT."""
+END_OF_TRAINING = 0.1
+"""Share of the steps over which the entropy and the length at the start and the end are means."""
+
+Row = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run of a sweep."""
+
+    options: Mapping[str, str]
+    rows: Sequence[Row]
+    """Lines of metrics.jsonl."""
+    references: Sequence[ReferenceRow]
+    """Tokens of the reference answers at the last evaluation."""
+
+    def last(self, metric: str) -> float:
+        """The last value; NaN for a metric that the run does not have."""
+        return next((row[metric] for row in reversed(self.rows) if metric in row), float("nan"))
+
+    def kept(self, metric: str) -> float:
+        """The mean over the last tenth of the steps over that of the first tenth."""
+        values = [row[metric] for row in self.rows if metric in row]
+        size = max(1, round(END_OF_TRAINING * len(values)))
+        return fmean(values[-size:]) / fmean(values[:size]) if values else float("nan")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A difference that the paper says is above 0."""
+
+    text: str
+    differences: Sequence[float]
+    """Of each seed."""
+
+
+Runs = dict[tuple[str, str], dict[str, Run]]
+"""By method, or change, and token signal; then by seed."""
+
+
+def read_runs(folder: Path) -> Runs:
+    """The finished runs of a sweep's folder."""
+    runs: Runs = {}
+    for name, options in read_cells(folder).items():
+        metrics = folder / name / "metrics.jsonl"
+        if not metrics.exists():
+            continue
+        rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
+        evaluated = [row["step"] for row in rows if "eval/exact_match" in row]
+        trained = max((row["step"] for row in rows if "loss/total" in row), default=0)
+        if not evaluated or evaluated[-1] < trained or evaluated[-1] == 0:
+            continue
+        run = Run(options, rows, read_references(folder / name, evaluated[-1]))
+        method = options.get("method", options.get("change", ""))
+        signal = options.get("objective.token_signal", SIGNALS[0])
+        runs.setdefault((method, signal), {})[options["seed"]] = run
+    return runs
+
+
+def paired(
+    ours: Mapping[str, Run], theirs: Mapping[str, Run], value: Callable[[Run], float]
+) -> list[float]:
+    """The difference of a value for every seed that both have, where it is a number."""
+    pairs = [(value(ours[seed]), value(theirs[seed])) for seed in ours if seed in theirs]
+    return [first - second for first, second in pairs if np.isfinite(first - second)]
+
+
+def hardest_ratio(run: Run, sft: Run) -> float:
+    """The mean of P / P_SFT over the hardest tokens of the questions that both have."""
+    other = {row.key: row for row in sft.references}
+    ratios = []
+    for row in run.references:
+        if row.key not in other:
+            continue
+        base = other[row.key]
+        hard = np.argsort(base.entropies)[-max(1, round(HARDEST * len(base.entropies))) :]
+        ratios += np.exp(row.logprobs[hard] - base.logprobs[hard]).tolist()
+    return fmean(ratios) if ratios else float("nan")
+
+
+def claims(runs: Runs, ablations: Runs, signal: str) -> list[Claim]:
+    """The paper's claims for runs with one token signal."""
+
+    def of(method: str) -> dict[str, Run]:
+        return runs.get((method, SIGNALS[0] if method == SFT else signal), {})
+
+    def lift(method: str) -> dict[str, float]:
+        pairs = {seed: (run, of(SFT)[seed]) for seed, run in of(method).items() if seed in of(SFT)}
+        return {seed: hardest_ratio(*pair) for seed, pair in pairs.items()}
+
+    def lifts(method: str) -> list[float]:
+        ours, theirs = lift(WS), lift(method)
+        return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+
+    def match(run: Run) -> float:
+        return run.last("eval/exact_match")
+
+    def gain(run: Run) -> float:
+        return run.last("eval/trace_gain") - run.last("eval/shuffled_gain")
+
+    found = [
+        Claim("exact match: WS(−log p) less GM", paired(of(WS), of(GM), match)),
+        Claim("exact match: GM less AM", paired(of(GM), of(AM), match)),
+        Claim("exact match: AM less SFT", paired(of(AM), of(SFT), match)),
+    ]
+    for metric, word in (("trace/tokens", "length"), ("policy/entropy", "entropy")):
+        text = f"share of the {word} of traces that is kept: WS(−log p) less AM"
+        found.append(Claim(text, paired(of(WS), of(AM), lambda run, m=metric: run.kept(m))))
+    for method, title in ((GM, "GM"), (AM, "AM")):
+        text = f"P / P_SFT of the hardest tokens: WS(−log p) less {title}"
+        found.append(Claim(text, lifts(method)))
+    text = "log P of the answer, nats per token: own trace less another question's, WS(−log p)"
+    found.append(Claim(text, [gain(run) for run in of(WS).values() if np.isfinite(gain(run))]))
+    if signal == SIGNALS[0]:
+        clipped, unclipped = (
+            ablations.get((change, signal), {}) for change in ("none", "rewards_not_clipped")
+        )
+        text = "exact match: WS(−log p) with the clipped baseline less without"
+        found.append(Claim(text, paired(clipped, unclipped, match)))
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The mean of the values and half the width of its 95 % interval; None for fewer than two."""
+    if len(values) < 2:
+        return None
+    return fmean(values), t_quantile(len(values) - 1) * stdev(values) / len(values) ** 0.5
+
+
+def verdict(values: Sequence[float]) -> str:
+    """Whether what a claim says is above 0 is so."""
+    found = interval(values)
+    if found is None:
+        return "undecided, one seed" if values else "not measured"
+    mean, half = found
+    if mean - half > 0:
+        return "holds"
+    return "does not hold" if mean + half < 0 else "undecided"
+
+
+def shown(values: Sequence[float]) -> str:
+    """A mean with its interval."""
+    if not values:
+        return "–"
+    found = interval(values)
+    return f"{values[0]:.3f}" if found is None else f"{found[0]:.3f} ± {found[1]:.3f}"
+
+
+def claims_table(runs: Runs, ablations: Runs) -> list[str]:
+    """The claims under both token signals."""
+    lines = [
+        "| claim: above 0 | signal | seeds | difference | verdict |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for signal in SIGNALS:
+        for claim in claims(runs, ablations, signal):
+            values = claim.differences
+            cells = (claim.text, f"`{signal}`", str(len(values)), shown(values), verdict(values))
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+COLUMNS = {
+    "exact match": lambda run: run.last("eval/exact_match"),
+    "own trace": lambda run: run.last("eval/trace_gain"),
+    "another's": lambda run: run.last("eval/shuffled_gain"),
+    "length kept": lambda run: run.kept("trace/tokens"),
+    "entropy kept": lambda run: run.kept("policy/entropy"),
+}
+"""Figures of a method: the gains are of log P(y*) in nats per token over the empty trace."""
+
+
+def methods_table(runs: Runs) -> list[str]:
+    """The figures of every method after training, means over seeds."""
+    lines = [
+        f"| method | signal | seeds | {' | '.join(COLUMNS)} |",
+        "| --- " * (3 + len(COLUMNS)) + "|",
+    ]
+    for (method, signal), by_seed in runs.items():
+        of_method = list(by_seed.values())
+        cells = [shown(_finite(map(value, of_method))) for value in COLUMNS.values()]
+        named = "–" if method == SFT else f"`{signal}`"
+        lines.append(f"| {method} | {named} | {len(of_method)} | {' | '.join(cells)} |")
+    return lines
+
+
+def _finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if np.isfinite(value)]
+
+
+def with_figures(page: str, tables: Sequence[str]) -> str:
+    """The page with the tables between its two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    assert found, f"{PAGE} needs the lines {BEGIN.strip()} and {END.strip()}"
+    return before + BEGIN + "\n" + "\n".join(tables) + "\n\n" + END + after
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The claims of the paper, from records of sweeps.")
+    parser.add_argument("sweep", type=Path, help="folder of sweeps/hard_tokens")
+    parser.add_argument("ablations", type=Path, nargs="?", help="folder of sweeps/ablations")
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
+    args = parser.parse_args()
+    runs = read_runs(args.sweep)
+    ablations = {} if args.ablations is None else read_runs(args.ablations)
+    tables = [*methods_table(runs), "", *claims_table(runs, ablations)]
+    print("\n".join(tables))
+    if args.write:
+        PAGE.write_text(with_figures(PAGE.read_text("utf-8"), tables), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
