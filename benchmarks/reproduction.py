@@ -19,9 +19,9 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from nrt_jax.evaluation.estimates import t_quantile
 from nrt_jax.evaluation.reference_log import ReferenceRow, read_references
 from nrt_jax.experiments.sweep import read_cells
-from nrt_jax.training.diagnosis import t_quantile
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
