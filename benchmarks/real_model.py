@@ -112,7 +112,13 @@ def measure_kind(args: argparse.Namespace, kind: str) -> dict[str, Figures]:
             diagnose(folder / f"{variant}.json", str(run_dir))
     if "nrt" in args.variants:
         diagnose(folder / "warm.json", str(folder / "nrt" / "checkpoints" / "0"))
-    return {name: row(folder, name) for name in TITLES if (folder / f"{name}.json").exists()}
+    return {name: row(folder, name) for name in TITLES if is_whole(folder, name)}
+
+
+def is_whole(folder: Path, name: str) -> bool:
+    """Whether the diagnosis and the evaluations of a row are all there."""
+    runs = {"before": ("cold", "sft"), "warm": ("nrt",)}.get(name, (name,))
+    return (folder / f"{name}.json").exists() and all(evaluations(folder / run) for run in runs)
 
 
 def final_answers(data: Path, out: Path) -> Path:

@@ -72,6 +72,12 @@ def test_the_untrained_model_is_judged_with_and_without_a_trace(folder):
     assert row["own_change"] == row["own_change_low"] == 0
 
 
+def test_a_row_that_is_not_whole_is_left_out(folder):
+    assert [n for n in REAL_MODEL.TITLES if REAL_MODEL.is_whole(folder, n)] == ["before", "nrt"]
+    (folder / "sft" / "metrics.jsonl").unlink()
+    assert [n for n in REAL_MODEL.TITLES if REAL_MODEL.is_whole(folder, n)] == ["nrt"]
+
+
 def test_a_run_is_finished_when_its_last_step_was_evaluated(folder):
     assert REAL_MODEL.finished(folder / "nrt")
     assert not REAL_MODEL.finished(folder / "cold")
