@@ -21,7 +21,8 @@ import numpy as np
 import tokenizers
 from step_work import LLAMA_8B, padded_parts, work
 
-from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
+from nrt_jax.models.flops import equal_keys
+from nrt_jax.training.packing import Layout, Lengths, Packer
 
 MOST_SHAPES = 16
 LARGEST_PROMPT, LARGEST_ANSWER = 512, 512

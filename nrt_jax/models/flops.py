@@ -60,6 +60,12 @@ def forward_flops(architecture: Architecture, rows: Rows, vocab_multiple: int = 
     )
 
 
+def equal_keys(architecture: Architecture) -> float:
+    """Keys per token at which attention costs as much as the products with weights."""
+    per_token = forward_flops(architecture, Rows(tokens=1, keys=1))
+    return per_token.weights / per_token.attention
+
+
 def recomputed_flops(architecture: Architecture, rows: Rows, remat: Remat) -> Flops:
     """What the backward pass recomputes inside the layers.
 

@@ -18,9 +18,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nrt_jax.config.architecture import Architecture
-from nrt_jax.models.flops import Rows, forward_flops
-
 TOLERATED_PADDING = 0.10
 """Share of padding at which a packer that knows few shapes takes one of them without a search."""
 MICRO_BATCH_COST = 128
@@ -80,12 +77,6 @@ class Layout(NamedTuple):
     """None for any number."""
     largest: Lengths | None = None
     """Lengths that no group of the run exceeds."""
-
-
-def equal_keys(architecture: Architecture) -> float:
-    """Keys per token at which attention costs as much as the products with weights."""
-    per_token = forward_flops(architecture, Rows(tokens=1, keys=1))
-    return per_token.weights / per_token.attention
 
 
 def largest_shape(layout: Layout) -> Shape:

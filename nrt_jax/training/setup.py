@@ -39,12 +39,13 @@ from nrt_jax.engine.weight_sync import EngineWeights, WeightTransfer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import Answerer, evaluation_answerer
 from nrt_jax.evaluation.training_suite import TrainingSuite, training_suite
+from nrt_jax.models.flops import equal_keys
 from nrt_jax.models.sharding import batch_sharding, place
 from nrt_jax.training.first_rows import FirstParams, first_params
 from nrt_jax.training.logger import MetricsWriter, SilentWriter
 from nrt_jax.training.memory import DeviceMemory
 from nrt_jax.training.optimizer import make_optimizer, make_schedule
-from nrt_jax.training.packing import Layout, Lengths, Packer, equal_keys
+from nrt_jax.training.packing import Layout, Lengths, Packer
 from nrt_jax.training.progress import Progress, restore_progress
 from nrt_jax.training.trackers import wanted as wanted_trackers
 from nrt_jax.training.update import UpdateRule
