@@ -144,4 +144,4 @@ def index_page(folders: list[Path]) -> str:
 
 def package_page(name: str, modules: list[Path]) -> str:
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules]
-    return f"# {name}\n\n" + "\n\n".join(f"## {n}\n\n::: {n}" for n in names) + "\n"
+    return f"# {name}\n\n" + "\n\n".join(f"::: {n}" for n in names) + "\n"
