@@ -43,12 +43,13 @@ from nrt_jax.engine.engine import Engine
 from nrt_jax.engine.generate import generate
 from nrt_jax.engine.requests import Request
 from nrt_jax.models.decoder import abstract_decoder
+from nrt_jax.models.flops import equal_keys
 from nrt_jax.models.sharding import abstract_params, make_mesh
 from nrt_jax.training.batch import group_lengths, nrt_batch
 from nrt_jax.training.forward import NrtSettings
 from nrt_jax.training.frozen_logprobs import FrozenLogprobs
 from nrt_jax.training.loss import nrt_loss
-from nrt_jax.training.packing import Layout, Packer, equal_keys
+from nrt_jax.training.packing import Layout, Packer
 from nrt_jax.training.update import Update, UpdateRule
 from nrt_jax.types import Example, Group, TokenizedExample, Trace
 

@@ -46,6 +46,7 @@ def aggregate(scheme, log_c, log_c_base, normalisation="sum", cap=None, sigma=No
     if scheme == "am":
         return sum(c) / T, [value / T for value in c]
     if scheme == "r3":
+        assert sigma is not None
         w = [value / sum(sigma) if sum(sigma) else 0.0 for value in sigma]
         return sum(weight * value for weight, value in zip(w, log_c, strict=True)), w
     w = weights(scheme, log_c_base, normalisation, cap)

@@ -10,6 +10,7 @@ from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
 from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
+from nrt_jax.evaluation.estimates import t_quantile
 from nrt_jax.training.answer_logprobs import Context, ContextLogprobs
 from nrt_jax.training.diagnosis import (
     Scored,
@@ -19,7 +20,6 @@ from nrt_jax.training.diagnosis import (
     mean_over_questions,
     score_groups,
     shuffled_donors,
-    t_quantile,
     trace_figures,
 )
 from nrt_jax.training.health import examine

@@ -10,7 +10,7 @@ import pytest
 from nrt_jax.config.load import load_config
 from nrt_jax.config.objective import ObjectiveConfig
 from nrt_jax.config.run import RunConfig
-from nrt_jax.data.quickstart_tokenizer import write_quickstart_tokenizer
+from nrt_jax.data.task_tokenizers import write_quickstart_tokenizer
 from nrt_jax.data.tokenizer import Tokenizer
 from nrt_jax.errors import InputError
 from nrt_jax.evaluation.held_out import Evaluated
