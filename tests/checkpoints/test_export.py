@@ -73,6 +73,7 @@ def test_a_mesh_that_cannot_be_is_refused(mesh_text, said, tiny_config, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_run_from_the_import_is_the_run_from_its_source(reference, imported, new_run):
     """Metrics and weights, to the bit."""
     run = new_run("method=sft", f"model.path={imported}", f"data.tokenizer={imported}")

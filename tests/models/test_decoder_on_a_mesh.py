@@ -82,7 +82,8 @@ def test_a_mesh_changes_neither_states_nor_gradients(axes, expected):
     assert states.sharding.is_equivalent_to(wanted, states.ndim), states.sharding
 
 
-@pytest.mark.parametrize("remat", [pytest.param("full", marks=pytest.mark.slow), "dots"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_splash_changes_neither_states_nor_gradients(remat, expected, monkeypatch):
     """In Pallas' interpreter, with the weights and the tokens of all rows spread."""
     interpreted = partial(splash_attend, interpret=True)

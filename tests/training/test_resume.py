@@ -11,7 +11,7 @@ from tests.training.runs import Outcome, TinyRun, assert_same
 
 NRT = ("method=nrt", "logging.rollouts=true")
 SFT = ("method=sft",)
-BOTH = [NRT, pytest.param(SFT, marks=pytest.mark.slow)]
+METHODS = [pytest.param(NRT, marks=pytest.mark.slow), SFT]
 """SFT among the slow tests: of each product one method is quick."""
 EVERY_STEP = ("checkpoint.every_steps=1",)
 
@@ -37,9 +37,7 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(NRT, marks=pytest.mark.slow), SFT], ids=["nrt", "sft"]
-)
+@pytest.mark.parametrize("method", METHODS, ids=["nrt", "sft"])
 def test_killed_at_chosen_moments(method, new_run, reference):
     whole = reference(*method, *EVERY_STEP)
     run = new_run(*method, *EVERY_STEP)
@@ -52,7 +50,7 @@ def test_killed_at_chosen_moments(method, new_run, reference):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", BOTH, ids=["nrt", "sft"])
+@pytest.mark.parametrize("method", METHODS, ids=["nrt", "sft"])
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_random_moments(method, seed, new_run, reference):
     whole = reference(*method)
@@ -104,7 +102,7 @@ def stop_at(run: TinyRun, moment: Callable[[], bool], *more: int) -> str:
     return outcome.err
 
 
-@pytest.mark.parametrize("method", BOTH, ids=["nrt", "sft"])
+@pytest.mark.parametrize("method", METHODS, ids=["nrt", "sft"])
 def test_stopped_by_sigterm(method, new_run, reference):
     whole = reference(*method)
     run = new_run(*method)
@@ -129,6 +127,7 @@ def test_stopped_by_sigterm(method, new_run, reference):
     assert_same(run, whole)
 
 
+@pytest.mark.slow
 def test_interrupted_from_the_keyboard(new_run, reference):
     run = new_run(*SFT)
 

@@ -25,7 +25,8 @@ STALE = (
 )
 
 
-@pytest.mark.parametrize("settings", [(), pytest.param(STALE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), STALE])
 def test_either_driver_trains_the_same(tiny_config, tmp_path, words, settings):
     rows = {}
     for driver in ("loop", "jetstream"):

@@ -68,6 +68,7 @@ def test_a_run_that_would_learn_nothing_does_not_start(train, tmp_path, caplog):
     assert not (tmp_path / "run/diagnosis.json").exists()
 
 
+@pytest.mark.slow
 def test_diagnose_tells_what_the_run_would_tell(tiny_config, tmp_path, words, train):
     asked = ("diagnose", tiny_config, *SIZES, f"run_dir={tmp_path / 'run'}")
     status, out, told = words(*asked, "--out", tmp_path / "figures.json")

@@ -155,6 +155,7 @@ def test_c_base_is_that_of_the_weights_that_drew_the_traces(stale):
     assert all(group.log_c_KA is None for groups in stale.groups.values() for group in groups)
 
 
+@pytest.mark.slow
 def test_without_staleness_every_trace_is_of_the_newest_weights(tiny_config, tmp_path):
     plain = watched(tiny_config, tmp_path / "run")
     assert [{g.version for g in plain.groups[s]} for s in range(1, 5)] == [{0}, {1}, {2}, {3}]

@@ -53,6 +53,7 @@ def test_the_texts_are_those_of_the_rows_without_think_tokens(reference):
         assert (text["end"] == "length") == (len(text["tokens"]) == 4)
 
 
+@pytest.mark.slow
 def test_stopped_in_the_warmup(new_run, reference):
     run = new_run(*WARMUP)
     process = run.start()
