@@ -6,7 +6,7 @@
     .venv/bin/python docs/figures.py real_model runs/smollm2_gsm8k/summary.json
     .venv/bin/python docs/figures.py plans plans.json
 
-`quickstart` reads summary.json of a report and takes its curves.png. `peers` reads four files in
+`quickstart` reads summary.json of a report and takes its pictures. `peers` reads four files in
 the form that `benchmarks/peer_workload.py --out` writes; a peer's needs rollout_cpu_s, update_cpu_s
 and peak_rss_gb. `real_model` reads what `benchmarks/real_model.py` writes, `plans` what
 `benchmarks/plans.py` does.
@@ -30,7 +30,8 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 FIGURES = DOCS / "figures.json"
-CURVES = DOCS / "images" / "quickstart_curves.png"
+PICTURES = ("curves", "gains", "token_gains", "tokens")
+"""Of the quickstart's report, in docs/images."""
 
 REAL_MODEL = runpy.run_path(str(DOCS.parent / "benchmarks" / "real_model.py"))
 
@@ -212,7 +213,8 @@ def main() -> None:
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
     if args.section == "quickstart":
-        shutil.copy(folder / "curves.png", CURVES)
+        for name in PICTURES:
+            shutil.copy(folder / f"{name}.png", DOCS / "images" / f"quickstart_{name}.png")
     recorded[args.section] = new
     FIGURES.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {FIGURES} and {', '.join(str(path) for path in texts)}", file=sys.stderr)
