@@ -8,7 +8,6 @@ import numpy as np
 from nrt_jax.analysis.run_records import RunRecord
 from nrt_jax.analysis.seeds import SeedGroup
 from nrt_jax.evaluation.estimates import Estimate, mean_over_questions
-from nrt_jax.evaluation.reference_log import ReferenceRow
 
 
 @dataclass(frozen=True)
@@ -53,22 +52,14 @@ def gain_rows(groups: Sequence[SeedGroup]) -> list[GainRow]:
 
 def _by_question(record: RunRecord) -> dict[str, list[float]]:
     """Gains per question; empty for a run without traces or without tokens."""
-    rows = [row for row in record.references if row.empty_logprobs is not None]
-    if not rows:
+    own = [gain for row in record.references if (gain := row.own_gain) is not None]
+    if not own:
         return {}
-    own = [_gain(row.logprobs, row) for row in rows]
-    others = [row.shuffled_logprobs for row in rows]
-    shuffled = [
-        _gain(other, row) for other, row in zip(others, rows, strict=True) if other is not None
-    ]
-    if len(shuffled) < len(rows):
+    shuffled = [gain for row in record.references if (gain := row.shuffled_gain) is not None]
+    if len(shuffled) < len(own):
         return {"own": own}
     difference = [a - b for a, b in zip(own, shuffled, strict=True)]
     return {"own": own, "shuffled": shuffled, "difference": difference}
-
-
-def _gain(logprobs: np.ndarray, row: ReferenceRow) -> float:
-    return float(np.mean(logprobs - row.empty_logprobs))
 
 
 def estimate_text(estimate: Estimate | None) -> str:

@@ -60,6 +60,21 @@ class ReferenceRow:
         """The same for every run that was asked this question and has this answer, by tokens."""
         return self.source, self.row, tuple(self.tokens)
 
+    @property
+    def own_gain(self) -> float | None:
+        """log P(y*|x, z) - log P(y*|x, empty trace) in nats per token; None without traces."""
+        return self._gain(self.logprobs)
+
+    @property
+    def shuffled_gain(self) -> float | None:
+        """The same after another question's trace; None also where there is no other question."""
+        return self._gain(self.shuffled_logprobs)
+
+    def _gain(self, logprobs: Float[np.ndarray, "A"] | None) -> float | None:
+        if logprobs is None or self.empty_logprobs is None:
+            return None
+        return float(np.mean(logprobs - self.empty_logprobs))
+
 
 _ARRAYS = (
     *("logprobs", "entropies", "direct_logprobs"),

@@ -102,14 +102,13 @@ def reference_rows(
 def gains(rows: Sequence[ReferenceRow]) -> dict[str, float]:
     """log P(y*|x, z) - log P(y*|x, empty trace), in nats per token, as the mean over questions."""
     found = {}
-    for name, field in (("trace_gain", "logprobs"), ("shuffled_gain", "shuffled_logprobs")):
-        values = [
-            float(np.mean(getattr(row, field) - row.empty_logprobs))
-            for row in rows
-            if row.empty_logprobs is not None and getattr(row, field) is not None
-        ]
-        if values:
-            found[f"eval/{name}"] = float(np.mean(values))
+    by_name = {
+        "eval/trace_gain": [row.own_gain for row in rows],
+        "eval/shuffled_gain": [row.shuffled_gain for row in rows],
+    }
+    for name, values in by_name.items():
+        if known := [value for value in values if value is not None]:
+            found[name] = float(np.mean(known))
     return found
 
 
