@@ -15,11 +15,11 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 
-from nrt_jax.evaluation.estimates import t_quantile
+from nrt_jax.evaluation.estimates import mean_over_questions
 from nrt_jax.evaluation.reference_log import ReferenceRow, read_references
 from nrt_jax.experiments.sweep import read_cells
 
@@ -155,7 +155,9 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The mean of the values and half the width of its 95 % interval; None for fewer than two."""
     if len(values) < 2:
         return None
-    return fmean(values), t_quantile(len(values) - 1) * stdev(values) / len(values) ** 0.5
+    mean, low, _ = mean_over_questions(values)
+    assert low is not None
+    return mean, mean - low
 
 
 def verdict(values: Sequence[float]) -> str:
