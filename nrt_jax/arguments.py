@@ -163,13 +163,7 @@ def topology(text: str) -> "Topology":
 
 def price(text: str) -> float:
     """A price above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no price; give a number above 0")
-    return value
+    return _above_zero(text, "is no price; give a number above 0")
 
 
 def token_counts(text: str) -> tuple[int, int, int]:
@@ -200,12 +194,16 @@ def exit_status(text: str) -> int:
 
 def seconds(text: str) -> float:
     """A time above 0."""
+    return _above_zero(text, "is no number of seconds; give more than 0")
+
+
+def _above_zero(text: str, mistake: str) -> float:
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number of seconds; give more than 0")
+        raise argparse.ArgumentTypeError(f"{text} {mistake}")
     return value
 
 

@@ -25,9 +25,9 @@ from nrt_jax.planning.setting import Setting, resolve, weights_of
 from nrt_jax.planning.traffic import update_traffic
 from nrt_jax.planning.work import Lengths, work
 from nrt_jax.topologies import parse_topology
-from nrt_jax.training.packing import Shape
 from tests.models.tiny import architecture
 from tests.planning.runs import plan
+from tests.training.tpu_compile import SHAPE
 
 GIB = 2**30
 PAPER = ("models/llama3_1_8b", "recipes/paper")
@@ -43,17 +43,6 @@ def test_weights_are_those_of_the_decoder(tied):
 
 
 # --- against compiled programs: docs/training.md -------------------------------------------------
-
-SHAPE = Shape(
-    packs=8,
-    groups=1,
-    prompt_tokens=1024,
-    rows=4,
-    row_tokens=2048,
-    baseline_tokens=256,
-    completion_tokens=1024,
-    answer_tokens=256,
-)
 
 
 def compiled_setting(mesh: str) -> Setting:
