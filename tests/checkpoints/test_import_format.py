@@ -3,7 +3,6 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from nrt_jax.checkpoints.safetensors_files import StoredTensor
 from nrt_jax.errors import InputError
 from nrt_jax.models.decoder import abstract_decoder
 from nrt_jax.models.sharding import abstract_params
-from tests.models.references import VARIANTS, VOCAB, make_model
+from tests.models.references import VARIANTS, VOCAB, edit_config, make_model
 from tests.models.tiny import mesh, read
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -213,11 +212,6 @@ def cut_data(directory: Path) -> None:
 
 def garble_metadata(directory: Path) -> None:
     (directory / "params" / "_METADATA").write_text("no")
-
-
-def edit_config(directory: Path, **changes: Any) -> None:
-    file = directory / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def wider(directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""References that all tests of the room share, and a copy of one to damage."""
+"""References that all tests of models share, and a copy of one to damage."""
 
 import shutil
 from collections.abc import Callable

@@ -133,6 +133,14 @@ def _spell_rope_as_before(file: Path) -> None:
     file.write_text(json.dumps(config))
 
 
+def edit_config(folder: Path, **changes: Any) -> Path:
+    """Set fields of a directory's config.json; `...` removes one."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    return folder
+
+
 def load_model(directory: Path) -> Any:
     """What transformers reads, in float32; attention as plain products and a softmax."""
     torch.set_num_threads(1)

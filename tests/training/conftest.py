@@ -1,5 +1,6 @@
-"""A tiny model with its config, and runs of it that nothing has disturbed."""
+"""A tiny model with its config, runs that nothing has disturbed, and runs that are refused."""
 
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,9 @@ import pytest
 
 from nrt_jax.cli import main
 from tests.training.runs import TinyRun, write_config, write_model
+
+# The tests' process has eight devices.
+SIZES = ("train.batch_prompts=8", "train.mini_batch_prompts=8", "train.micro_batch_prompts=8")
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +55,28 @@ def words(capsys) -> Callable[..., tuple[int, str, str]]:
         return status, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def refused(tiny_config, tmp_path, capsys) -> Callable[..., str]:
+    """Run `train` with overrides in this process; the one line that it prints."""
+
+    def run(*words: object, config: Path = tiny_config) -> str:
+        run_dir = f"run_dir={tmp_path / 'run'}"
+        assert main(["train", str(config), run_dir, *SIZES, *map(str, words)]) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        prefix = "nrt-jax: error: "
+        assert line.startswith(prefix)
+        return line.removeprefix(prefix)
+
+    return run
+
+
+@pytest.fixture
+def model_copy(tiny_config, tmp_path) -> Path:
+    """A folder with a copy of the model and its config, to be broken."""
+    shutil.copytree(tiny_config.parent / "model", tmp_path / "model")
+    shutil.copy(tiny_config, tmp_path / "tiny.yaml")
+    return tmp_path
