@@ -1,7 +1,7 @@
 """`nrt-jax data merge`: from the parts of all processes to shards, metadata and manifest.
 
 Which rows are duplicates, drawn, held out and left out is decided here, from digests of all parts.
-Some 65 bytes per row are in memory for it, and the records pass through one by one.
+Some 46 bytes per row are in memory for it, and the records pass through one by one.
 """
 
 import hashlib
@@ -74,8 +74,7 @@ def _merge(plan: Plan, workers: int) -> None:
     repeated = find_repeated(list(training), keep=plan.config.duplicates == "keep")
     bad = _bad_rows(plan, read, repeated)
     _check_leave_out(plan, bad)
-    train, held_out, overlap = _choose(plan, read, repeated)
-    chosen = {"train": train} | ({"eval": held_out} if len(held_out.places) else {})
+    chosen, overlap = _choose(plan, read, repeated)
     shards = _write_shards(plan, chosen, workers)
     write_metadata(plan.out / FOLDER, {name: [s.rows for s in of] for name, of in shards.items()})
     rejected = [row for of_source in bad for row in of_source.rejected]
@@ -119,8 +118,10 @@ class Rows(NamedTuple):
         return self.table[name][self.places]
 
 
-_JOINED = ("key", "nbytes", "prompt_tokens", "answer_tokens", "source")
+_DECIDING = ("key", "source")
 """What of the parts' tables decides about rows; a permutation needs their numbers too."""
+_WRITTEN = ("nbytes", "prompt_tokens", "answer_tokens", "source")
+"""What is needed of the chosen rows."""
 
 
 class _Questions(Sequence[bytes]):
@@ -136,20 +137,43 @@ class _Questions(Sequence[bytes]):
         return self._keys[self._places[i]].tobytes()
 
 
-def _choose(plan: Plan, read: list[list[Part]], repeated: Repeated) -> tuple[Rows, Rows, int]:
-    """The rows of training, those of the evaluation, and how many the overlap leaves out."""
-    paths = plan.part_paths()
-    trains = len(plan.training)
-    columns = _JOINED if plan.config.permutation_seed is None else (*_JOINED, "index")
+def _choose(plan: Plan, read: list[list[Part]], repeated: Repeated) -> tuple[dict[str, Rows], int]:
+    """The rows of each split, and how many the overlap with the evaluation leaves out."""
+    paths, trains = plan.part_paths(), len(plan.training)
+    chosen = _selected(plan, read, repeated)
+    # Read anew, since the digests of the questions take more memory than all other columns.
+    train = _joined(read[:trains], paths[:trains], _WRITTEN)
+    evaluates = _joined(read[trains:], paths[trains:], _WRITTEN) if read[trains:] else train
+    splits = {"train": train._replace(places=chosen.train)}
+    if len(chosen.evaluation):
+        splits["eval"] = evaluates._replace(places=chosen.evaluation)
+    return splits, chosen.overlap
+
+
+class _Chosen(NamedTuple):
+    train: Int64[np.ndarray, "train"]
+    """Places of rows in the joined tables of the training sources."""
+    evaluation: Int64[np.ndarray, "evaluation"]
+    """The same in those of the evaluation files, or in these without such files."""
+    overlap: int
+
+
+def _selected(plan: Plan, read: list[list[Part]], repeated: Repeated) -> _Chosen:
+    """The places of the rows of training and evaluation."""
+    paths, trains = plan.part_paths(), len(plan.training)
+    columns = _DECIDING if plan.config.permutation_seed is None else (*_DECIDING, "index")
     rows = _joined(read[:trains], paths[:trains], columns)
     ends = np.cumsum([sum(part.usable for part in parts) for parts in read[:trains]])
     rows = rows._replace(places=_drawn(plan.config, rows, ends, repeated))
-    from_files = _joined(read[trains:], paths[trains:], _JOINED) if read[trains:] else None
+    from_files = _joined(read[trains:], paths[trains:], _DECIDING) if read[trains:] else None
     in_files = None if from_files is None else _Questions(from_files)
     chosen = select(plan.config, _Questions(rows), in_files, _permuted(plan, rows))
     evaluates = rows if from_files is None else from_files
-    held_out = evaluates._replace(places=evaluates.places[chosen.evaluation])
-    return rows._replace(places=rows.places[chosen.train]), held_out, chosen.overlap
+    return _Chosen(
+        train=rows.places[chosen.train],
+        evaluation=evaluates.places[chosen.evaluation],
+        overlap=chosen.overlap,
+    )
 
 
 def _drawn(

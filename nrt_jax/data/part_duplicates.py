@@ -9,7 +9,7 @@ from jaxtyping import Int64
 
 from nrt_jax.data.bad_rows import Discarded, Rejected
 from nrt_jax.data.duplicates import first_of_equal, log_kept, repeats
-from nrt_jax.data.parts import Note, read_notes, read_table
+from nrt_jax.data.parts import TABLE, Note, read_notes, read_part, read_table
 
 
 class Repeated(NamedTuple):
@@ -51,12 +51,12 @@ def _first_of_equal(
     paths: Sequence[Path],
 ) -> tuple[Int64[np.ndarray, "rows"], Int64[np.ndarray, "parts"]]:
     """Of each row the first that is equal, and of each part its first row."""
-    # A copy, so that the other columns go.
-    digests = [read_table(path)["digest"].copy() for path in paths]
-    starts = np.cumsum([0, *map(len, digests)])[:-1]
-    joined = np.concatenate(digests)
-    digests.clear()
-    return first_of_equal(joined), starts
+    ends = np.cumsum([read_part(path).usable for path in paths])
+    digests = np.empty(ends[-1], TABLE["digest"])
+    starts = np.concatenate([[0], ends[:-1]])
+    for path, start, end in zip(paths, starts, ends, strict=True):
+        digests[start:end] = read_table(path)["digest"]
+    return first_of_equal(digests), starts
 
 
 def runs_by_part(

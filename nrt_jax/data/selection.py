@@ -55,10 +55,15 @@ def select(
     else:
         evaluation = _hold_out(config, questions)
     asked = {(questions if in_files is None else in_files)[i] for i in evaluation}
-    order = range(len(questions)) if permuted is None else np.argsort(permuted.ranks)
-    train = np.fromiter((i for i in order if questions[i] not in asked), np.int64)
+    count = len(questions)
+    kept = np.fromiter((questions[i] not in asked for i in range(count)), bool, count)
+    if permuted is None:
+        train = np.flatnonzero(kept)
+    else:
+        order = np.argsort(permuted.ranks)
+        train = order[kept[order]]
     # An overlap with an evaluation file is reported; rows held out of the training file are none.
-    overlap = len(questions) - len(train) - (len(evaluation) if in_files is None else 0)
+    overlap = count - len(train) - (len(evaluation) if in_files is None else 0)
     if not len(train):
         raise InputError(f"{config.location}: {_why_none(config)}")
     return Selection(_taken(config, train, permuted), evaluation, overlap)
