@@ -1,5 +1,6 @@
 """The folders of a run: cache, run directory, model, tokenizer, data; and the disks under them."""
 
+import errno
 import os
 import shutil
 import time
@@ -52,22 +53,22 @@ def _check_cache(name: str, setting: str, cache: Path | str, of_user: str) -> Fi
 
 def check_folder(name: str, folder: Path, least_free: float | int, remedy: str) -> Finding:
     """Whether a folder can be made and written, how fast, and whether its disk has room."""
+    make_room = (
+        f"make room for {size(least_free)} on the disk of {folder}, or name a folder of another "
+        "disk"
+    )
     try:
         with _made(folder):
             written, read = disk_rates(folder)
             free = shutil.disk_usage(folder).free
     except OSError as error:
-        return Finding(name, f"{folder}: {error.strerror or error}", remedy)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        reason = f"{folder}: {error.strerror or error}"
+        return Finding(name, reason, make_room if full else remedy)
     value = f"{folder}: writes {size(written)}/s, reads {size(read)}/s, {size(free)} free"
     figures = {"write_bytes_per_s": written, "read_bytes_per_s": read, "free_bytes": free}
     if free < least_free:
-        return Finding(
-            name,
-            f"{value}, {size(least_free)} needed",
-            f"make room for {size(least_free)} on the disk of {folder}, or name a folder of "
-            "another disk",
-            figures,
-        )
+        return Finding(name, f"{value}, {size(least_free)} needed", make_room, figures)
     return Finding(name, value, None, figures)
 
 

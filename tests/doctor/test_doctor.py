@@ -92,8 +92,9 @@ def test_a_disk_that_is_full_while_it_is_written(monkeypatch, tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    found = folders.check_folder("run directory", tmp_path, 0, "another disk")
-    assert (found.value, found.remedy) == (f"{tmp_path}: No space left on device", "another disk")
+    found = folders.check_folder("run directory", tmp_path, 2e9, "")
+    assert found.value == f"{tmp_path}: No space left on device"
+    assert (found.remedy or "").startswith(f"make room for 2 GB on the disk of {tmp_path}")
     assert not list(tmp_path.iterdir())
 
 
