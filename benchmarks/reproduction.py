@@ -11,7 +11,6 @@ otherwise.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,8 @@ from statistics import fmean
 
 import numpy as np
 
+from nrt_jax.analysis.run_records import RunRecord, read_runs
 from nrt_jax.evaluation.estimates import mean_over_questions
-from nrt_jax.evaluation.reference_log import ReferenceRow, read_references
 from nrt_jax.experiments.sweep import read_cells
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
@@ -32,29 +31,6 @@ HARDEST = 0.05
 END_OF_TRAINING = 0.1
 """Share of the steps over which the entropy and the length at the start and the end are means."""
 
-Row = Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run of a sweep."""
-
-    options: Mapping[str, str]
-    rows: Sequence[Row]
-    """Lines of metrics.jsonl."""
-    references: Sequence[ReferenceRow]
-    """Tokens of the reference answers at the last evaluation."""
-
-    def last(self, metric: str) -> float:
-        """The last value; NaN for a metric that the run does not have."""
-        return next((row[metric] for row in reversed(self.rows) if metric in row), float("nan"))
-
-    def kept(self, metric: str) -> float:
-        """The mean over the last tenth of the steps over that of the first tenth."""
-        values = [row[metric] for row in self.rows if metric in row]
-        size = max(1, round(END_OF_TRAINING * len(values)))
-        return fmean(values[-size:]) / fmean(values[:size]) if values else float("nan")
-
 
 @dataclass(frozen=True)
 class Claim:
@@ -65,38 +41,46 @@ class Claim:
     """Of each seed."""
 
 
-Runs = dict[tuple[str, str], dict[str, Run]]
+Runs = dict[tuple[str, str], dict[str, RunRecord]]
 """By method, or change, and token signal; then by seed."""
 
 
-def read_runs(folder: Path) -> Runs:
+def read_cells_of(folder: Path) -> Runs:
     """The finished runs of a sweep's folder."""
+    cells = {folder / name: options for name, options in read_cells(folder).items()}
+    begun = [path for path in cells if path.exists()]
     runs: Runs = {}
-    for name, options in read_cells(folder).items():
-        metrics = folder / name / "metrics.jsonl"
-        if not metrics.exists():
-            continue
-        rows = [json.loads(line) for line in metrics.read_text("utf-8").splitlines()]
-        evaluated = [row["step"] for row in rows if "eval/exact_match" in row]
-        trained = max((row["step"] for row in rows if "loss/total" in row), default=0)
-        if not evaluated or evaluated[-1] < trained or evaluated[-1] == 0:
-            continue
-        run = Run(options, rows, read_references(folder / name, evaluated[-1]))
+    for run in read_runs(begun, cells=begun):
+        options = cells[run.path]
         method = options.get("method", options.get("change", ""))
         signal = options.get("objective.token_signal", SIGNALS[0])
         runs.setdefault((method, signal), {})[options["seed"]] = run
     return runs
 
 
+def last(run: RunRecord, metric: str) -> float:
+    """Of the last evaluation; NaN for a metric that the run does not have."""
+    return run.evaluations[-1].get(metric, float("nan"))
+
+
+def kept(run: RunRecord, metric: str) -> float:
+    """The mean over the last tenth of the steps over that of the first tenth."""
+    values = [row[metric] for row in run.training if metric in row]
+    size = max(1, round(END_OF_TRAINING * len(values)))
+    return fmean(values[-size:]) / fmean(values[:size]) if values else float("nan")
+
+
 def paired(
-    ours: Mapping[str, Run], theirs: Mapping[str, Run], value: Callable[[Run], float]
+    ours: Mapping[str, RunRecord],
+    theirs: Mapping[str, RunRecord],
+    value: Callable[[RunRecord], float],
 ) -> list[float]:
     """The difference of a value for every seed that both have, where it is a number."""
     pairs = [(value(ours[seed]), value(theirs[seed])) for seed in ours if seed in theirs]
     return [first - second for first, second in pairs if np.isfinite(first - second)]
 
 
-def hardest_ratio(run: Run, sft: Run) -> float:
+def hardest_ratio(run: RunRecord, sft: RunRecord) -> float:
     """The mean of P / P_SFT over the hardest tokens of the questions that both have."""
     other = {row.key: row for row in sft.references}
     ratios = []
@@ -112,7 +96,7 @@ def hardest_ratio(run: Run, sft: Run) -> float:
 def claims(runs: Runs, ablations: Runs, signal: str) -> list[Claim]:
     """The paper's claims for runs with one token signal."""
 
-    def of(method: str) -> dict[str, Run]:
+    def of(method: str) -> dict[str, RunRecord]:
         return runs.get((method, SIGNALS[0] if method == SFT else signal), {})
 
     def lift(method: str) -> dict[str, float]:
@@ -123,11 +107,11 @@ def claims(runs: Runs, ablations: Runs, signal: str) -> list[Claim]:
         ours, theirs = lift(WS), lift(method)
         return [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
 
-    def match(run: Run) -> float:
-        return run.last("eval/exact_match")
+    def match(run: RunRecord) -> float:
+        return last(run, "eval/exact_match")
 
-    def gain(run: Run) -> float:
-        return run.last("eval/trace_gain") - run.last("eval/shuffled_gain")
+    def gain(run: RunRecord) -> float:
+        return last(run, "eval/trace_gain") - last(run, "eval/shuffled_gain")
 
     found = [
         Claim("exact match: WS(−log p) less GM", paired(of(WS), of(GM), match)),
@@ -136,7 +120,7 @@ def claims(runs: Runs, ablations: Runs, signal: str) -> list[Claim]:
     ]
     for metric, word in (("trace/tokens", "length"), ("policy/entropy", "entropy")):
         text = f"share of the {word} of traces that is kept: WS(−log p) less AM"
-        found.append(Claim(text, paired(of(WS), of(AM), lambda run, m=metric: run.kept(m))))
+        found.append(Claim(text, paired(of(WS), of(AM), lambda run, m=metric: kept(run, m))))
     for method, title in ((GM, "GM"), (AM, "AM")):
         text = f"P / P_SFT of the hardest tokens: WS(−log p) less {title}"
         found.append(Claim(text, lifts(method)))
@@ -194,11 +178,11 @@ def claims_table(runs: Runs, ablations: Runs) -> list[str]:
 
 
 COLUMNS = {
-    "exact match": lambda run: run.last("eval/exact_match"),
-    "own trace": lambda run: run.last("eval/trace_gain"),
-    "another's": lambda run: run.last("eval/shuffled_gain"),
-    "length kept": lambda run: run.kept("trace/tokens"),
-    "entropy kept": lambda run: run.kept("policy/entropy"),
+    "exact match": lambda run: last(run, "eval/exact_match"),
+    "own trace": lambda run: last(run, "eval/trace_gain"),
+    "another's": lambda run: last(run, "eval/shuffled_gain"),
+    "length kept": lambda run: kept(run, "trace/tokens"),
+    "entropy kept": lambda run: kept(run, "policy/entropy"),
 }
 """Figures of a method: the gains are of log P(y*) in nats per token over the empty trace."""
 
@@ -235,8 +219,8 @@ def main() -> None:
     parser.add_argument("ablations", type=Path, nargs="?", help="folder of sweeps/ablations")
     parser.add_argument("--write", action="store_true", help=f"put the tables into {PAGE.name}")
     args = parser.parse_args()
-    runs = read_runs(args.sweep)
-    ablations = {} if args.ablations is None else read_runs(args.ablations)
+    runs = read_cells_of(args.sweep)
+    ablations = {} if args.ablations is None else read_cells_of(args.ablations)
     tables = [*methods_table(runs), "", *claims_table(runs, ablations)]
     print("\n".join(tables))
     if args.write:

@@ -43,10 +43,19 @@ def folder(tmp_path):
             {"step": step + 1, "loss/total": 1.0, "trace/tokens": length}
             for step, length in enumerate(lengths)
         ]
+        rows.insert(0, {"step": 0, "eval/exact_match": 0.0})
         if method != "nrt_gm":
             last = {"step": len(lengths), "eval/exact_match": match}
             rows.append(last | {"eval/trace_gain": match, "eval/shuffled_gain": 0.1})
         (tmp_path / name).mkdir()
+        config = {
+            "method": "sft" if method == "sft" else "nrt",
+            "model": {"path": "/base"},
+            "data": {"source": "hard_tokens"},
+            "train": {"steps": len(lengths)},
+        }
+        (tmp_path / name / "config.yaml").write_text(json.dumps(config))
+        (tmp_path / name / "versions.json").write_text("{}")
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / "metrics.jsonl").write_text(lines)
         rows = references(logprobs, [0.1] * 19 + [2.0])
@@ -63,7 +72,7 @@ def folder(tmp_path):
 
 
 def test_figures_and_verdicts_of_claims(folder):
-    runs = reproduction.read_runs(folder)
+    runs = reproduction.read_cells_of(folder)
     found = {claim.text: claim.differences for claim in reproduction.claims(runs, {}, "derived")}
     assert found["exact match: AM less SFT"] == pytest.approx([0.3, 0.4])
     assert found["exact match: GM less AM"] == []
@@ -98,7 +107,7 @@ def test_the_interval_is_that_of_students_t():
 
 
 def test_the_page_keeps_all_but_the_figures(folder):
-    tables = reproduction.methods_table(reproduction.read_runs(folder))
+    tables = reproduction.methods_table(reproduction.read_cells_of(folder))
     assert len(tables) == 2 + 3
     page = f"above\n{reproduction.BEGIN}old\n{reproduction.END}below\n"
     text = reproduction.with_figures(page, tables)
