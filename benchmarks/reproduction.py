@@ -19,6 +19,7 @@ from statistics import fmean
 import numpy as np
 
 from nrt_jax.analysis.run_records import RunRecord, read_runs
+from nrt_jax.data.hard_tokens import worked_steps
 from nrt_jax.evaluation.estimates import mean_over_questions
 from nrt_jax.experiments.sweep import read_cells
 
@@ -177,8 +178,15 @@ def claims_table(runs: Runs, ablations: Runs) -> list[str]:
     return lines
 
 
+def worked_share(run: RunRecord) -> float:
+    """The share of traces that are the worked steps with every total right."""
+    steps = [(row.trace, worked_steps(row.question)) for row in run.references]
+    return fmean((trace or "").strip() == right for trace, right in steps)
+
+
 COLUMNS = {
     "exact match": lambda run: last(run, "eval/exact_match"),
+    "worked steps": worked_share,
     "own trace": lambda run: last(run, "eval/trace_gain"),
     "another's": lambda run: last(run, "eval/shuffled_gain"),
     "length kept": lambda run: kept(run, "trace/tokens"),

@@ -9,17 +9,20 @@ from benchmarks import reproduction
 from nrt_jax.evaluation.reference_log import ReferenceRow, write_references
 from nrt_jax.experiments.sweep import CELLS_FILE
 
+TRACES = {"nrt_ws_neg_log_p": "rain 3 4 8 0", "rlpr": "rain 3 4 8 1"}
+"""What the methods write for the question: 3 + 1, + 4, + 2, modulo 10, and one wrong total."""
 
-def references(logprobs, entropies) -> list[ReferenceRow]:
+
+def references(logprobs, entropies, trace) -> list[ReferenceRow]:
     """One question, the same in every run."""
     arrays = {name: np.array(logprobs, np.float32) for name in ("logprobs", "direct_logprobs")}
     return [
         ReferenceRow(
             row=0,
             source="",
-            question="q",
+            question="rain 3 1 4 2",
             reference="r",
-            trace=None,
+            trace=trace,
             trace_end=None,
             answer="r",
             correct=True,
@@ -58,7 +61,7 @@ def folder(tmp_path):
         (tmp_path / name / "versions.json").write_text("{}")
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (tmp_path / name / "metrics.jsonl").write_text(lines)
-        rows = references(logprobs, [0.1] * 19 + [2.0])
+        rows = references(logprobs, [0.1] * 19 + [2.0], TRACES.get(method))
         write_references(tmp_path / name / "references", len(lengths), rows)
 
     easy = [-0.5] * 19
@@ -84,6 +87,15 @@ def test_figures_and_verdicts_of_claims(folder):
     assert reproduction.verdict(found[lift]) == "holds"
     control = "log P of the answer, nats per token: own trace less another question's, WS(−log p)"
     assert found[control] == pytest.approx([0.8, 0.8])
+
+
+def test_traces_are_right_where_every_total_is(folder):
+    runs = reproduction.read_cells_of(folder)
+    shares = {
+        method: {reproduction.worked_share(run) for run in by_seed.values()}
+        for (method, _), by_seed in runs.items()
+    }
+    assert shares == {"sft": {0.0}, "rlpr": {0.0}, "nrt_ws_neg_log_p": {1.0}}
 
 
 @pytest.mark.parametrize(
