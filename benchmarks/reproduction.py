@@ -12,7 +12,7 @@ otherwise.
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
@@ -21,6 +21,7 @@ import numpy as np
 from nrt_jax.analysis.run_records import RunRecord, read_runs
 from nrt_jax.data.hard_tokens import worked_steps
 from nrt_jax.evaluation.estimates import mean_over_questions
+from nrt_jax.evaluation.reference_log import read_references
 from nrt_jax.experiments.sweep import read_cells
 
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
@@ -179,9 +180,10 @@ def claims_table(runs: Runs, ablations: Runs) -> list[str]:
 
 
 def worked_share(run: RunRecord) -> float:
-    """The share of traces that are the worked steps with every total right."""
-    steps = [(row.trace, worked_steps(row.question)) for row in run.references]
-    return fmean((trace or "").strip() == right for trace, right in steps)
+    """The share of traces that are the worked steps with every total right; NaN without traces."""
+    traced = [(row.trace, row.question) for row in run.references if row.trace is not None]
+    right = [trace.strip() == worked_steps(question) for trace, question in traced]
+    return fmean(right) if right else float("nan")
 
 
 COLUMNS = {
@@ -195,16 +197,25 @@ COLUMNS = {
 """Figures of a method: the gains are of log P(y*) in nats per token over the empty trace."""
 
 
+def before_training(run: RunRecord) -> RunRecord:
+    """The records of the run's first evaluation alone."""
+    first = run.evaluations[0]
+    references = read_references(run.path, first["step"])
+    return replace(run, evaluations=[first], training=[], references=references)
+
+
 def methods_table(runs: Runs) -> list[str]:
-    """The figures of every method after training, means over seeds."""
+    """The figures of every method after training, means over seeds, and of the base model."""
     lines = [
         f"| method | signal | seeds | {' | '.join(COLUMNS)} |",
         "| --- " * (3 + len(COLUMNS)) + "|",
     ]
-    for (method, signal), by_seed in runs.items():
+    ours = runs.get((WS, SIGNALS[0]), {})
+    base = {seed: before_training(run) for seed, run in ours.items()}
+    for (method, signal), by_seed in {("before training", ""): base, **runs}.items():
         of_method = list(by_seed.values())
         cells = [shown(_finite(map(value, of_method))) for value in COLUMNS.values()]
-        named = "–" if method == SFT else f"`{signal}`"
+        named = "–" if method == SFT or not signal else f"`{signal}`"
         lines.append(f"| {method} | {named} | {len(of_method)} | {' | '.join(cells)} |")
     return lines
 

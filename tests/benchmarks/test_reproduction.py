@@ -63,6 +63,8 @@ def folder(tmp_path):
         (tmp_path / name / "metrics.jsonl").write_text(lines)
         rows = references(logprobs, [0.1] * 19 + [2.0], TRACES.get(method))
         write_references(tmp_path / name / "references", len(lengths), rows)
+        untrained = references(logprobs, [0.1] * 20, None)
+        write_references(tmp_path / name / "references", 0, untrained)
 
     easy = [-0.5] * 19
     for seed in (0, 1):
@@ -92,10 +94,11 @@ def test_figures_and_verdicts_of_claims(folder):
 def test_traces_are_right_where_every_total_is(folder):
     runs = reproduction.read_cells_of(folder)
     shares = {
-        method: {reproduction.worked_share(run) for run in by_seed.values()}
+        method: [reproduction.worked_share(run) for run in by_seed.values()]
         for (method, _), by_seed in runs.items()
     }
-    assert shares == {"sft": {0.0}, "rlpr": {0.0}, "nrt_ws_neg_log_p": {1.0}}
+    assert np.isnan(shares.pop("sft")).all()
+    assert shares == {"rlpr": [0, 0], "nrt_ws_neg_log_p": [1, 1]}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,9 @@ def test_the_interval_is_that_of_students_t():
 
 def test_the_page_keeps_all_but_the_figures(folder):
     tables = reproduction.methods_table(reproduction.read_cells_of(folder))
-    assert len(tables) == 2 + 3
+    assert len(tables) == 2 + 4
+    assert tables[2].startswith("| before training | – | 2 | 0.000 ± 0.000 | – |")
+    assert tables[-1].startswith("| nrt_ws_neg_log_p | `derived` | 2 | 0.900 ± 0.000 | 1.000 ±")
     page = f"above\n{reproduction.BEGIN}old\n{reproduction.END}below\n"
     text = reproduction.with_figures(page, tables)
     assert text.startswith("above\n")
