@@ -27,7 +27,9 @@ from nrt_jax.experiments.sweep import read_cells
 PAGE = Path(__file__).parents[1] / "docs" / "reproduction.md"
 BEGIN, END = "<!-- figures -->\n", "<!-- end of figures -->\n"
 SIGNALS = ("derived", "fixed")
-SFT, AM, GM, WS = "sft", "rlpr", "nrt_gm", "nrt_ws_neg_log_p"
+SFT, JLB, AM, GM, WS = "sft", "jlb", "rlpr", "nrt_gm", "nrt_ws_neg_log_p"
+ONE_SIGNAL = (SFT, JLB)
+"""Methods with no other token signal than the derived one: it is missing, or the same."""
 HARDEST = 0.05
 """Share of an answer's tokens that count as hardest: those of the highest entropy under SFT."""
 END_OF_TRAINING = 0.1
@@ -99,7 +101,7 @@ def claims(runs: Runs, ablations: Runs, signal: str) -> list[Claim]:
     """The paper's claims for runs with one token signal."""
 
     def of(method: str) -> dict[str, RunRecord]:
-        return runs.get((method, SIGNALS[0] if method == SFT else signal), {})
+        return runs.get((method, SIGNALS[0] if method in ONE_SIGNAL else signal), {})
 
     def lift(method: str) -> dict[str, float]:
         pairs = {seed: (run, of(SFT)[seed]) for seed, run in of(method).items() if seed in of(SFT)}
@@ -119,6 +121,7 @@ def claims(runs: Runs, ablations: Runs, signal: str) -> list[Claim]:
         Claim("exact match: WS(−log p) less GM", paired(of(WS), of(GM), match)),
         Claim("exact match: GM less AM", paired(of(GM), of(AM), match)),
         Claim("exact match: AM less SFT", paired(of(AM), of(SFT), match)),
+        Claim("exact match: WS(−log p) less JLB", paired(of(WS), of(JLB), match)),
     ]
     for metric, word in (("trace/tokens", "length"), ("policy/entropy", "entropy")):
         text = f"share of the {word} of traces that is kept: WS(−log p) less AM"
@@ -129,11 +132,9 @@ def claims(runs: Runs, ablations: Runs, signal: str) -> list[Claim]:
     text = "log P of the answer, nats per token: own trace less another question's, WS(−log p)"
     found.append(Claim(text, [gain(run) for run in of(WS).values() if np.isfinite(gain(run))]))
     if signal == SIGNALS[0]:
-        clipped, unclipped = (
-            ablations.get((change, signal), {}) for change in ("none", "rewards_not_clipped")
-        )
+        unclipped = ablations.get(("rewards_not_clipped", signal), {})
         text = "exact match: WS(−log p) with the clipped baseline less without"
-        found.append(Claim(text, paired(clipped, unclipped, match)))
+        found.append(Claim(text, paired(of(WS), unclipped, match)))
     return found
 
 

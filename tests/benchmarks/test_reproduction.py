@@ -87,6 +87,9 @@ def test_figures_and_verdicts_of_claims(folder):
     lift = "P / P_SFT of the hardest tokens: WS(−log p) less AM"
     assert found[lift] == pytest.approx([3, 3], rel=1e-5)
     assert reproduction.verdict(found[lift]) == "holds"
+    unclipped = {("rewards_not_clipped", "derived"): runs["rlpr", "derived"]}
+    last = reproduction.claims(runs, unclipped, "derived")[-1]
+    assert last.differences == pytest.approx([0.4, 0.3])
     control = "log P of the answer, nats per token: own trace less another question's, WS(−log p)"
     assert found[control] == pytest.approx([0.8, 0.8])
 

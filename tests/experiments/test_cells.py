@@ -10,7 +10,7 @@ from nrt_jax.experiments.cells import read_sweep
 from nrt_jax.experiments.sweep_table import plan_table
 from nrt_jax.topologies import parse_topology
 
-SHIPPED = {"ablations": 45, "hard_tokens": 75, "quickstart_methods": 14, "table3": 63}
+SHIPPED = {"ablations": 45, "hard_tokens": 70, "quickstart_methods": 14, "table3": 63}
 """How many runs each sweep of the package has."""
 METHODS = """
 base: quickstart/nrt
