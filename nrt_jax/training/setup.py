@@ -1,7 +1,7 @@
 """Open everything that a run needs, as small parts of which a loop takes what it uses."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -129,6 +129,23 @@ class Run:
     memory: DeviceMemory
 
 
+@dataclass
+class _Prepared:
+    """What is read and built before anything is written."""
+
+    dataset: Dataset
+    inputs: RunInputs
+    policy: Policy
+    data: Data
+    engines: Engines
+    memory: DeviceMemory
+    target: TrainState
+    read_first: Callable[[], FirstParams]
+    """Read or make the weights before the first update."""
+    first: FirstParams
+    """These weights where they are needed already, or none."""
+
+
 @contextmanager
 def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Run]:
     """Open a run, continued from its newest checkpoint if there is one.
@@ -138,6 +155,49 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     """
     wanted_trackers(config.logging)
     run_dir.check_alike(config)
+    made = _prepare(config)
+    with ExitStack() as opened:
+        opened.enter_context(run_dir.locked(config.run_dir))
+        distributed.log_to(config.run_dir)
+        run_dir.check_config(config)
+        checkpoints = opened.enter_context(closing(_open_checkpoints(config)))
+        progress = restore_progress(
+            checkpoints,
+            made.target,
+            made.data.batches,
+            made.data.packer,
+            made.inputs,
+            allow_changed,
+        ) or restore_warmup(config, made.target, made.inputs, allow_changed)
+        if progress is None:
+            made.first = made.read_first() if made.first.params is None else made.first
+            progress = _first_progress(config, made)
+            # Even the evaluation that an earlier try wrote is dropped.
+            kept_up_to = progress.step - 1
+        else:
+            _log_continued(config, progress.step)
+            kept_up_to = progress.step
+        run_dir.describe(config, progress.inputs, made.first.new_rows)
+        report_bad_rows(config, made.dataset)
+        made.memory.log_parts()
+        logger: MetricsWriter | SilentWriter = SilentWriter()
+        if distributed.is_first():
+            logger = opened.enter_context(_open_logger(config, kept_up_to))
+        distributed.wait_for_all("the run is open")
+        yield Run(
+            config=config,
+            policy=made.policy,
+            data=made.data,
+            engines=made.engines,
+            progress=progress,
+            checkpoints=checkpoints,
+            logger=logger,
+            memory=made.memory,
+        )
+
+
+def _prepare(config: RunConfig) -> _Prepared:
+    """Read data, tokenizer and model, and build what trains and samples."""
     tokenizer = load_tokenizer(config)
     model = abstract_model(config, tokenizer)
     on_engines = engine_model(config, model)
@@ -159,6 +219,8 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     if config.warmup.updates:
         find_instruction(config.warmup.instruction, config.data, tokenizer)
     engines = _make_engines(config, on_engines, tokenizer, dataset)
+    if on_engines.mesh is not model.mesh:
+        log.info("rollouts: mesh %s", dict(on_engines.mesh.shape))
     traces = None if engines.traces is None else (on_engines, engines.traces)
 
     def read_first() -> FirstParams:
@@ -171,49 +233,23 @@ def setup(config: RunConfig, allow_changed: Collection[str] = ()) -> Iterator[Ru
     saved = distributed.from_first("a checkpoint", run_dir.has_checkpoint(config.run_dir))
     goes_on = saved and not has_kl_term(config)
     first = FirstParams() if goes_on else read_first()
-    inputs = _with_weights(config, inputs, first.params)
-    policy = Policy(
-        tokenizer=tokenizer,
-        model=model,
-        optimizer=optimizer,
-        shardings=shardings,
-        reference_params=first.params if has_kl_term(config) else None,
+    return _Prepared(
+        dataset=dataset,
+        inputs=_with_weights(config, inputs, first.params),
+        policy=Policy(
+            tokenizer=tokenizer,
+            model=model,
+            optimizer=optimizer,
+            shardings=shardings,
+            reference_params=first.params if has_kl_term(config) else None,
+        ),
+        data=data,
+        engines=engines,
+        memory=memory,
+        target=target,
+        read_first=read_first,
+        first=first,
     )
-    with ExitStack() as opened:
-        opened.enter_context(run_dir.locked(config.run_dir))
-        distributed.log_to(config.run_dir)
-        run_dir.check_config(config)
-        checkpoints = opened.enter_context(closing(_open_checkpoints(config)))
-        progress = restore_progress(
-            checkpoints, target, data.batches, data.packer, inputs, allow_changed
-        ) or restore_warmup(config, target, inputs, allow_changed)
-        if progress is None:
-            first = read_first() if first.params is None else first
-            progress = _first_progress(config, policy, first.params, memory, inputs)
-            # Even the evaluation that an earlier try wrote is dropped.
-            kept_up_to = progress.step - 1
-        else:
-            _log_continued(config, progress.step)
-            kept_up_to = progress.step
-        run_dir.describe(config, progress.inputs, first.new_rows)
-        report_bad_rows(config, dataset)
-        if on_engines.mesh is not model.mesh:
-            log.info("rollouts: mesh %s", dict(on_engines.mesh.shape))
-        memory.log_parts()
-        logger: MetricsWriter | SilentWriter = SilentWriter()
-        if distributed.is_first():
-            logger = opened.enter_context(_open_logger(config, kept_up_to))
-        distributed.wait_for_all("the run is open")
-        yield Run(
-            config=config,
-            policy=policy,
-            data=data,
-            engines=engines,
-            progress=progress,
-            checkpoints=checkpoints,
-            logger=logger,
-            memory=memory,
-        )
 
 
 def _run_optimizer(config: RunConfig, tokenizer: Tokenizer) -> optax.GradientTransformation:
@@ -270,16 +306,15 @@ def _with_weights(config: RunConfig, inputs: RunInputs, params: Any | None) -> R
     return inputs.with_weights(fingerprints(params))
 
 
-def _first_progress(
-    config: RunConfig, policy: Policy, params: Any, memory: DeviceMemory, inputs: RunInputs
-) -> Progress:
-    """The state before the first update, with these weights."""
-    with memory.explained():
+def _first_progress(config: RunConfig, made: _Prepared) -> Progress:
+    """The state before the first update."""
+    policy, params = made.policy, made.first.params
+    with made.memory.explained():
         if policy.reference_params is not None:
             # The first update consumes its weights, and the reference must outlive it.
             params = jax.tree.map(jnp.copy, params)
         state = init_state(policy.optimizer, params, policy.shardings)
-        return Progress(state, inputs, step=-config.warmup.updates)
+        return Progress(state, made.inputs, step=-config.warmup.updates)
 
 
 def _make_engines(
