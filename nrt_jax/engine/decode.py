@@ -138,15 +138,18 @@ def decode_steps(
     """Up to `steps` tokens in every slot, until none is active or `enough` sequences ended."""
     layers = decoder.split_layers() if decoding.unstacks_once else None
     started_B = state.active_B
+    # Those of the later steps are among those of the first.
+    any_early = jnp.any(_early(state))
 
     def goes_on(carry: tuple[DecodeState, Sampled]) -> Array:
         state, sampled = carry
-        ended = jnp.sum(started_B & ~state.active_B)
-        return (sampled.steps < steps) & (ended < enough) & jnp.any(state.active_B)
+        # One sum over the devices per step, instead of one for each.
+        ended, active = jnp.sum(jnp.stack([started_B & ~state.active_B, state.active_B]), axis=1)
+        return (sampled.steps < steps) & (ended < enough) & (active > 0)
 
     def step(carry: tuple[DecodeState, Sampled]) -> tuple[DecodeState, Sampled]:
         state, sampled = carry
-        token_B, sampled = _draw(state, sampled, token_sets, decoding)
+        token_B, sampled = _draw(state, sampled, token_sets, any_early, decoding)
         weights = decoder.split_layers() if layers is None else layers
         return _run(decoder, weights, state, token_B, sampled.done_B, decoding), sampled
 
@@ -167,11 +170,15 @@ def _nothing_sampled(steps: int, slots: int, top: int) -> Sampled:
 
 
 def _draw(
-    state: DecodeState, sampled: Sampled, token_sets: TokenSets, decoding: Decoding
+    state: DecodeState,
+    sampled: Sampled,
+    token_sets: TokenSets,
+    any_early: Bool[Array, ""],
+    decoding: Decoding,
 ) -> tuple[Int[Array, "B"], Sampled]:
     """A token for every slot, and whether it ends the sequence."""
     keys_B = jax.vmap(jax.random.fold_in)(state.key_B, state.generated_B)
-    logits_BV = _without_early_stops(state, token_sets.is_stop_V)
+    logits_BV = _without_early_stops(state, token_sets.is_stop_V, any_early)
     is_banned_BV = token_sets.is_banned_V[None] & state.sampling.obeys_bans_B[:, None]
     logits_BV = jnp.where(is_banned_BV, -jnp.inf, logits_BV)
     token_B, logprob_B = sample(logits_BV, state.seen_BV, keys_B, state.sampling, decoding.mesh)
@@ -194,20 +201,30 @@ def _draw(
     )
 
 
-def _without_early_stops(state: DecodeState, is_stop_V: Bool[Array, "V"]) -> Float[Array, "B V"]:
+def _early(state: DecodeState) -> Bool[Array, "B"]:
+    """Sequences that have fewer tokens than min_tokens."""
+    return state.generated_B < state.sampling.min_tokens_B
+
+
+def _without_early_stops(
+    state: DecodeState, is_stop_V: Bool[Array, "V"], any_early: Bool[Array, ""]
+) -> Float[Array, "B V"]:
     """The logits, -inf for stop tokens of sequences that have fewer tokens than min_tokens."""
     sampling = state.sampling
-    early_B1 = (state.generated_B < sampling.min_tokens_B)[:, None]
 
     def remove(logits_BV: Float[Array, "B V"]) -> Float[Array, "B V"]:
-        B, V = logits_BV.shape
         is_stop_BV = is_stop_V[None] & ~sampling.ignores_eos_B[:, None]
         # A stop id of -1 stands for none; indices out of range are dropped.
-        own_ids = jnp.where(sampling.stop_ids < 0, V, sampling.stop_ids)
-        is_stop_BV = is_stop_BV.at[jnp.arange(B)[:, None], own_ids].set(True, mode="drop")
-        return jnp.where(early_B1 & is_stop_BV, -jnp.inf, logits_BV)
+        own_ids = jnp.where(sampling.stop_ids < 0, logits_BV.shape[1], sampling.stop_ids)
+        is_stop_BV = _mark(is_stop_BV, own_ids)
+        return jnp.where(_early(state)[:, None] & is_stop_BV, -jnp.inf, logits_BV)
 
-    return jax.lax.cond(jnp.any(early_B1), remove, lambda logits_BV: logits_BV, state.logits_BV)
+    return jax.lax.cond(any_early, remove, lambda logits_BV: logits_BV, state.logits_BV)
+
+
+def _mark(is_in_BV: Bool[Array, "B V"], ids: Int[Array, "B ids"]) -> Bool[Array, "B V"]:
+    """True for the ids of each row; by vmap, so that no device needs the rows of another."""
+    return jax.vmap(lambda is_in_V, ids: is_in_V.at[ids].set(True, mode="drop"))(is_in_BV, ids)
 
 
 def _run(
@@ -225,7 +242,7 @@ def _run(
         layers=caches,
         slot_map=state.slot_map._replace(own_length_B=own_length_B),
         logits_BV=logits_BV,
-        seen_BV=state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True),
+        seen_BV=_mark(state.seen_BV, token_B[:, None]),
         position_B=state.position_B + state.active_B,
         generated_B=state.generated_B + state.active_B,
         active_B=state.active_B & ~done_B,

@@ -214,23 +214,23 @@ class KVCache:
         v_BHd: Float[Array, "B H d"],
         at_B: Int[Array, "B"],
     ) -> LayerCache:
-        slots = jnp.arange(k_BHd.shape[0])
         k, v = store(k_BHd, layer.own_k), store(v_BHd, layer.own_v_BHTd)
-        d_first = (slots, slice(None), slice(None), at_B)
-        d_last = (slots, slice(None), at_B)
 
-        def write(old: Array | None, index: tuple, new: Array | None) -> Array | None:
-            return None if old is None else old.at[index].set(new, mode="drop")
+        def write(old: Array | None, new: Array | None, tokens_dim: int = 2) -> Any:
+            if old is None:
+                return None
+            every = (slice(None),) * (tokens_dim - 1)
+            # Slot by slot: for indices of slots the devices would send their tokens to each other.
+            write_slot = lambda slot, token, at: slot.at[*every, at].set(token, mode="drop")  # noqa: E731
+            return jax.vmap(write_slot)(old, new, at_B)
 
         own_k, own_v = layer.own_k, layer.own_v_BHTd
         return layer._replace(
             own_k=Stored(
-                write(own_k.values, d_first if self.own_k_tokens_last else d_last, k.values),
-                write(own_k.scale, d_last, k.scale),
+                write(own_k.values, k.values, 3 if self.own_k_tokens_last else 2),
+                write(own_k.scale, k.scale),
             ),
-            own_v_BHTd=Stored(
-                write(own_v.values, d_last, v.values), write(own_v.scale, d_last, v.scale)
-            ),
+            own_v_BHTd=Stored(write(own_v.values, v.values), write(own_v.scale, v.scale)),
         )
 
     def _attend_own(

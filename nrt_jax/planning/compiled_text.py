@@ -108,7 +108,7 @@ def _bytes_sent(kind: str, shapes: Sequence[tuple[str, tuple[int, ...]]], device
 
 
 def _size(dtype: str) -> float:
-    return 1 if dtype.startswith("f8") else BYTES[dtype]
+    return 1.0 if dtype.startswith("f8") else float(BYTES[dtype])
 
 
 def _shapes(text: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -6,6 +6,7 @@ import pytest
 
 from nrt_jax.engine.decode_state import SlotRequests, bucket, padded, slot_sampling
 from nrt_jax.engine.sampling import Sampling
+from nrt_jax.planning.compiled_text import collectives
 from tests.engine.toy import (
     LLAMA_64,
     NO_STOPS,
@@ -17,6 +18,7 @@ from tests.engine.toy import (
     prompt,
     prompts,
 )
+from tests.models.tiny import mesh
 
 
 def prefill(run, tokens, padding=0):
@@ -170,3 +172,23 @@ def test_padded():
     assert tokens.dtype == np.int32
     assert tokens.tolist() == [*range(1, 18), *[0] * 15]
     assert len(padded(np.arange(16))) == 16
+
+
+def test_a_decode_step_of_several_devices_is_one_sum_of_two_counts(monkeypatch):
+    """No device needs tokens, keys or values of the slots of another."""
+    run, texts = engine(slots=8, mesh=mesh(data=2)), []
+    get = run.programs.get
+
+    def reads(kind, *shapes, make):
+        def compiled(*args):
+            program = get(kind, *shapes, make=make).__wrapped__.lower(*args).compile()
+            texts.append(program.as_text())
+            return program(*args)
+
+        return compiled
+
+    state = run.init_decode_state()
+    monkeypatch.setattr(run.programs, "get", reads)
+    run.generate(params(), state, steps=4)
+    found = collectives(texts[0], 2, conditional=True)
+    assert [(c.kind, c.shapes) for c in found if c.loops] == [("all-reduce", (("s32", (2,)),))]
