@@ -6,11 +6,14 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import filelock
 import jax
 
+from nrt_jax import distributed
 from nrt_jax.config.compilation import CompilationConfig
 from nrt_jax.config.paths import user_cache
 
@@ -46,6 +49,8 @@ def use_cache(config: CompilationConfig) -> None:
 
     A folder that cannot be written is reported, and everything is compiled.
     """
+    if distributed.process_count() > 1:
+        _find_programs_of_first()
     if config.cache == "off" or jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     folder = None
@@ -75,6 +80,35 @@ def use_cache(config: CompilationConfig) -> None:
     for name, value in of_ours.items():
         if name.upper() not in os.environ:
             jax.config.update(name, value)
+
+
+@cache
+def _find_programs_of_first() -> None:
+    """Let the processes of CPUs find what process 0 compiled, which alone writes into the cache.
+
+    jax puts into the name of a program which of its devices are the process's own, so that the
+    others would look for names that nobody writes. The program is the same on all.
+    """
+    from jax._src import cache_key
+
+    hash_devices = cache_key._hash_accelerator_config
+
+    def hash_devices_alike(hashed: Any, devices: Any) -> None:
+        if devices.flat[0].platform == "cpu":
+            hashed.update(_devices_of_first().encode())
+        else:
+            hash_devices(hashed, devices)
+
+    cache_key._hash_accelerator_config = hash_devices_alike
+
+
+@cache
+def _devices_of_first() -> str:
+    """jax's fingerprint of the devices, and of their instructions, on process 0."""
+    from jax._src.lib import xla_client
+
+    fingerprint = xla_client.get_topology_for_devices(jax.devices()).fingerprint()
+    return distributed.word_of_first("devices", str(fingerprint))
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -271,6 +271,15 @@ def from_first(what: str, value: Any) -> Any:
     return gather(what, value)[0]
 
 
+def word_of_first(name: str, word: str) -> str:
+    """The word that process 0 has for a name, whenever each of the processes asks for it."""
+    client, key = _client(), f"nrt_jax/words/{name}"
+    if is_first():
+        client.key_value_set(key, word)
+        return word
+    return client.blocking_key_value_get(key, _FOREVER_MS)
+
+
 def any_of(what: str, value: bool) -> bool:
     """Whether it is so on any process."""
     return any(gather(what, value))

@@ -14,6 +14,7 @@ from nrt_jax.config.compilation import CompilationConfig
 from nrt_jax.config.load import load_config
 from nrt_jax.config.paths import user_cache
 from nrt_jax.errors import InputError
+from nrt_jax.local import _environment, _free_port
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SETTINGS = (
@@ -135,6 +136,46 @@ def test_counts_what_is_compiled():
     assert seen[:2] == [(True, 0), (False, 1)]
     assert watch.take() > 0
     assert watch.take() == 0
+
+
+FIRST_COMPILES = """
+import sys
+from nrt_jax import distributed
+distributed.initialise(distributed.find_place())
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from nrt_jax.compilation import use_cache
+from nrt_jax.config.compilation import CompilationConfig
+use_cache(CompilationConfig(cache=sys.argv[1]))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+rows = NamedSharding(Mesh(jax.devices(), "x"), PartitionSpec("x"))
+program = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((2,), float, sharding=rows))
+for process in range(2):
+    if process == distributed.process_index():
+        program.compile()
+    distributed.wait_for_all("compiled")
+print(events.count("/jax/compilation_cache/cache_hits"), file=sys.stderr)
+distributed.leave()
+"""
+
+
+def test_processes_find_what_the_first_compiled(tmp_path):
+    address = f"localhost:{_free_port()}"
+    environment = {k: v for k, v in os.environ.items() if k not in map(str.upper, SETTINGS)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", FIRST_COMPILES, str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment | _environment(address, process, 2, 1),
+        )
+        for process in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1].split() for process in processes]
+    assert [words[-1:] for words in said] == [["0"], ["1"]], said
 
 
 PRINTS_NOTHING = """
