@@ -1,11 +1,17 @@
 """The place of a process by options, environment and cluster, and what processes agree on."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from nrt_jax import distributed
 from nrt_jax.cli import main
 from nrt_jax.distributed import Place, check_same, find_place
 from nrt_jax.errors import InputError, RunFailed
+from nrt_jax.local import _environment, _free_port
+from tests.conftest import REPOSITORY
 
 
 def test_one_process_has_no_place():
@@ -115,3 +121,38 @@ def test_the_first_difference_is_named(monkeypatch):
     assert len(exchanged) == 2
     monkeypatch.setattr(distributed, "gather", lambda what, value: [value, value])
     check_same("step 3", theirs, "start anew")
+
+
+SECOND_IS_LATE = """
+import sys, time
+from nrt_jax import distributed
+distributed.initialise(distributed.find_place())
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.models.sharding import make_mesh, place, replicated
+mesh = make_mesh(MeshConfig(data=2, fsdp=2))
+rows = place(np.arange(8.0), NamedSharding(mesh, PartitionSpec("data")))
+time.sleep(35 * distributed.process_index())
+total = jax.jit(lambda x: x.sum(), out_shardings=replicated(mesh))(rows)
+print(float(total), file=sys.stderr)
+distributed.leave()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_may_come_late_to_a_sum():
+    """Gloo connects processes within 30 s or gives up; they are connected when the mesh is made."""
+    address = f"localhost:{_free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SECOND_IS_LATE],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=os.environ | _environment(address, process, 2, 2),
+        )
+        for process in range(2)
+    ]
+    said = [process.communicate(timeout=300)[1].split() for process in processes]
+    assert [words[-1:] for words in said] == [["28.0"], ["28.0"]], said

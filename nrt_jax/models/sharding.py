@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from itertools import combinations
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from nrt_jax import distributed
 from nrt_jax.config.architecture import Architecture
 from nrt_jax.config.mesh import MESH_AXES, MeshConfig
 from nrt_jax.errors import InputError
@@ -44,7 +46,34 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     shape = list(mesh_sizes(config, len(devices)).values())
     slices = len({_slice_index(device) for device in devices})
-    return Mesh(lay_devices(shape, _slices_of_axes(config, shape, slices), devices), MESH_AXES)
+    mesh = Mesh(lay_devices(shape, _slices_of_axes(config, shape, slices), devices), MESH_AXES)
+    _connect(mesh)
+    return mesh
+
+
+def _connect(mesh: Mesh) -> None:
+    """Connect the processes of CPUs for every group of devices that sums over mesh axes may have.
+
+    Gloo gives up unless all processes come to the first collective of a group within 30 s, and
+    they may compile longer before it than each other.
+    """
+    processes = {device.process_index for device in mesh.devices.flat}
+    if mesh.devices.flat[0].platform != "cpu" or len(processes) == 1:
+        return
+    axes = [axis for axis, size in mesh.shape.items() if size > 1]
+    groups = [group for n in range(len(axes)) for group in combinations(axes, n + 1)]
+    each = PartitionSpec(tuple(axes))
+    sums = jax.shard_map(
+        lambda x: [jax.lax.psum(x, group) for group in groups],
+        mesh=mesh,
+        in_specs=each,
+        out_specs=each,
+        check_vma=False,
+    )
+    ones = place(np.ones(mesh.size, np.float32), NamedSharding(mesh, each))
+    program = jax.jit(sums).lower(ones).compile()
+    distributed.wait_for_all("a mesh")
+    jax.block_until_ready(program(ones))
 
 
 def mesh_sizes(config: MeshConfig, devices: int) -> dict[str, int]:
