@@ -32,7 +32,8 @@ log = logging.getLogger(__name__)
 
 FEW_LAYERS = (2, 4)
 EFFORT = {"exec_time_optimization_effort": -1.0}
-"""A third of the compile time: the same products and collectives in another schedule."""
+"""Half the compile time or less: the same products, but more bytes sent and more temporaries than
+by default; docs/plan.md has both."""
 DECODE_STEPS = 64
 """Of the compiled dispatch: more than other constants in the condition of its loop, which may end
 early, so that the reader of compiled texts finds its passes."""
