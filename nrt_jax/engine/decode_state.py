@@ -18,8 +18,9 @@ from nrt_jax.engine.sampling import MAX_STOP_IDS, Sampling, SlotSampling
 from nrt_jax.models.sharding import partition_spec
 
 SMALLEST_BUCKET = 16
-SMALLEST_OWN_TOKENS = 32
-"""Capacity of a slot for tokens of its own at first."""
+SMALLEST_OWN_TOKENS = 128
+"""Capacity of a slot for tokens of its own at first: a smaller one saves less than it costs to
+compile."""
 
 
 def bucket(length: int) -> int:
@@ -88,11 +89,13 @@ class Sampled(NamedTuple):
 
 
 class SlotMoves(NamedTuple):
-    """Where every slot's sequence comes from when the number of slots changes."""
+    """Where every slot's sequence and every prompt come from when the number of slots changes."""
 
     from_B: Int[Array | np.ndarray, "B"]
     """The old slot of each new one, counted within the shard; any value for one that is free."""
     free_B: Bool[Array | np.ndarray, "B"]
+    from_P: Int[Array | np.ndarray, "P"]
+    """The old prompt slot of each new one, counted within the shard; any value for a free one."""
     slots_PK: Int[Array | np.ndarray, "P K"]
     prompt_row_B: Int[Array | np.ndarray, "B"]
 
@@ -202,12 +205,13 @@ def resize_slot_map(slot_map: SlotMap, sizes: Sizes, shards: int) -> SlotMap:
 def move_slots(rest: DecodeState, moves: SlotMoves, shards: int) -> DecodeState:
     """Everything but the layers' caches, with the sequences in other slots."""
     from_shards = moves.from_B.reshape(shards, -1)
+    from_prompts = moves.from_P.reshape(shards, -1)
     slot_map = rest.slot_map
     rest = rest._replace(slot_map=slot_map.own_length_B)
     rest = jax.tree.map(lambda x_B: gather_in_shards(x_B, from_shards), rest)
     return rest._replace(
         slot_map=SlotMap(
-            prompt_length_P=slot_map.prompt_length_P,
+            prompt_length_P=gather_in_shards(slot_map.prompt_length_P, from_prompts),
             slots_PK=moves.slots_PK,
             prompt_row_B=moves.prompt_row_B,
             own_length_B=rest.slot_map,

@@ -351,13 +351,14 @@ class Engine:
         return program(decode_state)
 
     def move_slots(self, decode_state: DecodeState, moves: SlotMoves) -> DecodeState:
-        """The same sequences in other slots, more or fewer; the state passed in is consumed."""
+        """The same sequences in other slots and prompt slots; the state passed in is consumed."""
         program = self._program(
             "move_slots",
             self.num_samples,
             len(decode_state.active_B),
             sizes_of(decode_state),
             len(moves.from_B),
+            len(moves.from_P),
             make=lambda: move_program(self.mesh, self._decoding.cache, decode_state, moves),
         )
         return program(decode_state, moves)

@@ -71,16 +71,17 @@ class Stored(NamedTuple):
 class LayerCache(NamedTuple):
     """One layer: keys and values of the prompts, and of the slots' own tokens."""
 
-    prompt_k_PHSd: Stored
+    prompt_k: Stored
+    """[P, H, d, S], or [P, H, S, d] without `k_tokens_last`."""
     prompt_v_PHSd: Stored
     own_k: Stored
-    """[B, H, d, T], or [B, H, T, d] without `own_k_tokens_last`."""
+    """[B, H, d, T], or [B, H, T, d] without `k_tokens_last`."""
     own_v_BHTd: Stored
 
     @property
     def sizes(self) -> Sizes:
         """Capacity of the layer."""
-        P, _, S, _ = self.prompt_k_PHSd.values.shape
+        P, _, S, _ = self.prompt_v_PHSd.values.shape
         return Sizes(P, S, self.own_v_BHTd.values.shape[2])
 
     @property
@@ -114,8 +115,8 @@ class KVCache:
     method is a pure function of them, to be traced.
     """
 
-    own_k_tokens_last = True
-    """The scores of a step are then a product over d with T contiguous."""
+    k_tokens_last = True
+    """The scores of a step are then products over d with the tokens contiguous."""
 
     def __init__(self, mesh: Mesh | AbstractMesh, window: int | None = None):
         self._mesh, self._window = mesh, window
@@ -125,21 +126,15 @@ class KVCache:
         self, sizes: Sizes, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike
     ) -> LayerCache:
         """A layer without contents."""
-        P, S, T = sizes
-        H, d = kv_heads, head_dim
+        has_scale = jnp.dtype(dtype) == jnp.int8
 
-        def stored(*shape: int, token_shape: tuple[int, ...]) -> Stored:
-            has_scale = jnp.dtype(dtype) == jnp.int8
-            scale = jnp.ones(token_shape, jnp.float32) if has_scale else None
-            return Stored(jnp.zeros(shape, dtype), scale)
+        def stored(rows: int, tokens: int) -> Stored:
+            scale = jnp.ones((rows, kv_heads, tokens), jnp.float32) if has_scale else None
+            return Stored(jnp.zeros((rows, kv_heads, tokens, head_dim), dtype), scale)
 
-        own_k = (slots, H, d, T) if self.own_k_tokens_last else (slots, H, T, d)
-        return LayerCache(
-            stored(P, H, S, d, token_shape=(P, H, S)),
-            stored(P, H, S, d, token_shape=(P, H, S)),
-            stored(*own_k, token_shape=(slots, H, T)),
-            stored(slots, H, T, d, token_shape=(slots, H, T)),
-        )
+        prompt_v = stored(sizes.prompts, sizes.prompt_tokens)
+        own_v = stored(slots, sizes.own_tokens)
+        return LayerCache(self._keys(prompt_v), prompt_v, self._keys(own_v), own_v)
 
     def prompts_of(self, layer: LayerCache) -> LayerCache:
         """The part that `insert` changes: everything but the slots' own tokens."""
@@ -172,9 +167,10 @@ class KVCache:
             out_specs=rows,
             check_vma=False,
         )
-        old = prompts.prompt_k_PHSd, prompts.prompt_v_PHSd
-        k, v = write(old, (store(k_RHSd, old[0]), store(v_RHSd, old[1])), prompt_R)
-        return prompts._replace(prompt_k_PHSd=k, prompt_v_PHSd=v)
+        old = prompts.prompt_k, prompts.prompt_v_PHSd
+        k, v = self._keys(store(k_RHSd, old[0])), store(v_RHSd, old[1])
+        k, v = write(old, (k, v), prompt_R)
+        return prompts._replace(prompt_k=k, prompt_v_PHSd=v)
 
     def begin_step(self, slot_map: SlotMap, sizes: Sizes, active_B: Bool[Array, "B"]) -> Masks:
         """What all layers share in a step that runs the token at `own_length_B` of each slot.
@@ -227,7 +223,7 @@ class KVCache:
         own_k, own_v = layer.own_k, layer.own_v_BHTd
         return layer._replace(
             own_k=Stored(
-                write(own_k.values, k.values, 3 if self.own_k_tokens_last else 2),
+                write(own_k.values, k.values, 3 if self.k_tokens_last else 2),
                 write(own_k.scale, k.scale),
             ),
             own_v_BHTd=Stored(write(own_v.values, v.values), write(own_v.scale, v.scale)),
@@ -246,14 +242,20 @@ class KVCache:
     def _attend_prompts(
         self, layer: LayerCache, q_BHGd: Float[Array, "B H G d"], step: Masks
     ) -> Partial:
-        k, v = layer.prompt_k_PHSd, layer.prompt_v_PHSd
+        k, v = layer.prompt_k, layer.prompt_v_PHSd
         q_PKHGd = self._to_prompts(_scaled(q_BHGd), step.slot_map)
-        scores = _product("nrhgd,nhsd->nhrgs", q_PKHGd, k.values)
+        keys = "nhds" if self.k_tokens_last else "nhsd"
+        scores = _product(f"nrhgd,{keys}->nhrgs", q_PKHGd, k.values)
         scores = scores if k.scale is None else scores * k.scale[:, :, None, None]
         weights, partial = _softmax(scores, step.prompt_PKS[:, None, :, None])
         weights = weights if v.scale is None else weights * v.scale[:, :, None, None]
         of_prompts = partial(_product("nhrgs,nhsd->nhrgd", weights, v.values))
         return jax.tree.map(lambda x: self._to_slots(x.swapaxes(1, 2), step.slot_map), of_prompts)
+
+    def _keys(self, stored: Stored) -> Stored:
+        """From [..., tokens, d] to the order of dims that keys have, and back."""
+        values = stored.values
+        return stored._replace(values=values.swapaxes(2, 3)) if self.k_tokens_last else stored
 
     def _to_prompts(self, x: Array, slot_map: SlotMap) -> Array:
         """[B, ...] to [P, K, ...]: the rows of each prompt's slots."""
@@ -269,33 +271,31 @@ class KVCache:
         """The same contents with other sizes; what does not fit is cut off."""
         prompts = lambda x: fit(fit_in_shards(x, new.prompts, self._shards), 2, new.prompt_tokens)  # noqa: E731
         own = lambda x: fit(x, 2, new.own_tokens)  # noqa: E731
-        own_k_axis = 3 if self.own_k_tokens_last else 2
         return LayerCache(
-            jax.tree.map(prompts, layer.prompt_k_PHSd),
+            self._keys(jax.tree.map(prompts, self._keys(layer.prompt_k))),
             jax.tree.map(prompts, layer.prompt_v_PHSd),
-            Stored(
-                fit(layer.own_k.values, own_k_axis, new.own_tokens),
-                jax.tree.map(own, layer.own_k.scale),
-            ),
+            self._keys(jax.tree.map(own, self._keys(layer.own_k))),
             jax.tree.map(own, layer.own_v_BHTd),
         )
 
-    def move_slots(self, layer: LayerCache, from_slots: Int[Array, "shards slots"]) -> LayerCache:
-        """More slots or fewer: each gets the own tokens of an old slot of its shard."""
-        own_k, own_v = jax.tree.map(
-            lambda x: gather_in_shards(x, from_slots), (layer.own_k, layer.own_v_BHTd)
-        )
-        return layer._replace(own_k=own_k, own_v_BHTd=own_v)
+    def move_slots(
+        self,
+        layer: LayerCache,
+        from_slots: Int[Array, "shards slots"],
+        from_prompts: Int[Array, "shards prompts"],
+    ) -> LayerCache:
+        """Other numbers of slots and prompt slots, each with the contents of one of its shard."""
+        prompts = partial(jax.tree.map, lambda x: gather_in_shards(x, from_prompts))
+        own = partial(jax.tree.map, lambda x: gather_in_shards(x, from_slots))
+        return LayerCache(*prompts(layer[:2]), *own(layer[2:]))
 
     def read(
         self, layer: LayerCache, slot_map: SlotMap, slot_rows: Int[Array, "rows"]
     ) -> tuple[Float[Array, "rows cached H d"], Float[Array, "rows cached H d"]]:
         """Keys and values of some slots, as a prefix for the decoder."""
         prompt_rows = slot_map.prompt_of_slots(self._shards)[slot_rows]
-        own_k = layer.own_k
-        if self.own_k_tokens_last:
-            own_k = own_k._replace(values=own_k.values.swapaxes(2, 3))
-        k = [_values(layer.prompt_k_PHSd, prompt_rows), _values(own_k, slot_rows)]
+        prompt_k, own_k = self._keys(layer.prompt_k), self._keys(layer.own_k)
+        k = [_values(prompt_k, prompt_rows), _values(own_k, slot_rows)]
         v = [_values(layer.prompt_v_PHSd, prompt_rows), _values(layer.own_v_BHTd, slot_rows)]
         k, v = (jnp.concatenate(x, axis=2).swapaxes(1, 2) for x in (k, v))
         return k, v

@@ -260,16 +260,25 @@ class PagedCache:
         parts = [by_prompt.reshape(shards, -1, *page), by_slot.reshape(shards, -1, *page)]
         return PagedLayer(jnp.concatenate(parts, axis=1).reshape(-1, *page), new)
 
-    def move_slots(self, layer: PagedLayer, from_slots: Int[Array, "shards slots"]) -> PagedLayer:
-        """More slots or fewer: each gets the own pages of an old slot of its shard."""
+    def move_slots(
+        self,
+        layer: PagedLayer,
+        from_slots: Int[Array, "shards slots"],
+        from_prompts: Int[Array, "shards prompts"],
+    ) -> PagedLayer:
+        """Other numbers of slots and prompt slots, each with the pages of one of its shard."""
         shards, page = self._shards, layer.pages.shape[1:]
         layout = PageLayout.of(layer.sizes, shards)
         by_shard = layer.pages.reshape(shards, -1, *page)
         prompts, own = jnp.split(by_shard, [layout.first_own], axis=1)
+        by_prompt = prompts.reshape(layer.sizes.prompts, layout.prompt_pages, *page)
         by_slot = own.reshape(-1, layout.own_pages, *page)
-        own = gather_in_shards(by_slot, from_slots).reshape(shards, -1, *page)
-        pages = jnp.concatenate([prompts, own], axis=1).reshape(-1, *page)
-        return PagedLayer(pages, layer.sizes)
+        parts = [
+            gather_in_shards(x, index).reshape(shards, -1, *page)
+            for x, index in ((by_prompt, from_prompts), (by_slot, from_slots))
+        ]
+        pages = jnp.concatenate(parts, axis=1).reshape(-1, *page)
+        return PagedLayer(pages, layer.sizes._replace(prompts=from_prompts.size))
 
     def read(
         self, layer: PagedLayer, slot_map: SlotMap, slot_rows: Int[Array, "rows"]

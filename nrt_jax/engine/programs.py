@@ -153,7 +153,9 @@ def move_program(mesh: Mesh, cache: Any, state: DecodeState, moves: SlotMoves) -
     return layer_by_layer(
         mesh,
         state,
-        lambda layer, moves: cache.move_slots(layer, moves.from_B.reshape(shards, -1)),
+        lambda layer, moves: cache.move_slots(
+            layer, moves.from_B.reshape(shards, -1), moves.from_P.reshape(shards, -1)
+        ),
         lambda rest, moves: move_slots(rest, moves, shards),
         moves,
     )

@@ -32,8 +32,9 @@ from nrt_jax.types import SuffixLogprobs
 
 PROMPT_SLOT_GROWTH = 4
 """Prompt slots start as many as full groups need, and grow by this factor where slots stay free."""
-TOKENS_WORTH_A_MOVE = 64
-"""Decode fewer slots only if some sequence may still get this many tokens."""
+SLOT_STEPS_WORTH_A_MOVE = 2048
+"""Decode fewer slots only if that may save this many steps of one slot: a number of slots that was
+not used before is compiled first."""
 
 
 class _Dispatch(NamedTuple):
@@ -76,6 +77,10 @@ class Scheduler:
             shards=engine.shards,
             num_samples=engine.num_samples,
         )
+        self._prompts_of_all = sizes.prompts
+        """Prompt slots while all slots are used."""
+        # A step's cost grows with the slots on a CPU; elsewhere reading the weights costs more.
+        self._shrinks_by = 2 if engine.mesh.devices.flat[0].platform == "cpu" else 4
         self._progress = SlotProgress(engine.max_concurrent_decodes)
         self._unread: _Dispatch | None = None
         self._layout = 0
@@ -227,6 +232,7 @@ class Scheduler:
         if sizes.prompts == prompts:
             return False
         self._table.grow_prompt_slots(prompts)
+        self._prompts_of_all = max(prompts, self._prompts_of_all)
         self._state = self._engine.resize(self._state, sizes._replace(prompts=prompts))
         return True
 
@@ -253,7 +259,7 @@ class Scheduler:
     # Sizes
 
     def _fit_slots(self) -> None:
-        """Decode in a quarter of the slots, or fewer, when few sequences are left.
+        """Decode in half of the slots or a quarter, or fewer, when few sequences are left.
 
         All slots are used again when more sequences wait. A decode step computes every slot,
         whether it holds a sequence or not.
@@ -264,13 +270,16 @@ class Scheduler:
             self._move_to(most // shards)
         elif not self.waiting and not self._engine.one_size:
             busiest, wanted = self._table.most_in_a_shard, most // shards
-            while wanted > 1 and wanted // 4 >= busiest:
-                wanted = max(1, wanted // 4)
-            if wanted < self._table.per_shard and self._progress.tokens_left >= TOKENS_WORTH_A_MOVE:
+            while wanted // self._shrinks_by >= max(1, busiest):
+                wanted //= self._shrinks_by
+            saved = (self._table.per_shard - wanted) * shards * self._progress.tokens_left
+            if saved >= SLOT_STEPS_WORTH_A_MOVE:
                 self._move_to(wanted)
 
     def _move_to(self, per_shard: int) -> None:
-        moves = self._table.move(per_shard)
+        """As many prompt slots as before, but no more than slots: a step reads all of them."""
+        most_prompts = self._prompts_of_all // self._engine.shards
+        moves = self._table.move(per_shard, min(per_shard, most_prompts))
         to_B = self._progress.move(moves, self._engine.shards)
         if self._unread is not None:
             now_B = self._unread.slot_now_B

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from nrt_jax.engine.decode_state import SlotMoves
 
@@ -175,8 +176,8 @@ class SlotTable:
             if slot is not None
         }
 
-    def move(self, per_shard: int) -> SlotMoves:
-        """Have `per_shard` slots per shard, with the shard's sequences in the first of them."""
+    def move(self, per_shard: int, prompts_per_shard: int) -> SlotMoves:
+        """Have other numbers of slots and prompt slots; the first of each shard are in use."""
         new: list[SequenceId | None] = [None] * (self._shards * per_shard)
         from_B, prompt_row_B = np.zeros((2, len(new)), np.int32)
         new_slot: dict[int, int] = {}
@@ -188,8 +189,8 @@ class SlotTable:
             target = next_slot[shard]
             next_slot[shard] += 1
             new[target], from_B[target], new_slot[slot] = sequence, old, target
+        from_P = self._move_prompts(prompts_per_shard)
         slots_PK = np.zeros((self._prompts, self._num_samples), np.int32)
-        prompts_per_shard = self._prompts // self._shards
         for number, used in self._prompt_slots.items():
             for row, slot in enumerate(used.rows):
                 if slot is not None:
@@ -201,4 +202,18 @@ class SlotTable:
         self._list_free()
         self._list_prompts()
         free_B = np.asarray([sequence is None for sequence in new])
-        return SlotMoves(from_B, free_B, slots_PK, prompt_row_B)
+        return SlotMoves(from_B, free_B, from_P, slots_PK, prompt_row_B)
+
+    def _move_prompts(self, per_shard: int) -> Int[np.ndarray, "P"]:
+        """Number the prompt slots in use from each shard's first; the old number of each new."""
+        before, self._prompts = self._prompts // self._shards, self._shards * per_shard
+        from_P = np.zeros(self._prompts, np.int32)
+        next_prompt = list(range(0, self._prompts, per_shard))
+        moved: dict[int, _PromptSlot] = {}
+        for number in sorted(self._prompt_slots):
+            shard, old = divmod(number, before)
+            target = next_prompt[shard]
+            next_prompt[shard] += 1
+            moved[target], from_P[target] = self._prompt_slots[number], old
+        self._prompt_slots = moved
+        return from_P

@@ -21,7 +21,7 @@ from nrt_jax.models.sharding import partition_spec
 class TritonCache(KVCache):
     """The cache for GPUs; `interpret` runs the kernel on any platform."""
 
-    own_k_tokens_last = False
+    k_tokens_last = False
 
     def __init__(
         self, mesh: Mesh | AbstractMesh, window: int | None = None, *, interpret: bool = False

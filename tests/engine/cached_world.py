@@ -120,19 +120,27 @@ class World:
         ]
         self.slot_map = SlotMap(*map(np.array, prompts), *self.slot_map[2:])
 
-    def move(self, to: dict[int, int], slots: int) -> None:
-        """Another number of slots, in which `to` says where each started one goes."""
-        per_shard, slot_map = slots // self.shards, self.slot_map
+    def move(self, to: dict[int, int], slots: int, prompts: int) -> None:
+        """Another number of slots, in which `to` says where each started one goes, and of prompt
+        slots, in which the first two of each shard change places."""
+        per_shard, old_map, K = slots // self.shards, self.slot_map, self.num_samples
         from_B, prompt_row_B, own_B = np.zeros((3, slots), np.int32)
+        from_UP = np.zeros((self.shards, prompts // self.shards), np.int32)
+        from_UP[:, 0] = 1
+        length_UP = old_map.prompt_length_P.reshape(self.shards, -1)
+        slots_PK = np.zeros((prompts, K), np.int32)
         for old, new in to.items():
             from_B[new] = old % (self.slots // self.shards)
-            prompt_row_B[new], own_B[new] = slot_map.prompt_row_B[old], slot_map.own_length_B[old]
-            prompt, row = divmod(int(prompt_row_B[new]), self.num_samples)
-            prompts = len(slot_map.prompt_length_P) // self.shards
-            slot_map.slots_PK[new // per_shard * prompts + prompt, row] = new % per_shard
-        from_UI = jnp.asarray(from_B.reshape(self.shards, -1))
-        self.layer = self._placed(jax.jit(self.cache.move_slots)(self.layer, from_UI))
-        self.slot_map = slot_map._replace(prompt_row_B=prompt_row_B, own_length_B=own_B)
+            own_B[new] = old_map.own_length_B[old]
+            prompt, row = divmod(int(old_map.prompt_row_B[old]), K)
+            prompt_row_B[new] = (1 - prompt) * K + row
+            slots_PK[new // per_shard * (prompts // self.shards) + 1 - prompt, row] = (
+                new % per_shard
+            )
+        froms = jnp.asarray(from_B.reshape(self.shards, -1)), jnp.asarray(from_UP)
+        self.layer = self._placed(jax.jit(self.cache.move_slots)(self.layer, *froms))
+        length_P = np.take_along_axis(length_UP, from_UP, axis=1).reshape(-1)
+        self.slot_map = SlotMap(length_P, slots_PK, prompt_row_B, own_B)
         self.seen, self.slots = {new: self.seen[old] for old, new in to.items()}, slots
         self._programs.clear()
 
@@ -194,10 +202,13 @@ def check_resizing(world: World, many_sizes: Sequence[Sizes], prompt_tokens: int
 
 
 def check_moving_slots(world: World) -> None:
-    """From 8 slots to 6 and to 12, of two shards."""
+    """From 8 slots to 6 and to 12, and to 4 and 8 prompt slots, of two shards."""
     world.step()
-    for to, slots in (({0: 0, 1: 1, 3: 2, 4: 3, 5: 5, 7: 4}, 6), ({0: 4, 2: 1, 3: 11, 5: 6}, 12)):
-        world.move(to, slots)
+    for to, slots, prompts in (
+        ({0: 0, 1: 1, 3: 2, 4: 3, 5: 5, 7: 4}, 6, 4),
+        ({0: 4, 2: 1, 3: 11, 5: 6}, 12, 8),
+    ):
+        world.move(to, slots, prompts)
         world.step([to[0]])
         close(*world.step(), tolerance=1e-5)
     world.assert_reads()

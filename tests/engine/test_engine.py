@@ -154,7 +154,7 @@ def test_the_state_is_donated_and_the_weights_are_not():
     state = run.init_decode_state()
     inserted = run.insert(prefill(run, prompt(4)), state, requests([0]))
     generated, _ = run.generate(params(), inserted)
-    assert state.layers[0].prompt_k_PHSd.values.is_deleted()
+    assert state.layers[0].prompt_k.values.is_deleted()
     assert inserted.layers[0].own_v_BHTd.values.is_deleted()
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(generated))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params()))

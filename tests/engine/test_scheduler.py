@@ -8,6 +8,8 @@ from flax import nnx
 from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from nrt_jax.config.mesh import MeshConfig
+from nrt_jax.engine import engine as engine_module
+from nrt_jax.engine import scheduler as scheduler_module
 from nrt_jax.engine.decode_state import bucket, sizes_of
 from nrt_jax.engine.generate import generate_and_score
 from nrt_jax.engine.kv_cache import Sizes
@@ -110,7 +112,8 @@ def test_prompt_slots_grow_when_stragglers_hold_them():
         assert [ids(trace) for trace in group] == [tokens[ticket, k] for k in range(4)]
 
 
-def test_the_capacity_for_own_tokens_grows_and_shrinks():
+def test_the_capacity_for_own_tokens_grows_and_shrinks(monkeypatch):
+    monkeypatch.setattr(engine_module, "SMALLEST_OWN_TOKENS", 32)
     run = engine(slots=4, stop_ids=NO_STOPS, max_new_tokens=120)
     long = Request(prompt(9), 0, 1, 100)
     short = [Request(tokens, 1 + i, 1, 3) for i, tokens in enumerate(prompts(*[4] * 140))]
@@ -139,8 +142,9 @@ def test_the_capacity_for_own_tokens_grows_and_shrinks():
 
 
 @pytest.mark.slow
-def test_few_sequences_move_into_few_slots():
+def test_few_sequences_move_into_few_slots(monkeypatch):
     """And back when more requests come; in 16 slots, of one device and of eight."""
+    monkeypatch.setattr(scheduler_module, "SLOT_STEPS_WORTH_A_MOVE", 64)
     requests = [
         Request(tokens, i, 3, (4 if i % 3 else 80, 2, 1))
         for i, tokens in enumerate(prompts(*[5] * 6))
@@ -164,6 +168,7 @@ def test_few_sequences_move_into_few_slots():
                         event.tokens.tolist()
                     )
                 slots.add(len(scheduler._table))
+                assert sizes(scheduler).prompts <= len(scheduler._table), "none that no slot needs"
                 if first == 0 and len(scheduler._table) == fewest:
                     break
         assert slots >= {16, 4, fewest}

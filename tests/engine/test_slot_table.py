@@ -48,7 +48,7 @@ def test_prompt_slots_that_are_added_are_those_of_every_shard():
     assert start(table, 1, 0, 1) == Placement(1, [0], [4])
     table.grow_prompt_slots(8)
     assert start(table, 2, 0, 1) == Placement(1, [0], [1])
-    moves = table.move(2)
+    moves = table.move(2, 4)
     # Shard 1 has prompt slots 4 to 7 of 8, and had prompt slot 1 of 2.
     np.testing.assert_array_equal(np.nonzero(~moves.free_B)[0], [0, 1, 2])
     assert moves.prompt_row_B[:3].tolist() == [0, 1, 0]
@@ -69,7 +69,8 @@ def test_moved_sequences_keep_their_prompts(shards):
         while table.most_in_a_shard > 16 // shards // 4:
             table.free(table.slot_of(table.running[rng.integers(table.in_use)]))
         before = table.sequences
-        moves = table.move(16 // shards // 4)
+        left, old_prompts = 4 // shards, prompts // shards
+        moves = table.move(16 // shards // 4, left)
         assert len(table) == 4 == len(moves.from_B)
         for slot, sequence in enumerate(table.sequences):
             assert bool(moves.free_B[slot]) == (sequence is None)
@@ -79,6 +80,7 @@ def test_moved_sequences_keep_their_prompts(shards):
             assert before[shard * 16 // shards + moves.from_B[slot]] == sequence
             assert table.slot_of(sequence) == slot
             prompt, row = divmod(int(moves.prompt_row_B[slot]), samples)
-            assert shard * prompts // shards + prompt == prompt_of[sequence]
-            assert moves.slots_PK[prompt_of[sequence], row] == own
+            new = shard * left + prompt
+            assert shard * old_prompts + moves.from_P[new] == prompt_of[sequence]
+            assert moves.slots_PK[new, row] == own
         assert {s for s in before if s} == set(table.running)
