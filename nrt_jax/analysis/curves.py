@@ -10,7 +10,7 @@ from matplotlib.ticker import MaxNLocator
 from nrt_jax.analysis.drawing import Cell, Drawing
 from nrt_jax.analysis.drawing import Panel as DrawnPanel
 from nrt_jax.analysis.drawing import panel_svg as drawn_svg
-from nrt_jax.analysis.ink import MARKERS, Ink, cycle, style_axes
+from nrt_jax.analysis.ink import Ink, cycle, marker, style_axes
 from nrt_jax.analysis.run_records import EXACT_MATCH, QUALITY, RunRecord
 from nrt_jax.analysis.seeds import Line, SeedGroup, facets, legend
 
@@ -206,7 +206,7 @@ def _draw_line(axes: Axes, panel: Panel, line: Line, metric: str, ink: Ink) -> b
         color=colour,
         linestyle="-" if solid else (0, (4, 2)),
         linewidth=1.9 if solid else 1.5,
-        marker=cycle(MARKERS, line.place) if solid else None,
+        **(marker(line.place) if solid else {}),
         markevery=-(-len(steps) // MARKS),
         markersize=5,
     )

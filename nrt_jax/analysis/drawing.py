@@ -11,10 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from nrt_jax.analysis.ink import MARKERS, PRINT, STYLE, VARIABLES, Ink, as_svg, cycle, print_figure
+from nrt_jax.analysis.ink import PRINT, STYLE, VARIABLES, Ink, as_svg, cycle, marker, print_figure
 
 Cell = str | int | float | None
 """Of a CSV file; None is empty."""
+
+LEGEND_LINE, LEGEND_HANDLE, LEGEND_LETTER = 0.25, 0.7, 0.083
+"""Inches that a line of a legend is high, that its drawn line takes, and that a letter takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,9 @@ def _whole(drawing: Drawing) -> Figure:
     heights = [max(panel.height for panel in line) for line in lines]
     entries = drawing.legend
     width = sum(panel.width for panel in lines[0])
-    figure = print_figure(width, sum(heights) + (0.35 if entries else 0))
+    legend_columns = _legend_columns(entries, width)
+    legend_lines = -(-len(entries) // legend_columns) + bool(drawing.legend_title)
+    figure = print_figure(width, sum(heights) + LEGEND_LINE * legend_lines)
     grid = figure.subplots(len(lines), columns, squeeze=False, height_ratios=heights)
     for axes, line in zip(grid, lines, strict=True):
         for i, place in enumerate(axes):
@@ -92,17 +97,24 @@ def _whole(drawing: Drawing) -> Figure:
             else:
                 place.set_axis_off()
     if entries:
-        _draw_legend(figure, entries, drawing.legend_title)
+        _draw_legend(figure, entries, drawing.legend_title, legend_columns)
     return figure
 
 
-def _draw_legend(figure: Figure, entries: Sequence[tuple[str, int]], title: str) -> None:
+def _legend_columns(entries: Sequence[tuple[str, int]], width: float) -> int:
+    """Columns of a legend that fit into a width in inches."""
+    widest = max((len(name) for name, _ in entries), default=0)
+    return max(1, min(len(entries), 4, int(width / (LEGEND_HANDLE + LEGEND_LETTER * widest))))
+
+
+def _draw_legend(
+    figure: Figure, entries: Sequence[tuple[str, int]], title: str, columns: int
+) -> None:
     handles = [
-        Line2D([], [], color=cycle(PRINT.runs, i), marker=cycle(MARKERS, i), linewidth=2)
-        for _, i in entries
+        Line2D([], [], color=cycle(PRINT.runs, i), linewidth=2, **marker(i)) for _, i in entries
     ]
     names = [name for name, _ in entries]
-    where = {"loc": "outside upper center", "ncols": min(len(names), 4), "frameon": False}
+    where = {"loc": "outside upper center", "ncols": columns, "frameon": False}
     legend = figure.legend(handles, names, title=title or None, title_fontsize=10, **where)
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -13,8 +14,8 @@ from matplotlib.figure import Figure
 LIGHT = ("#0072b2", "#c24a00", "#00785a", "#9c3f80", "#6b6b6b", "#8a6100", "#000000", "#5b7300")
 DARK = ("#5cb8ee", "#ff9455", "#35c9a0", "#e79fca", "#a6a6a6", "#e3b505", "#ffffff", "#b4cf3a")
 MARKERS = "os^DvpXP"
-GLYPHS = "●■▲◆▼⬟✖✚"
-"""The markers as text."""
+GLYPHS = "●■▲◆▼⬟✖✚○□△◇▽⬠✕✛"
+"""The markers as text, filled and hollow."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ STYLE = {
 def cycle(values: Sequence[str], index: int) -> str:
     """The value of the run at an index; values repeat when runs outnumber them."""
     return values[index % len(values)]
+
+
+def marker(place: int) -> dict[str, Any]:
+    """Settings of the marker at a place; hollow where all markers have been used once."""
+    hollow = place // len(MARKERS) % 2
+    return {"marker": cycle(MARKERS, place), "fillstyle": "none" if hollow else "full"}
 
 
 def print_figure(width: float, height: float) -> Figure:

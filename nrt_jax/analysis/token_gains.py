@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
 from nrt_jax.analysis.drawing import Cell, Drawing, Panel
-from nrt_jax.analysis.ink import MARKERS, Ink, cycle, style_axes
+from nrt_jax.analysis.ink import Ink, cycle, marker, style_axes
 from nrt_jax.analysis.run_records import RunRecord
 from nrt_jax.analysis.seeds import Line, SeedGroup, facets, legend
 from nrt_jax.evaluation.reference_log import ReferenceRow
@@ -199,8 +199,8 @@ def _draw_ratios(axes: Axes, ink: Ink, *, gains: TokenGains) -> None:
         seeds = np.stack(ratios.seeds)
         drawn = np.isfinite(seeds).all(axis=0)
         means = seeds[:, drawn].mean(axis=0)
-        marker = cycle(MARKERS, ratios.line.place)
-        axes.plot(middles[drawn], means, color=colour, marker=marker, markersize=5, linewidth=1.9)
+        style = {"color": colour, "markersize": 5, "linewidth": 1.9, **marker(ratios.line.place)}
+        axes.plot(middles[drawn], means, **style)
         if len(seeds) > 1:
             low, high = seeds[:, drawn].min(axis=0), seeds[:, drawn].max(axis=0)
             axes.fill_between(middles[drawn], low, high, color=colour, alpha=0.2, linewidth=0)
