@@ -6,7 +6,7 @@
 
 prints the tables of docs/reproduction.md; --write puts them into that page. A figure is the mean
 over seeds of a difference between two runs of one seed, with the 95 % interval of Student's t. A
-claim holds where the interval lies above 0, does not where it lies below 0, and is undecided
+claim holds where the interval lies above 0, does not where none of it does, and is undecided
 otherwise.
 """
 
@@ -155,7 +155,7 @@ def verdict(values: Sequence[float]) -> str:
     mean, half = found
     if mean - half > 0:
         return "holds"
-    return "does not hold" if mean + half < 0 else "undecided"
+    return "does not hold" if mean + half <= 0 else "undecided"
 
 
 def shown(values: Sequence[float]) -> str:

@@ -112,6 +112,7 @@ def test_traces_are_right_where_every_total_is(folder):
         ([0.3, 0.4], "undecided"),
         ([0.3, 0.31, 0.32], "holds"),
         ([-0.3, -0.31, -0.32], "does not hold"),
+        ([0.0, 0.0, 0.0], "does not hold"),
     ],
 )
 def test_verdicts(values, expected):
