@@ -5,11 +5,12 @@
     .venv/bin/python docs/figures.py peers OURS_8192 PEER_8192 OURS_32000 PEER_32000
     .venv/bin/python docs/figures.py real_model runs/smollm2_gsm8k/summary.json
     .venv/bin/python docs/figures.py plans plans.json
+    .venv/bin/python docs/figures.py format_where runs/format_where/summary.json
 
 `quickstart` reads summary.json of a report and takes its pictures. `peers` reads four files in
 the form that `benchmarks/peer_workload.py --out` writes; a peer's needs rollout_cpu_s, update_cpu_s
 and peak_rss_gb. `real_model` reads what `benchmarks/real_model.py` writes, `plans` what
-`benchmarks/plans.py` does.
+`benchmarks/plans.py` does, `format_where` what `benchmarks/format_where.py` does, with its picture.
 
 Each text of TEXTS with the old figures is replaced by that with the new ones; a text that a
 document does not hold is an error, and then nothing is written. tests/test_docs.py compares the
@@ -115,6 +116,14 @@ TEXTS: dict[str, dict[str, Sequence[Text]]] = {
     "real_model": {
         "real_model.md": [partial(real_model_tables, kind) for kind in REAL_MODEL["ANSWERS"]]
     },
+    "format_where": {
+        "method.md": [
+            f"| `{where}` | {{{where}_tokens_first:.1f}} → {{{where}_tokens_last:.1f}} "
+            f"| {{{where}_end_length_share_first:.2f}} → {{{where}_end_length_share_last:.2f}} "
+            f"| {{{where}_format_nats_first:.1f}} → {{{where}_format_nats_last:.1f}} |"
+            for where in ("all", "not_emitted", "natural_end")
+        ]
+    },
     "plans": {
         "plan.md": [
             plans_table,
@@ -215,6 +224,8 @@ def main() -> None:
     if args.section == "quickstart":
         for name in PICTURES:
             shutil.copy(folder / f"{name}.png", DOCS / "images" / f"quickstart_{name}.png")
+    if args.section == "format_where":
+        shutil.copy(summary.parent / "curves.png", DOCS / "images" / "format_where.png")
     recorded[args.section] = new
     FIGURES.write_text(json.dumps(recorded, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {FIGURES} and {', '.join(str(path) for path in texts)}", file=sys.stderr)
