@@ -130,7 +130,7 @@ def test_a_model_that_answers_directly_draws_no_think_tokens(kind, tmp_path):
         )
 
 
-@pytest.mark.parametrize("template", [LLAMA3, OPENS])
+@pytest.mark.parametrize("template", [pytest.param(LLAMA3, marks=pytest.mark.slow), OPENS])
 def test_a_directory_with_both_think_tokens_reasons(template, tmp_path):
     model = write_chat_model(tmp_path / "model", template, think=NAMES)
     assert not open_model(model).reasons

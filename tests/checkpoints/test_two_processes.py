@@ -45,6 +45,7 @@ def run(module: str, *arguments: object, processes: int = 2) -> list[tuple[int, 
             process.kill()
 
 
+@pytest.mark.slow
 def test_what_two_processes_import_and_export_is_the_source(tmp_path):
     source = write_model(tmp_path / "source", num_attention_heads=4, num_key_value_heads=2)
     for status, printed in run("checkpoints.two_processes", source, tmp_path):

@@ -58,6 +58,7 @@ def reply(body: dict) -> tuple[int, dict]:
     return 200, completion(text, "length" if text.startswith("<think>") else "stop")
 
 
+@pytest.mark.slow
 def test_two_documents_with_a_kill_between(data: Path, words, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(suite, "ChatClient", partial(ChatClient, first_wait_s=0.01))
 

@@ -201,8 +201,8 @@ def test_recorded_rows_are_not_chosen_anew(world, monkeypatch):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("model.new_rows_from=+",),
-        ("model.new_rows_from=null",),
+        pytest.param(("model.new_rows_from=+",), marks=pytest.mark.slow),
+        pytest.param(("model.new_rows_from=null",), marks=pytest.mark.slow),
         ("data.think_start=<|think_start|>", "data.think_end=<|think_end|>"),
         ("method=sft",),
     ],
@@ -231,6 +231,7 @@ def test_weights_that_give_nan_are_one_line(world, monkeypatch):
 # --- a run ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_records_its_choice_and_goes_on_with_it(
     tiny_config, tmp_path, monkeypatch, caplog, words
 ):

@@ -119,6 +119,7 @@ def test_offloaded_moments_come_back_from_a_checkpoint(tmp_path):
         assert {leaf.sharding.memory_kind for leaf in moments} == {kind}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_on_fewer_devices(tmp_path):
     """Updates on 8 devices and then on 1, with a checkpoint between, are two updates on one."""
     meshes = [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1}]

@@ -180,7 +180,7 @@ def test_a_run_that_continues_compares_with_its_first_step(tmp_path):
     assert CollapseWatch.of_run(Path(tmp_path / "none")).first is None
 
 
-@pytest.mark.parametrize("stops", [False, True])
+@pytest.mark.parametrize("stops", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_collapse_warns_or_ends_the_run_which_is_saved(
     train, tmp_path, monkeypatch, caplog, stops
 ):

@@ -146,6 +146,7 @@ def test_every_trace_of_a_step_is_of_one_version_one_update_old(stale):
     assert stale.gap(3, 2) > 1e-3
 
 
+@pytest.mark.slow
 def test_c_base_is_that_of_the_weights_that_drew_the_traces(stale):
     for step, groups in stale.groups.items():
         (version,) = {group.version for group in groups}

@@ -80,6 +80,7 @@ def test_killed_in_the_warmup(new_run, reference):
     assert_same(run, reference(*WARMUP))
 
 
+@pytest.mark.slow
 def test_new_rows_train_alone(new_run):
     """After three updates: two rows of the embedding, two columns of the head, and nothing more."""
     run = new_run(*WARMUP, "warmup.train=new_rows", "checkpoint.keep_last=9")
