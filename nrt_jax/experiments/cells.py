@@ -65,6 +65,10 @@ def read_sweep(name: Path, overrides: Sequence[str] = (), out: Path | None = Non
     if not file.exists():
         near = _nearest(name.stem, sorted(sweeps()))
         raise InputError(f"{name}: there is no such file and no such sweep{near}")
+    if file.is_dir():
+        raise InputError(
+            f"{name}: is a directory; name the sweep's file or preset, with its overrides"
+        )
     config = load_config(SweepConfig, [file])
     folder = out if out is not None else config.folder(file)
     cells = tuple(_cells(file, config, folder, overrides))

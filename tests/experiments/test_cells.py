@@ -142,3 +142,8 @@ def test_planned_cells_have_memory_and_hours(sweep):
 def test_a_sweep_that_is_not_there_is_told_with_the_nearest():
     with pytest.raises(InputError, match="did you mean quickstart_methods"):
         read_sweep(Path("sweeps/quickstart_method"))
+
+
+def test_the_folder_of_a_sweep_is_not_its_file(tmp_path):
+    with pytest.raises(InputError, match="is a directory; name the sweep's file or preset"):
+        read_sweep(tmp_path)
